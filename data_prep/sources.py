@@ -46,7 +46,7 @@ from diht_jax.records.shard_files import kind_of
 from diht_jax.records.tars import DamagedTarError
 from diht_jax.storage import files
 from diht_jax.storage.locks import check_writable
-from diht_jax.storage.stores import StorageError, check_ordinary, is_missing, is_remote
+from diht_jax.storage.stores import StorageError, is_missing, is_remote
 
 COUNTS = ("count", "successes", "failed_to_download", "failed_to_resize")
 
@@ -114,8 +114,8 @@ def list_inputs(pairs: str | None, source: ml_collections.ConfigDict) -> Sequenc
     for text in typed_texts(pairs):
         root = find_root(text)
         with _naming_options():
-            found = registry.list_shards(text, **source.to_dict())
-            inputs += [Input(shard, root) for shard in found]
+            for shard in registry.list_shards(text, **source.to_dict()):
+                inputs.append(Input(shard, root))
     return inputs
 
 
@@ -277,7 +277,6 @@ def read_download_stats(source: SourceShard) -> dict[str, Any] | None:
     """
     path = f"{_stem(source.path)}_stats.json"
     try:
-        check_ordinary(path)
         stats = json.loads(files.read_bytes(path))
         statuses = collections.Counter({str(k): int(v) for k, v in stats["status_dict"].items()})
         counts = {name: int(stats[name]) for name in COUNTS}
@@ -337,5 +336,7 @@ def read_sidecar(source: SourceShard) -> dict[str, dict[str, Any]]:
 
 
 def _stem(path: str) -> str:
-    suffixes = (*TAR_SUFFIXES, TFRECORD_SUFFIX, SUFFIX)
-    return next((path.removesuffix(s) for s in suffixes if path.endswith(s)), path)
+    for suffix in (*TAR_SUFFIXES, TFRECORD_SUFFIX, SUFFIX):
+        if path.endswith(suffix):
+            return path.removesuffix(suffix)
+    return path

@@ -12,6 +12,8 @@ Counts of the same concepts stand in the shard's statistics. The file is an npz;
 from __future__ import annotations
 
 import collections
+import dataclasses
+import functools
 import io
 import itertools
 import os
@@ -50,11 +52,13 @@ def find_mentions(graphs: Iterable[CaptionGraph]) -> Mentions:
     }
 
 
+@dataclasses.dataclass
 class ConceptLog:
     """The mentions of a shard's records, in order."""
 
-    def __init__(self) -> None:
-        self._records: dict[str, list[frozenset[str]]] = {kind: [] for kind in KINDS}
+    _records: dict[str, list[frozenset[str]]] = dataclasses.field(
+        default_factory=functools.partial(collections.defaultdict, list)
+    )
 
     def add(self, mentions: Mentions) -> None:
         """Takes the mentions of the next record."""
@@ -64,15 +68,15 @@ class ConceptLog:
     def counts(self) -> dict[str, dict[str, int]]:
         """Kind -> concept -> number of records that mention it, in alphabetical order."""
         return {
-            kind: dict(sorted(collections.Counter(itertools.chain(*records)).items()))
-            for kind, records in self._records.items()
+            kind: dict(sorted(collections.Counter(itertools.chain(*self._records[kind])).items()))
+            for kind in KINDS
         }
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Writes the file; equal mentions give equal bytes."""
         arrays: dict[str, Any] = {}
         for kind, counts in self.counts().items():
-            ids = {name: i for i, name in enumerate(counts)}
+            ids = dict(zip(counts, itertools.count()))
             rows = [sorted(map(ids.__getitem__, record)) for record in self._records[kind]]
             arrays[f"{kind}_names"] = np.frombuffer("\n".join(counts).encode(), np.uint8)
             arrays[f"{kind}_lengths"] = np.array([len(row) for row in rows], np.uint16)
@@ -81,11 +85,6 @@ class ConceptLog:
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)
         files.write_bytes(os.fspath(path), buffer.getvalue())
-
-
-def concept_path(shard: str | os.PathLike[str]) -> str:
-    """The path of the file of a shard."""
-    return os.fspath(shard) + CONCEPTS_SUFFIX
 
 
 def read_mentions(
@@ -105,7 +104,7 @@ def read_mentions(
     Raises:
         ValueError: no such file, or a damaged one.
     """
-    path = concept_path(shard)
+    path = os.fspath(shard) + CONCEPTS_SUFFIX
     try:
         with np.load(io.BytesIO(files.read_bytes(path)), allow_pickle=False) as file:
             text = file[f"{kind}_names"].tobytes().decode()

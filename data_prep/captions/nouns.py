@@ -6,6 +6,8 @@ spaCy's English dependency parser. Ours throughout: the specification is
 tests/data_prep/captions/caption_examples.toml.
 """
 
+from dataclasses import dataclass, field
+
 from data_prep.captions import lexicon
 from data_prep.captions.sentence import (
     ADJECTIVE_TAGS,
@@ -293,12 +295,12 @@ def expand_preposition(sentence: Sentence, preposition: int) -> list[tuple[str, 
     return found
 
 
+@dataclass
 class SubjectFinder:
     """Finds the subjects of the verbs of one sentence, each once."""
 
-    def __init__(self, sentence: Sentence):
-        self.sentence = sentence
-        self._found: dict[int, tuple[list[int], bool]] = {}
+    sentence: Sentence
+    _found: dict[int, tuple[list[int], bool]] = field(default_factory=dict)
 
     def find(self, i: int) -> tuple[list[int], bool]:
         """The subjects of a verb, its own or inherited, and whether the grammar gives it one."""

@@ -117,7 +117,7 @@ def parse_captions(
         parsed = _parse_distinct(new, _load_shared_parser(), batch_size)
         _remembered.remember(parsed)
         graphs |= parsed
-    return [graphs[caption] for caption in captions]
+    return list(map(graphs.__getitem__, captions))
 
 
 class _Memory(dict[str, CaptionGraph]):

@@ -48,11 +48,10 @@ class Sentence:
 
     def __init__(self, doc: Doc):
         # By columns: token objects would take longer to make than all rules together.
-        columns = doc.to_array([TAG, DEP, LOWER, LEMMA]).T.tolist()
-        strings: Any = doc.vocab.strings  # of hashes
-        self.tag, self.dep, self.low, self.lemma = (
-            list(map(strings.__getitem__, c)) for c in columns
-        )
+        tags, deps, lows, lemmas = doc.to_array([TAG, DEP, LOWER, LEMMA]).T.tolist()
+        text_of: Any = doc.vocab.strings.__getitem__  # of hashes
+        self.tag, self.dep = list(map(text_of, tags)), list(map(text_of, deps))
+        self.low, self.lemma = list(map(text_of, lows)), list(map(text_of, lemmas))
         offsets = doc.to_array(HEAD).astype("int64")
         self.head = (np.arange(len(offsets)) + offsets).tolist()
         if "-" in self.low:

@@ -4,6 +4,8 @@ Nouns, names, attributes and subjects come from `nouns`. Ours throughout: the sp
 tests/data_prep/captions/caption_examples.toml.
 """
 
+from dataclasses import dataclass, field
+
 from spacy.tokens import Doc
 
 from data_prep.captions import lexicon, nouns
@@ -33,21 +35,19 @@ def build_graph(doc: Doc, words: CaptionLemmatizer) -> CaptionGraph:
     sentence = Sentence(doc)
     repair_sentence(sentence, words)
     nouns.mark_objects(sentence)
-    return _GraphBuilder(sentence, words).build()
+    return _GraphBuilder(sentence, words.verbs, nouns.SubjectFinder(sentence)).build()
 
 
+@dataclass
 class _GraphBuilder:
     """Collects the edges of one sentence; edges join token indices until `build` names them."""
 
-    def __init__(self, sentence: Sentence, words: CaptionLemmatizer):
-        self.sentence = sentence
-        self.verbs = words.verbs
-        self.edges: dict[str, list[tuple[int | None, str, int | None]]] = {
-            _ACTION: [],
-            _RELATION: [],
-        }
-        self.predicated: dict[int, list[int]] = {}
-        self.subjects = nouns.SubjectFinder(sentence)
+    sentence: Sentence
+    verbs: frozenset[str]
+    subjects: nouns.SubjectFinder
+    actions: list[tuple[int | None, str, int | None]] = field(default_factory=list)
+    relations: list[tuple[int | None, str, int | None]] = field(default_factory=list)
+    predicated: dict[int, list[int]] = field(default_factory=dict)
 
     def build(self) -> CaptionGraph:
         sentence = self.sentence
@@ -72,9 +72,9 @@ class _GraphBuilder:
         # Every end of an edge is an object, and repeated edges and attributes go.
         degree = dict.fromkeys(attributes, 0)
         graph = CaptionGraph()
-        for kind, edges in ((_ACTION, graph.actions), (_RELATION, graph.relations)):
+        for found, edges in (self.actions, graph.actions), (self.relations, graph.relations):
             named: dict[Edge, None] = {}
-            for subject, predicate, target in self.edges[kind]:
+            for subject, predicate, target in found:
                 named[Edge(names.get(subject), predicate, names.get(target))] = None
             edges.extend(named)
             for edge in named:
@@ -154,7 +154,7 @@ class _GraphBuilder:
         for subject in subjects or [None]:
             for name, target in targets or [(predicate, None)]:
                 if (subject is not None or target is not None) and subject != target:
-                    self.edges[_ACTION].append((subject, name, target))
+                    self.actions.append((subject, name, target))
 
     def classify(self, i: int, passive: bool, agents: list[int], subjects: list[int]) -> str | None:
         """Returns whether a verb is an action or a state; None if it adds nothing to the graph."""
@@ -384,7 +384,7 @@ class _GraphBuilder:
         for subject in subjects:
             for name, target in targets:
                 if subject != target:
-                    self.edges[_RELATION].append((subject, name, target))
+                    self.relations.append((subject, name, target))
 
     def add_noun_relations(self, i: int) -> None:
         """Adds the prepositional phrases of a noun."""

@@ -16,6 +16,7 @@ import base64
 import bisect
 import collections
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -32,7 +33,8 @@ from typing import Any, NamedTuple
 import ml_collections
 
 from data_prep.captions.graph import CaptionGraph, format_edges, format_objects
-from data_prep.captions.mentions import ConceptLog, concept_path, find_mentions
+from data_prep.captions.mentions import CONCEPTS_SUFFIX, ConceptLog, find_mentions
+from data_prep.decisions import table
 from data_prep.decisions.table import KEPT, SOURCE, DecisionWriter, decisions_path, pack_uid
 from data_prep.steps import registry
 from data_prep.steps.base import Candidate
@@ -66,7 +68,9 @@ class ShardLog:
         self._samples = SampleLog(
             config.samples_per_outcome, pictures, config.seed, config.image.max_pixels
         )
-        self._scores = [name for step in registry.active_steps(config) for name in step.scores]
+        self._scores: list[str] = []
+        for step in registry.active_steps(config):
+            self._scores += step.scores
         self._decisions = DecisionWriter(self._scores)
         self._concepts = ConceptLog() if config.concepts else None
         self._label_field = config.label_field
@@ -120,7 +124,7 @@ class ShardLog:
         self._decisions.write(decisions_path(output))
         self._samples.write(output + SAMPLES_SUFFIX)
         if self._concepts is not None:
-            self._concepts.write(concept_path(output))
+            self._concepts.write(output + CONCEPTS_SUFFIX)
             counts["concepts"] = self._concepts.counts()
         wall_secs, cpu_secs = self._start
         seconds = {
@@ -169,7 +173,7 @@ class ShardLog:
             row["label"] = _clean(str(pair.metadata.get(self._label_field)))
         for name in ("object_names", "action_names"):
             if row.get(name):
-                row[name] = [_clean(text) for text in row[name]]
+                row[name] = list(map(_clean, row[name]))
         if row.get("match") is not None:
             row["match"] = _clean(row["match"])
         self._decisions.add(candidate.row, row)
@@ -206,59 +210,56 @@ class Sample(NamedTuple):
     scores: Mapping[str, float] = types.MappingProxyType({})
 
 
+@dataclasses.dataclass
 class SampleLog:
     """Chooses some pairs of each outcome of a shard."""
 
-    def __init__(self, texts: int, pictures: int, seed: int, max_pixels: int):
-        """Begins without any; of each outcome key and caption of `texts` pairs will be kept.
-
-        Of `pictures` pairs everything is, where the picture has no more than `max_pixels`.
-        """
-        self._pictures, self._most = pictures, max(texts, pictures)
-        self._seed = seed
-        self._max_pixels = max_pixels
-        self._chosen: dict[str, list[tuple[str, str, Sample]]] = {}
+    texts: int  # pairs of each outcome of which key and caption are kept
+    pictures: int  # those of which everything is
+    seed: int
+    max_pixels: int  # of a picture that is shown
+    chosen: dict[str, list[tuple[str, str, Sample]]] = dataclasses.field(default_factory=dict)
 
     def add(self, outcome: str, sample: Sample, order: str = "") -> None:
         """Takes a pair if its rank is low enough, and lets go of the one of the highest rank.
 
         `order` ranks it before the random rank, which is the same for any number of shards.
         """
-        chosen = self._chosen.setdefault(outcome, [])
-        data = f"{self._seed}\n{sample.key}\n{sample.caption}".encode("utf-8", "replace")
+        chosen, most = self.chosen.setdefault(outcome, []), max(self.texts, self.pictures)
+        data = f"{self.seed}\n{sample.key}\n{sample.caption}".encode("utf-8", "replace")
         entry = order + hashlib.blake2b(data, digest_size=8).hexdigest(), sample.key
         place = bisect.bisect(chosen, entry, key=operator.itemgetter(0, 1))
-        if place >= self._most:
+        if place >= most:
             return
         chosen.insert(place, (*entry, sample))
-        del chosen[self._most :]
-        if len(chosen) > self._pictures:  # held without its picture from here on
-            last = chosen[self._pictures]
-            chosen[self._pictures] = (*last[:2], Sample(last[2].key, last[2].caption))
+        del chosen[most:]
+        if len(chosen) > self.pictures:  # held without its picture from here on
+            last = chosen[self.pictures]
+            chosen[self.pictures] = (*last[:2], Sample(last[2].key, last[2].caption))
 
     def write(self, path: str) -> None:
         """Writes the samples; equal pairs give equal bytes."""
         lines = []
-        for outcome, chosen in sorted(self._chosen.items()):
+        for outcome, chosen in sorted(self.chosen.items()):
             for number, (found, _, sample) in enumerate(chosen):
                 described = {"key": sample.key, "caption": sample.caption[:_MAX_CHARS]}
-                if number < self._pictures:
-                    described |= _describe(sample, self._max_pixels)
+                if number < self.pictures:
+                    described |= _describe(sample, self.max_pixels)
                 text = json.dumps(described, ensure_ascii=False, sort_keys=True)
                 lines.append(f"{outcome}\t{found}\t{text}\n")
         # A lone surrogate may stand in the caption of a pair that was dropped.
         data = "".join(lines).encode("utf-8", "replace")
-        files.write_bytes(path, data + _hash_lines(path, data))
+        files.write_bytes(path, data + table.hash_file(path, data).hex().encode() + b"\n")
 
 
 def _describe(sample: Sample, max_pixels: int) -> dict[str, Any]:
     """All that is shown of a sample; its image small, or why there is none."""
     found: dict[str, Any] = {"size": None, "image": None, "error": None, "graph": None}
     found["match"] = sample.match
-    found["spots"] = [
-        [[round(x, 1) for x in map(float, spot.box)], spot.text, spot.confidence]
-        for spot in sample.spots[:_MAX_SPOTS]
-    ]
+    found["spots"] = []
+    for spot in sample.spots[:_MAX_SPOTS]:
+        box = [round(float(x), 1) for x in spot.box]
+        found["spots"].append([box, spot.text, spot.confidence])
     if sample.scores:
         found["scores"] = {name: round(score, 4) for name, score in sample.scores.items()}
         found["became"] = sample.outcome
@@ -299,16 +300,9 @@ def read_samples(path: str) -> bytes:
     """
     content = files.read_bytes(path)
     data = content[:-_HASH_CHARS]
-    if content != data + _hash_lines(path, data):
+    if content != data + table.hash_file(path, data).hex().encode() + b"\n":
         raise ValueError(f"{path}: damaged; delete it, and run the filter again")
     return data
-
-
-def _hash_lines(path: str, data: bytes) -> bytes:
-    """A line with the hash of contents and name."""
-    digest = hashlib.blake2b(os.path.basename(path).encode(), digest_size=(_HASH_CHARS - 1) // 2)
-    digest.update(data)
-    return digest.hexdigest().encode() + b"\n"
 
 
 def choose_samples(contents: Iterable[bytes], most: int) -> dict[str, list[dict[str, Any]]]:
@@ -329,7 +323,9 @@ def choose_samples(contents: Iterable[bytes], most: int) -> dict[str, list[dict[
             if most and (len(known) < most or found < known[-1][0]):
                 bisect.insort(known, (found, text))
                 del known[most:]
-    return {
-        outcome.decode(): [{"rank": found.decode()} | json.loads(text) for found, text in known]
-        for outcome, known in sorted(chosen.items())
-    }
+    samples: dict[str, list[dict[str, Any]]] = {}
+    for outcome, known in sorted(chosen.items()):
+        samples[outcome.decode()] = [
+            {"rank": found.decode()} | json.loads(text) for found, text in known
+        ]
+    return samples

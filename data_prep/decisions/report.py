@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -33,6 +34,7 @@ from diht_jax.storage import files
 REPORT = "report.json"
 DROPPED = "dropped"
 _SIDES = (KEPT, DROPPED)
+_SOURCE_WORDS = {reason: reason.replace("_", " ") for reason in SOURCE_REASONS}
 
 SCORES = {name: words for step in ordered_steps() for name, words in step.scores.items()}
 # Histogram -> lower ends of its bins. The last bin has no upper end, and what is lower than all
@@ -61,8 +63,10 @@ Report = dict[str, Any]
 
 def stage_reasons() -> dict[str, Mapping[str, str]]:
     """Stage -> reason -> the words for people, all in the order in which a pair meets them."""
-    source = {reason: reason.replace("_", " ") for reason in SOURCE_REASONS}
-    return {SOURCE: source} | {step.name: step.reasons for step in ordered_steps()}
+    reasons: dict[str, Mapping[str, str]] = {SOURCE: _SOURCE_WORDS}
+    for step in ordered_steps():
+        reasons[step.name] = step.reasons
+    return reasons
 
 
 @dataclasses.dataclass
@@ -93,11 +97,10 @@ class Funnel:
         """
         found: dict[str, dict[str, int]] = {}
         for stage, reasons in stage_reasons().items():
-            found[stage] = {
-                reason: self.outcomes[stage, reason]
-                for reason in reasons
-                if (stage, reason) in self.outcomes
-            }
+            found[stage] = {}
+            for reason in reasons:
+                if (stage, reason) in self.outcomes:
+                    found[stage][reason] = self.outcomes[stage, reason]
         for stage, reason in sorted(self.outcomes, key=str):
             if stage != KEPT and reason is not None:
                 found.setdefault(stage, {}).setdefault(reason, self.outcomes[stage, reason])
@@ -108,15 +111,13 @@ class Funnel:
 
         Each has "stage", "reason" (empty for none), "pairs", and their "share" of what was read.
         """
-        rows = [("read", "", self.read)]
-        for stage, found in self.dropped().items():
-            rows += [(stage, reason, pairs) for reason, pairs in found.items()]
-        rows.append((KEPT, "", self.kept))
-        read = max(self.read, 1)
-        return [
-            {"stage": stage, "reason": reason, "pairs": pairs, "share": pairs / read}
-            for stage, reason, pairs in rows
-        ]
+        counts = {"read": {"": self.read}} | self.dropped() | {KEPT: {"": self.kept}}
+        rows = []
+        for stage, found in counts.items():
+            for reason, pairs in found.items():
+                share = pairs / max(self.read, 1)
+                rows.append({"stage": stage, "reason": reason, "pairs": pairs, "share": share})
+        return rows
 
 
 def gather(
@@ -170,13 +171,13 @@ def gather(
         },
         "measures": measures,
         "download": facts.download,
-        "versions": {k: dict(sorted(v.items())) for k, v in sorted(facts.versions.items())},
+        "versions": dict(sorted(facts.versions.items())),
         "failed": failed,
         "warnings": [
             *facts.warnings(failed),
             *_warn_of_names(funnel, measures["histograms"]["caption_words"]),
         ],
-        "seconds": {k: round(v, 4) for k, v in sorted(facts.seconds.items())},
+        "seconds": dict(sorted(facts.seconds.items())),
         "samples": samples,
         "scored": scored,
         "samples_per_outcome": samples_per_outcome,
@@ -185,21 +186,23 @@ def gather(
     }
 
 
+@dataclasses.dataclass
 class _Sums:
     """Sums over the rows of decisions that were added: outcomes, histograms, names, labels.
 
     They are the same for any order and division of the rows into tables.
     """
 
-    def __init__(self) -> None:
-        self._waiting: list[pyarrow.RecordBatch] = []
-        self._groups: list[pyarrow.Table] = []
-        self._bins: dict[tuple[str, str], Any] = collections.defaultdict(int)
-        self._names: dict[tuple[str, str], list[pyarrow.Table]] = collections.defaultdict(list)
+    _waiting: list[pyarrow.Table] = dataclasses.field(default_factory=list)
+    _groups: list[pyarrow.Table] = dataclasses.field(default_factory=list)
+    # By the name of a histogram, or of a kind of names, and by the side.
+    _bins: dict[tuple[str, str], np.ndarray] = dataclasses.field(default_factory=dict)
+    _names: dict[tuple[str, str], list[pyarrow.Table]] = dataclasses.field(default_factory=dict)
 
     def add(self, batches: Sequence[pyarrow.RecordBatch]) -> None:
         """Adds rows with the columns `COLUMNS`; scores may be missing."""
-        self._waiting += batches
+        if batches:
+            self._waiting.append(pyarrow.Table.from_batches(batches))
         if sum(map(len, self._waiting)) >= _BLOCK_ROWS or len(self._waiting) >= _BLOCK_PARTS:
             self._count()
 
@@ -216,7 +219,8 @@ class _Sums:
             labels: outcome -> label -> pairs, where the config names a label.
         """
         self._count()
-        outcomes, looked, formats = (collections.Counter[Any]() for _ in range(3))
+        outcomes, looked = collections.Counter[Any](), collections.Counter[Any]()
+        formats = collections.Counter[Any]()
         labels: dict[str, dict[str, int]] = {}
         for row in _sum(self._groups, *_GROUPED).to_pylist() if self._groups else ():
             stage, reason, label, image_format, look, pairs = row.values()
@@ -226,50 +230,57 @@ class _Sums:
             if label is not None:
                 of_label = labels.setdefault(f"{stage}/{reason}" if reason else stage, {})
                 of_label[label] = of_label.get(label, 0) + pairs
-        del formats[None]
+        del formats[None], looked[None]
         looked["audited"] += looked["missed"]
         looked["gated"] += looked["audited"]
-        spotting = {name: n for name, n in looked.items() if name and n}
-        measures: dict[str, Any] = {"labels": labels}
-        measures["histograms"] = {name: {side: {} for side in _SIDES} for name in BINS}
-        for (name, side), found in self._bins.items():
-            filled = np.flatnonzero(found)
-            of_name = measures["histograms"][name]
-            of_name[side] = {str(BINS[name][i]): int(found[i]) for i in filled}
-        measures["names"] = {kind: {side: {} for side in _SIDES} for kind in NAMES}
-        for (kind, side), tables in self._names.items():
-            order = [("count", "descending"), ("name", "ascending")]
-            rows = _sum(tables, "name").sort_by(order).slice(0, _MAX_NAMES).to_pydict()
-            measures["names"][kind][side] = dict(zip(*rows.values(), strict=True))
+        histograms: dict[str, dict[str, dict[str, int]]] = {}
+        for name, side in itertools.product(BINS, _SIDES):
+            bins = histograms.setdefault(name, {}).setdefault(side, {})
+            for start, pairs in zip(BINS[name], self._bins.get((name, side), ()), strict=False):
+                if pairs:
+                    bins[str(start)] = int(pairs)
+        names: dict[str, dict[str, dict[str, int]]] = {}
+        for kind, side in itertools.product(NAMES, _SIDES):
+            pairs_of = names.setdefault(kind, {}).setdefault(side, {})
+            if tables := self._names.get((kind, side)):
+                order = [("count", "descending"), ("name", "ascending")]
+                rows = _sum(tables, "name").sort_by(order).slice(0, _MAX_NAMES).to_pydict()
+                pairs_of.update(zip(*rows.values(), strict=True))
+        measures = {"labels": labels, "histograms": histograms, "names": names}
+        spotting = +looked  # without zeros
         return Funnel(outcomes, spotting, outcomes.total()), dict(sorted(formats.items())), measures
 
     def _count(self) -> None:
         """Counts the rows that wait; a score that a part did not record is null there."""
         if not self._waiting:
             return
-        tables = [pyarrow.Table.from_batches([batch]) for batch in self._waiting]
-        self._waiting = []
-        all_rows = pyarrow.concat_tables(tables, promote_options="default").unify_dictionaries()
+        rows = pyarrow.concat_tables(self._waiting, promote_options="default")
+        all_rows, self._waiting = rows.unify_dictionaries(), []
         grouped = all_rows.select(_GROUPED).group_by(list(_GROUPED)).aggregate([([], "count_all")])
         self._groups.append(grouped.rename_columns({"count_all": "count"}))
         is_kept = pc.equal(all_rows["outcome"], KEPT)
         for side, chosen in zip(_SIDES, (is_kept, pc.invert(is_kept)), strict=True):
             rows = all_rows.filter(chosen)
-            scores = [name for name in SCORES if name in BINS and name in rows.column_names]
-            measured = {name: rows[name] for name in ("complexity", "actions", *scores)}
-            words = rows.filter(pc.not_equal(rows["outcome"], SOURCE))["words"]
-            measured["caption_words"] = words
-            measured["image_side"] = pc.min_element_wise(rows["width"], rows["height"])
+            measured = {
+                "complexity": rows["complexity"],
+                "actions": rows["actions"],
+                "caption_words": rows.filter(pc.not_equal(rows["outcome"], SOURCE))["words"],
+                "image_side": pc.min_element_wise(rows["width"], rows["height"]),
+            }
+            for name in SCORES:
+                if name in BINS and name in rows.column_names:
+                    measured[name] = rows[name]
             for name, values in measured.items():
                 numbers = values.drop_null().to_numpy()
                 numbers = numbers[~np.isnan(numbers)]
                 places = np.searchsorted(BINS[name], numbers, side="right") - 1
                 counts = np.bincount(np.maximum(places, 0), minlength=len(BINS[name]))
-                self._bins[name, side] += counts
+                self._bins[name, side] = counts + self._bins.get((name, side), 0)
             for kind, column in NAMES.items():
                 found = pc.value_counts(pc.list_flatten(rows[column]))
                 names = pyarrow.table({"name": found.field(0), "count": found.field(1)})
-                known = self._names[kind, side] = [*self._names[kind, side], names]
+                known = self._names.setdefault((kind, side), [])
+                known.append(names)
                 if sum(map(len, known)) > _COMPACT_ROWS + 2 * len(known[0]):
                     self._names[kind, side] = [_sum(known, "name")]
 
@@ -281,16 +292,16 @@ def _sum(tables: Sequence[pyarrow.Table], *columns: str) -> pyarrow.Table:
     return total.rename_columns({"count_sum": "count"}).select([*columns, "count"])
 
 
+@dataclasses.dataclass
 class _Facts:
     """Facts of parts besides counts: versions, machines, times, downloads, damage."""
 
-    def __init__(self) -> None:
-        self.download: dict[str, Any] = {}
-        self.versions: dict[str, collections.Counter[str]] = {}
-        self.seconds: collections.Counter[str] = collections.Counter()
-        self._machines: collections.Counter[str] = collections.Counter()
-        self._damaged = ""
-        self._num_damaged = 0
+    download: dict[str, Any] = dataclasses.field(default_factory=dict)
+    versions: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+    seconds: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    _machines: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    _damaged: str = ""
+    _num_damaged: int = 0
 
     def add(self, stated: Mapping[str, Any], times: Mapping[str, Any]) -> None:
         """Adds the counts in the statistics of a part, and its times."""
@@ -304,9 +315,10 @@ class _Facts:
             self._num_damaged += 1
             self._damaged = self._damaged or stated["damaged"]
         for name in ("pairs", "wall_secs", "cpu_secs"):
-            self.seconds[name] += times.get(name, 0)
+            self.seconds[name] = round(self.seconds[name] + times.get(name, 0), 4)
         for stage, secs in times.get("cpu_secs_of_stages", {}).items():
-            self.seconds[f"stage/{stage}"] += secs
+            name = f"stage/{stage}"
+            self.seconds[name] = round(self.seconds[name] + secs, 4)
 
     def warnings(self, failed: Sequence[Mapping[str, str]]) -> Iterator[str]:
         """Warnings that a person should read before the pairs are used."""
@@ -338,12 +350,14 @@ class _Facts:
 
 def _warn_of_names(funnel: Funnel, words: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
     """A warning where captions are names, of which CAT keeps next to nothing."""
-    dropped_at = {stage: sum(found.values()) for stage, found in funnel.dropped().items()}
-    stages = list(dropped_at)
-    earlier = stages[: stages.index("caption")]
-    arrived = funnel.read - sum(dropped_at[stage] for stage in earlier)
+    arrived, dropped = funnel.read, 0
+    for stage, found in funnel.dropped().items():
+        arrived -= dropped
+        dropped = sum(found.values())
+        if stage == "caption":
+            break
     short = sum(n for of_side in words.values() for w, n in of_side.items() if int(w) < _NAME_WORDS)
-    if funnel.kept <= _FEW * arrived and min(dropped_at["caption"], short) > arrived / 2:
+    if funnel.kept <= _FEW * arrived and min(dropped, short) > arrived / 2:
         yield (
             f"{short:,} of {arrived:,} captions have fewer than {_NAME_WORDS} words, as "
             "names of classes have, and the rules for captions are made for the sentences of the "
@@ -364,12 +378,12 @@ def _read_part(output: str) -> tuple[list[pyarrow.RecordBatch], dict, dict, byte
 
 def _throughput(funnel: Funnel, seconds: Mapping[str, float]) -> dict[str, float]:
     """Pairs per second of processor time, in all and by stage; stages count what they did."""
-    dropped = {stage: sum(found.values()) for stage, found in funnel.dropped().items()}
-    arrived = funnel.read - dropped[SOURCE]
+    dropped = funnel.dropped()
+    arrived = funnel.read - sum(dropped[SOURCE].values())
     pairs_of = {"writing": funnel.kept}
     for step in ordered_steps():
         pairs_of[step.timer or step.name] = arrived
-        arrived -= dropped.get(step.name, 0)
+        arrived -= sum(dropped[step.name].values())
     found = {}
     for name, secs in sorted(seconds.items()):
         stage = name.removeprefix("stage/")

@@ -120,7 +120,7 @@ class DecisionWriter:
             values: those of its columns that are not null; others are left out.
         """
         self._numbers.append(row)
-        self._rows.append(tuple(values.get(name) for name in self.schema.names))
+        self._rows.append(tuple(map(values.get, self.schema.names)))
         if len(self._rows) == _ROWS:
             self._tables.append(self._pack())
 
@@ -148,7 +148,7 @@ class DecisionWriter:
         files.make_folder(path.rpartition("/")[0] or ".")
         # The hash stands before the footer, where readers of parquet do not look.
         rest, last, footer = _find_hash(sink.getvalue().to_pybytes())
-        digest = _hash(path, rest + last, footer)
+        digest = hash_file(path, rest + last, footer)
         files.write_bytes(path, rest + last + digest + footer)
 
     def _pack(self) -> pyarrow.Table:
@@ -156,9 +156,11 @@ class DecisionWriter:
         self._rows = []
         arrays = []
         for column, field in zip(columns, self.schema, strict=True):
-            if most := _LARGEST.get(field.type):
-                column = [value if value is None else min(value, most) for value in column]
-            arrays.append(pyarrow.array(column, field.type))
+            most = _LARGEST.get(field.type)
+            array = pyarrow.array(column, field.type if most is None else pyarrow.int64())
+            if most is not None:
+                array = pc.min_element_wise(array, most, skip_nulls=False).cast(field.type)
+            arrays.append(array)
         return pyarrow.Table.from_arrays(arrays, schema=self.schema)
 
 
@@ -171,7 +173,7 @@ def make_schema(scores: Sequence[str] = ()) -> pyarrow.Schema:
     for name in scores:
         if name in COLUMNS:
             raise ValueError(f"a filter step has a score '{name}': the decisions have that column")
-    return pyarrow.schema([*COLUMNS.items(), *((name, pyarrow.float32()) for name in scores)])
+    return pyarrow.schema(COLUMNS | dict.fromkeys(scores, pyarrow.float32()))
 
 
 def pack_uid(value: object) -> bytes | None:
@@ -196,7 +198,7 @@ def read_decisions(
     """
     data = files.read_bytes(path)
     rest, stated, footer = _find_hash(data)
-    if stated != _hash(path, rest, footer):
+    if stated != hash_file(path, rest, footer):
         raise ValueError(f"{path}: damaged; delete it, and run the filter again")
     source = pyarrow.BufferReader(data)
     try:
@@ -214,8 +216,8 @@ def _find_hash(data: bytes) -> tuple[bytes, bytes, bytes]:
     return data[:start], data[start:end], data[end:]
 
 
-def _hash(path: str, *parts: bytes) -> bytes:
-    """Hash of contents and name: the file of another part is not taken for this one."""
+def hash_file(path: str, *parts: bytes) -> bytes:
+    """16 bytes for contents and name of a file: that of another part is not taken for this one."""
     digest = hashlib.blake2b(os.path.basename(path).encode(), digest_size=_HASH_BYTES)
     for part in parts:
         digest.update(part)

@@ -171,7 +171,7 @@ def set_quantile_limit(config: ml_collections.ConfigDict) -> None:
         if found is None:
             raise ValueError(
                 f"{key}='{c.scores}': no pair has a score; filter into that folder with "
-                f"config.{step.name}.{step.source_key} first"
+                f"config.{step.switch} first"
             )
         _check_model(step, config, stats["config"][step.name])
         c[step.limit_key] = found[0]
@@ -195,7 +195,7 @@ def _check_model(
         if known:
             break
     else:
-        names = (step.source_key, "model", "embeddings")
+        names = (str(step.switch).rpartition(".")[2], "model", "embeddings")
         other = [name for name in names if scored_by.get(name) != c.get(name)]
     if other:
         raise ValueError(
@@ -206,13 +206,16 @@ def _check_model(
 
 def record_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """The part of the config that decides what is written, as plain JSON-able values."""
-    settings = {k: v for k, v in config.to_dict().items() if k not in _NOT_HASHED}
+    settings = config.to_dict()
+    for name in _NOT_HASHED:
+        del settings[name]
     for step in registry.ordered_steps():
         if step.section is not None:
             keys = settings.pop(step.section)
+            for name in step.not_hashed:
+                del keys[name]
             if step.is_active(config):
-                kept = {k: v for k, v in keys.items() if k not in step.not_hashed}
-                settings[step.section] = kept
+                settings[step.section] = keys
     return json.loads(json.dumps(settings))  # lists for tuples, as they are read again
 
 

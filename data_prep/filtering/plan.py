@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -114,7 +114,8 @@ def plan_job(
         units, names = _plan_tables(config, folder)
     else:
         inputs = sources.list_inputs(config.input, config.source)
-        sources.check_not_input(folder, (found.shard for found in inputs))
+        units = [found.shard for found in inputs]
+        sources.check_not_input(folder, units)
         for step in active_steps(config):
             step.check_inputs(config, inputs)
         files.make_folder(folder)
@@ -122,7 +123,6 @@ def plan_job(
         sources.refuse_foreign(folder, resharding.find_foreign(folder, config))
         if config.examples_per_shard is not None:
             parts_folder = files.join(folder, resharding.PARTS)
-        units = [found.shard for found in inputs]
         names = _plan_parts(config, inputs, parts_folder, is_output=parts_folder == folder)
     config_hash = shards.hash_config(filter_config.describe_settings(config))
     tasks = [
@@ -143,10 +143,10 @@ def _plan_parts(
     files.make_folder(folder)
     suffix = FORMATS[config.output_format if is_output else "tfrecord"].suffix
     prefix = resharding.name_prefix(config)
-    names = [f"{prefix}{found}{suffix}" for found in hash_inputs(inputs)]
-    entries = []
-    for name, found in zip(names, inputs, strict=True):
-        shard = found.shard
+    names, entries = [], []
+    for digest, found in zip(hash_inputs(inputs), inputs, strict=True):
+        name, shard = f"{prefix}{digest}{suffix}", found.shard
+        names.append(name)
         entry = {"name": name, "path": found.path, "source": shard.path}
         entries.append(entry | {"kind": shard.kind, "start": shard.start, "stop": shard.stop})
     if table.read_manifest(folder) != entries:
@@ -203,7 +203,7 @@ def find_done(job: Job, overwrite: bool) -> tuple[dict[str, dict[str, Any]], boo
     done, changed = _compare(job, present) if present else ({}, {})
     names = {os.path.basename(task.output) for task in job.tasks} if present else set()
     finished = [n.removesuffix(STATS_SUFFIX) for n in present if n.endswith(STATS_SUFFIX)]
-    gone = sorted(name for name in finished if name not in names)
+    gone = sorted(set(finished) - names)
     if (changed or gone) and not overwrite:
         _refuse_many(job, changed, gone, len(finished))
     for path, (reason, _) in changed.items():
@@ -223,22 +223,30 @@ def find_done(job: Job, overwrite: bool) -> tuple[dict[str, dict[str, Any]], boo
     path = files.join(job.parts_folder, SETTINGS)
     if (files.read_object(path) or {}) != settings:
         files.write_object(path, settings)
-    damaged = find_undecided(list(done))
+    damaged = find_undecided(done)
     if not job.is_resharded:  # nothing else holds these outputs
         damaged |= damaged_outputs(
             [(task, done[task.output]) for task in job.mine if task.output in done]
         )
     elif done and not overwrite:
         _check_records(job, done)
-    return {path: stats for path, stats in done.items() if path not in damaged}, is_renewed
+    for path in damaged:
+        del done[path]
+    return done, is_renewed
 
 
-def find_undecided(outputs: Sequence[str]) -> set[str]:
-    """The outputs, all of one folder, whose decisions or samples are missing."""
-    needed = {path: (table.decisions_path(path), path + SAMPLES_SUFFIX) for path in outputs}
-    folders = {path.rpartition("/")[0] for paths in needed.values() for path in paths}
-    present = {files.join(folder, name) for folder in folders for name in files.list_names(folder)}
-    return {output for output, paths in needed.items() if not present.issuperset(paths)}
+def find_undecided(outputs: Iterable[str]) -> set[str]:
+    """The outputs whose decisions or samples are missing."""
+    present: dict[str, set[str]] = {}  # folder -> names
+    undecided = set()
+    for output in outputs:
+        for path in (table.decisions_path(output), output + SAMPLES_SUFFIX):
+            folder, _, name = path.rpartition("/")
+            if folder not in present:
+                present[folder] = set(files.list_names(folder))
+            if name not in present[folder]:
+                undecided.add(output)
+    return undecided
 
 
 def forget_output(folder: str) -> None:

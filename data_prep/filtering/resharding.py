@@ -25,7 +25,7 @@ import ml_collections
 import numpy as np
 
 from data_prep import sources
-from data_prep.captions.mentions import CONCEPTS_SUFFIX, ConceptLog, concept_path, read_mentions
+from data_prep.captions.mentions import CONCEPTS_SUFFIX, ConceptLog, read_mentions
 from data_prep.decisions.table import SUFFIX, decisions_path, read_kept
 from data_prep.filtering.config import SETTINGS
 from data_prep.jobs import shards
@@ -88,11 +88,6 @@ class BalancedShard:
         """Name of its contents, for messages."""
         return f"records for {os.path.basename(self.output)}"
 
-    @property
-    def stats_path(self) -> str:
-        """Path of its statistics."""
-        return self.output + STATS_SUFFIX
-
 
 def plan_shards(
     parts: Sequence[Part], folder: str, config: ml_collections.ConfigDict
@@ -130,7 +125,7 @@ def plan_shards(
         )
         return BalancedShard(files.join(folder, name), tuple(slices), plan_hash, with_concepts)
 
-    return [plan(number) for number in range(count)]
+    return list(map(plan, range(count)))
 
 
 def _identify(stats: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,7 +145,7 @@ def write_shard(shard: BalancedShard, report: Report) -> None:
     Raises:
         ValueError: a part is damaged or gone.
     """
-    files.remove(shard.stats_path)
+    files.remove(shard.output + STATS_SUFFIX)
     records, concepts = copy_records(shard, report)
     formats: collections.Counter[str] = collections.Counter()
     for part in shard.slices:
@@ -167,7 +162,7 @@ def write_shard(shard: BalancedShard, report: Report) -> None:
         ),
         "counts": counts,
     }
-    files.write_object(shard.stats_path, stats, with_checksum=True)
+    files.write_object(shard.output + STATS_SUFFIX, stats, with_checksum=True)
 
 
 def restore_part(part: BalancedShard, report: Report) -> None:
@@ -194,7 +189,7 @@ def copy_records(shard: BalancedShard, report: Report) -> tuple[int, ConceptLog]
             if shard.with_concepts:
                 _copy_mentions(piece, concepts)
         if shard.with_concepts:
-            concepts.write(concept_path(shard.output))
+            concepts.write(shard.output + CONCEPTS_SUFFIX)
     return len(writer), concepts
 
 
@@ -257,7 +252,7 @@ def load_written(planned: Sequence[BalancedShard]) -> Iterator[dict[str, Any]]:
     sizes = open_sizes(planned[0].output.rpartition("/")[0])
 
     def load(shard: BalancedShard) -> dict[str, Any]:
-        stats = files.read_object(shard.stats_path) or {}
+        stats = files.read_object(shard.output + STATS_SUFFIX) or {}
         is_same = stats.get("config_hash") == shard.plan_hash
         return stats if is_same and has_output(shard.output, stats, sizes) else {}
 

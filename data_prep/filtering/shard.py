@@ -252,7 +252,10 @@ def apply_step(
         for candidate in batch:
             if candidate.values[IMAGE_ERROR] is not None:  # the size is that of a header that lied
                 candidate.values |= {"width": None, "height": None}
-    columns = Columns({n: [c.values[n] for c in batch] for n in batch[0].values}, len(batch))
+    known = {}
+    for name in batch[0].values:
+        known[name] = [candidate.values[name] for candidate in batch]
+    columns = Columns(known, len(batch))
     drops: list[tuple[str, str] | None] = [None] * len(batch)
     for decider in deciding:
         for reason, holds in decider.decide(columns, config).items():

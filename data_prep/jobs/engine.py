@@ -111,7 +111,7 @@ def run_pending(
     failures: dict[str, str] = {}
     if not tasks:
         return failures
-    queue = _Queue(tasks, config.retries)
+    queue = _Queue(collections.deque(map(_Attempt, tasks)), config.retries)
     with _Progress(len(tasks), label) as progress:
         pool = _open_pool(function, len(tasks), config, engine, progress.add)
         try:
@@ -159,45 +159,49 @@ class _Attempt:
     failures: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
 
+@dataclasses.dataclass
 class _Queue:
-    """Tasks that wait for a worker, those under way, and those that are to run again."""
+    """Tasks that wait for a worker, those under way, and those that are to run again.
 
-    def __init__(self, tasks: Sequence[Any], retries: int):
-        self._retries = retries
-        self.busy: dict[futures.Future[Any], _Attempt] = {}
-        self._ready = collections.deque(map(_Attempt, tasks))
-        self._delayed: list[tuple[float, _Attempt]] = []  # with the time when they run again
-        self._alone: list[_Attempt] = []  # those that want all memory, after all others
+    `delayed` has them with the time when they do, `alone` those that want all memory, at the end.
+    """
+
+    ready: collections.deque[_Attempt]
+    retries: int
+    busy: dict[futures.Future[Any], _Attempt] = dataclasses.field(default_factory=dict)
+    delayed: list[tuple[float, _Attempt]] = dataclasses.field(default_factory=list)
+    alone: list[_Attempt] = dataclasses.field(default_factory=list)
 
     def fill(self, pool: Any) -> bool:
         """Gives the pool what it has room for, after a while if need be; False at the end."""
         while True:
-            now = time.monotonic()
-            self._ready.extendleft(attempt for when, attempt in self._delayed if when <= now)
-            self._delayed = [(when, attempt) for when, attempt in self._delayed if when > now]
-            if self._alone and not (self._ready or self._delayed or self.busy):
+            for when, attempt in list(self.delayed):
+                if when <= time.monotonic():
+                    self.delayed.remove((when, attempt))
+                    self.ready.appendleft(attempt)
+            if self.alone and not (self.ready or self.delayed or self.busy):
                 pool.narrow()
-                self._ready.extend(self._alone)
-                self._alone.clear()
-            while self._ready and len(self.busy) < pool.room:
-                attempt = self._ready.popleft()
+                self.ready.extend(self.alone)
+                self.alone.clear()
+            while self.ready and len(self.busy) < pool.room:
+                attempt = self.ready.popleft()
                 self.busy[pool.submit(attempt.task)] = attempt
-            if self.busy or not self._delayed:
+            if self.busy or not self.delayed:
                 return len(self.busy) > 0
-            time.sleep(max(min(when for when, _ in self._delayed) - time.monotonic(), 0))
+            time.sleep(max(min(when for when, _ in self.delayed) - time.monotonic(), 0))
 
     def retry(self, attempt: _Attempt, outcome: Outcome) -> bool:
         """Takes a task back that failed and may pass; False where its outcome is final."""
         cause = outcome.cause
         if cause == NOT_STARTED:
-            self._ready.appendleft(attempt)
+            self.ready.appendleft(attempt)
             return True
-        if cause is None or not (self._retries or cause == TIMEOUT):
+        if cause is None or not (self.retries or cause == TIMEOUT):
             return False
         is_searched = hasattr(attempt.task, "search")
         counted = DEATH if cause == KILLED and not is_searched else cause
         attempt.failures[counted] += 1
-        is_allowed = attempt.failures[counted] <= _LIMITS.get(counted, self._retries)
+        is_allowed = attempt.failures[counted] <= _LIMITS.get(counted, self.retries)
         if is_searched and cause in (DEATH, KILLED, LOST):
             # The search ends by itself.
             task = _go_on_searching(attempt.task, may_be_blamed=cause == DEATH)
@@ -207,13 +211,13 @@ class _Queue:
             return False
         when = ""
         if cause == KILLED:
-            self._alone.append(attempt)
+            self.alone.append(attempt)
             when = ", alone"
         elif cause == STORAGE and (secs := _STORAGE_DELAYS_SECS[attempt.failures[cause] - 1]):
-            self._delayed.append((time.monotonic() + secs, attempt))
+            self.delayed.append((time.monotonic() + secs, attempt))
             when = f", in {secs:.0f} s"
         else:
-            self._ready.insert(_OTHERS_FIRST, attempt)
+            self.ready.insert(_OTHERS_FIRST, attempt)
         name, error = attempt.task.source, outcome.error
         logging.warning("%s: %s; its task will run again%s", name, error, when)
         return True
@@ -271,12 +275,13 @@ class CrashSearch:
         return None
 
 
-class WorkRecord:
+@dataclasses.dataclass
+class WorkRecord(contextlib.AbstractContextManager["WorkRecord"]):
     """The file in which a run records what it works on, once a worker has died of the shard."""
 
-    def __init__(self, output: str, search: CrashSearch | None):
-        """Begins a record next to an output, or none at all where no worker has died of it."""
-        self._path, self._search, self._first = _record_path(output), search, 0
+    output: str  # the file is next to it
+    search: CrashSearch | None  # None where no worker has died: nothing is recorded
+    first: int = 0  # number of the next entry
 
     def begin(self, entries: Sequence[Any], try_one: Callable[[Any], object]) -> list[Any]:
         """Records that a run works on the next entries of its source.
@@ -290,15 +295,15 @@ class WorkRecord:
             The entries; those that ended their worker before are skipped.
         """
         found = list(entries)
-        if self._search is None:
+        if self.search is None:
             return found
-        batch = self._first, self._first + len(entries)
-        self._first = batch[1]
-        for number in set(self._search.crashed) & set(range(*batch)):
+        batch = self.first, self.first + len(entries)
+        self.first = batch[1]
+        for number in set(self.search.crashed) & set(range(*batch)):
             entry = entries[number - batch[0]]
             detail = "the worker process died whenever it worked on it"
             found[number - batch[0]] = Skipped(entry.key, CRASHED, detail)
-        if self._search.suspects == batch:
+        if self.search.suspects == batch:
             for number, entry in enumerate(found, batch[0]):
                 if not isinstance(entry, Skipped):
                     self._write(PAIR, number, number + 1)
@@ -308,16 +313,13 @@ class WorkRecord:
 
     def _write(self, stage: str, first: int, last: int) -> None:
         record = {"stage": stage, "first": first, "last": last}
-        files.write_bytes(self._path, json.dumps(record).encode())
-
-    def __enter__(self) -> WorkRecord:
-        return self
+        files.write_bytes(_record_path(self.output), json.dumps(record).encode())
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Removes the file at the end of a run, unless that is a death."""
         is_death = kind is not None and issubclass(kind, ProcessDeath)
-        if self._search is not None and not is_death:
-            files.remove(self._path)
+        if self.search is not None and not is_death:
+            files.remove(_record_path(self.output))
 
 
 def _go_on_searching(task: Any, *, may_be_blamed: bool) -> Any:

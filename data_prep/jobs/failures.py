@@ -148,7 +148,7 @@ def survey(
     there, failed_tasks, waiting, changed = [], [], [], []
     for task in tasks:
         name = os.path.basename(task.output)
-        is_done, is_failed = (name + end in present for end in (STATS_SUFFIX, FAILED_SUFFIX))
+        is_done, is_failed = name + STATS_SUFFIX in present, name + FAILED_SUFFIX in present
         (there if is_done else failed_tasks if is_failed else waiting).append(task)
     if not waiting:
         for task, stats, change in check_all([t for t in there if t.output not in known]):

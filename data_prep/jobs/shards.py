@@ -50,6 +50,8 @@ LOCATION_SUFFIX = ".place.json"  # of the files with locations
 
 IDENTITIES = ("time", "hash", "size")
 
+_new_hash = functools.partial(hashlib.blake2b, digest_size=16)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ShardTask:
@@ -164,11 +166,11 @@ def trim_stats(stats: Mapping[str, Any]) -> dict[str, Any]:
     return {name: stats[name] for name in ("config_hash", "output") if name in stats}
 
 
+@dataclasses.dataclass
 class RecordHash:
     """A hash of records in their order; it is the same for every format."""
 
-    def __init__(self) -> None:
-        self._hash = hashlib.blake2b(digest_size=16)
+    _hash: Any = dataclasses.field(default_factory=_new_hash)
 
     def update(self, data: bytes) -> None:
         """Takes one record."""
@@ -322,7 +324,7 @@ def _look_at(source: SourceShard) -> Description:
 
 def _hash_all(source: SourceShard) -> str:
     """The hash of every byte of a file, or of a folder's files with their names."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest = _new_hash()
     found = [("", source.path)]
     if not is_remote(source.path) and os.path.isdir(source.path):
         inside = [path for path, is_inside in walk_files(source.path, source.root) if is_inside]
@@ -340,12 +342,12 @@ def _hash_all(source: SourceShard) -> str:
 def _hash_file(path: str, version: int | str | None) -> bytes:
     """Hash of a file; the version makes the calls before and after a change differ."""
     with open_file(path) as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
+        return hashlib.file_digest(file, _new_hash).digest()
 
 
 def _hash_linked(source: SourceShard) -> str:
     """Hash of every byte of the files that a table names, in the order of its rows."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest = _new_hash()
     for root, name in list_linked_files(source):
         image = read_image(os.path.realpath(root), name, name)
         data = image.reason.encode() if isinstance(image, Skipped) else image

@@ -93,19 +93,18 @@ def describe_error(error: Exception) -> str:
     return "".join(traceback.format_exception(error))
 
 
+@dataclasses.dataclass
 class ThisProcess:
     """The pool that runs tasks here, one after the other; the others have the same methods."""
 
+    function: Function
+    add_pairs: Report
     room = 1  # tasks that may be under way
-
-    def __init__(self, function: Function, add_pairs: Report):
-        self._function = function
-        self._add_pairs = add_pairs
 
     def submit(self, task: Any) -> futures.Future:
         """Starts a task, which has ended when its future is done."""
         future: futures.Future[Outcome] = futures.Future()
-        future.set_result(call_function(self._function, task, self._add_pairs))
+        future.set_result(call_function(self.function, task, self.add_pairs))
         return future
 
     def poll(self) -> None:

@@ -87,7 +87,7 @@ def write_report(folder: str | os.PathLike[str], report: Report) -> None:
         scores=_score_sections(report),
         names=_names(report["measures"]["names"]),
         outcomes=pairs_to_show(report),
-        versions=[f"{name} {' and '.join(of)}" for name, of in report["versions"].items()],
+        versions=[f"{name} {' and '.join(sorted(of))}" for name, of in report["versions"].items()],
     )
 
 
@@ -102,31 +102,26 @@ def funnel_data(report: Report) -> dict[str, Any]:
             f"{d['failed_to_download']:,} failed to download, {d['failed_to_resize']:,} to resize "
             f"({statuses})"
         )
-    jobs = [
-        job
-        | {
-            "settings_text": json.dumps(
-                job["settings"], indent=1, sort_keys=True, ensure_ascii=False
-            )
-        }
-        for job in report["jobs"]
-    ]
+    jobs, rows = [], []
+    for job in report["jobs"]:
+        text = json.dumps(job["settings"], indent=1, sort_keys=True, ensure_ascii=False)
+        jobs.append(job | {"settings_text": text})
+    for row in report["funnel"]:
+        css = "k" if row["stage"] in ("read", KEPT) else "d"
+        rows.append([*_funnel_cells(row), bar(row["share"], 160, css)])
     return report | {
         "jobs": jobs,
         "kept_share": counts["kept"] / max(counts["read"], 1),
         "notes": notes,
         "noise_rows": table_rows(labels, report["clean_label"]) if labels else [],
-        "funnel_rows": [
-            [
-                row["stage"],
-                spell_reason(row["stage"], row["reason"]),
-                f"{row['pairs']:,}",
-                f"{100 * row['share']:.1f}%",
-                bar(row["share"], 160, "k" if row["stage"] in ("read", KEPT) else "d"),
-            ]
-            for row in report["funnel"]
-        ],
+        "funnel_rows": rows,
     }
+
+
+def _funnel_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """A row of `Funnel.rows` as texts, for page and terminal."""
+    reason = spell_reason(row["stage"], row["reason"])
+    return row["stage"], reason, f"{row['pairs']:,}", f"{100 * row['share']:.1f}%"
 
 
 def pairs_to_show(report: Report, most: int | None = None) -> list[tuple[str, list[dict]]]:
@@ -137,18 +132,19 @@ def pairs_to_show(report: Report, most: int | None = None) -> list[tuple[str, li
         most: samples of each outcome; None for all.
     """
     return [
-        (spell_outcome(outcome), [_describe(sample) for sample in found[:most]])
+        (spell_outcome(outcome), list(map(_describe, found[:most])))
         for outcome, found in samples_by_outcome(report)
     ]
 
 
 def samples_by_outcome(report: Report) -> list[tuple[str, list[dict[str, Any]]]]:
     """The samples of each outcome: what was kept first, then the order of the funnel."""
-    found: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
+    found: dict[str, list[dict[str, Any]]] = {KEPT: []}
+    for row in report["funnel"]:
+        found[f"{row['stage']}/{row['reason']}"] = []
     for sample in report["samples"]:
-        found[sample["outcome"]].append(sample)
-    order = [KEPT, *(f"{row['stage']}/{row['reason']}" for row in report["funnel"])]
-    return [(name, found[name]) for name in dict.fromkeys(order) if name in found]
+        found.setdefault(sample["outcome"], []).append(sample)
+    return [(outcome, samples) for outcome, samples in found.items() if samples]
 
 
 def _describe(sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,7 +182,9 @@ def _plot(
             first, last = filled[0] // size, filled[-1] // size
             if last - first < _MOST_BINS:
                 break
-    stride = next(n for n in (1, 2, 5) if last - first < n * _LABELS)
+    for stride in (1, 2, 5):
+        if last - first < stride * _LABELS:
+            break
     bins, highest = [], 0
     for number in range(first, last + 1):
         own = slice(size * number, size * (number + 1))
@@ -271,16 +269,8 @@ def format_funnel(
     rows: Sequence[Mapping[str, Any]], text_spotting: Mapping[str, int] | None = None
 ) -> str:
     """The rows of `Funnel.rows` as a table, and how text was found."""
-    cells = [
-        (
-            row["stage"],
-            spell_reason(row["stage"], row["reason"]),
-            f"{row['pairs']:,}",
-            f"{100 * row['share']:.1f}%",
-        )
-        for row in rows
-    ]
-    table = format_table(("stage", "reason", "pairs", "share"), cells, "llrr", rule=False)
+    header = ("stage", "reason", "pairs", "share")
+    table = format_table(header, list(map(_funnel_cells, rows)), "llrr", rule=False)
     return f"{table}\n{describe_spotting(text_spotting)}" if text_spotting else table
 
 

@@ -8,6 +8,7 @@ finished folder is replayed with other limits. Steps record and count nothing th
 from __future__ import annotations
 
 import dataclasses
+import operator
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -65,26 +66,20 @@ class Candidate:
         self.captions = [c for c, good in zip(self.captions, is_good, strict=True) if good]
 
 
+@dataclasses.dataclass(eq=False)
 class Columns:
     """The columns of n pairs: what steps have measured, or what decisions have recorded.
 
     They are converted when they are asked for.
     """
 
-    def __init__(self, columns: Mapping[str, pyarrow.Array | Sequence[Any]], length: int):
-        """Takes columns of equal length.
-
-        Args:
-            columns: name -> values, where None or null is a value that was not measured.
-            length: n.
-        """
-        self._columns = columns
-        self._length = length
-        self._arrays: dict[str, pyarrow.Array] = {}
-        self._masks: dict[str, dict[str, np.ndarray]] = {}
+    columns: Mapping[str, pyarrow.Array | Sequence[Any]]  # None or null: not measured
+    length: int  # n
+    _arrays: dict[str, pyarrow.Array] = dataclasses.field(default_factory=dict)
+    _masks: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
-        return self._length
+        return self.length
 
     def numbers(self, name: str) -> np.ndarray:
         """A column of numbers, float64 [n]; NaN where nothing was measured."""
@@ -97,7 +92,7 @@ class Columns:
 
     def is_text(self, name: str, value: str) -> np.ndarray:
         """Mask of the pairs for which a column has this text, bool [n]."""
-        return self.texts(name).get(value, np.zeros(self._length, bool))
+        return self.texts(name).get(value, np.zeros(self.length, bool))
 
     def texts(self, name: str) -> dict[str, np.ndarray]:
         """Each text of a column -> mask of its pairs, bool [n]."""
@@ -117,24 +112,26 @@ class Columns:
         The reasons are in a column of the stage's name, or else were recorded as those of the
         stage.
         """
-        if stage in self._columns:
+        if stage in self.columns:
             return self.texts(stage)
         is_own = self.is_text("outcome", stage)
         return {reason: is_own & holds for reason, holds in self.texts("reason").items()}
 
     def _array(self, name: str) -> pyarrow.Array:
         if name not in self._arrays:
-            found = self._columns.get(name)
+            found = self.columns.get(name)
             if found is None:
-                found = pyarrow.nulls(self._length)
+                found = pyarrow.nulls(self.length)
             self._arrays[name] = found if isinstance(found, pyarrow.Array) else pyarrow.array(found)
         return self._arrays[name]
 
 
+@dataclasses.dataclass(eq=False)
 class Step:
     """A filter step. The class describes it and decides; an instance measures one shard.
 
     Attributes:
+        config, source: of one shard; an own `__init__` loads what the step needs to measure.
         name: of the stage, in the statistics and the funnel.
         order: steps run from the lowest to the highest: 5 (conditions on the metadata) to 30
             (text-spotting), the cheapest first.
@@ -149,7 +146,11 @@ class Step:
         section: its section of the config, if it has one; hashed only where the step is active.
         not_hashed: keys of the section that do not decide what is written.
         rules_version: raised whenever the step comes to decide otherwise.
+        switch: the key of the config that turns it on; None for a step that always runs.
     """
+
+    config: ml_collections.ConfigDict
+    source: SourceShard
 
     name: ClassVar[str]
     order: ClassVar[int]
@@ -163,6 +164,7 @@ class Step:
     section: ClassVar[str | None] = None
     not_hashed: ClassVar[tuple[str, ...]] = ()
     rules_version: ClassVar[int] = 1
+    switch: ClassVar[str | None] = None
 
     @classmethod
     def check(cls, config: ml_collections.ConfigDict) -> None:
@@ -175,7 +177,8 @@ class Step:
     @classmethod
     def is_active(cls, config: ml_collections.ConfigDict) -> bool:
         """True if the step runs; finished folders stay valid if a new step is off by default."""
-        return True
+        value = operator.attrgetter(cls.switch)(config) if cls.switch else True
+        return bool(value) or value == ""  # a name that is empty is for the step to refuse
 
     @classmethod
     def describe_rules(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -195,10 +198,6 @@ class Step:
     def batch_size(cls, config: ml_collections.ConfigDict) -> int | None:
         """Largest batch for `measure`, where the step takes long; None for any."""
         return None
-
-    def __init__(self, config: ml_collections.ConfigDict, source: SourceShard):
-        """Loads what the step needs to measure."""
-        self.config = config
 
     def measure(self, batch: Sequence[Candidate]) -> Mapping[str, Sequence[Any]]:
         """Measures pairs.

@@ -7,6 +7,7 @@ is spotted and matched in `data_prep.text_spotting`.
 
 from __future__ import annotations
 
+import collections
 import functools
 import importlib.metadata
 import itertools
@@ -33,6 +34,7 @@ _MOST = 255  # a larger complexity is recorded, and decided about, as this one
 _CAPTION_COLUMNS = ("captions", "gate", "complexity", "actions", "best_complexity")
 _CAPTION_COLUMNS += ("best_active_complexity", "object_names", "action_names")
 
+_IMAGE_COLUMNS = ("format", "width", "height", IMAGE_ERROR)
 _TEXT_COLUMNS = ("matches", "looked", "match", "match_chars", "match_confidence", IMAGE_ERROR)
 
 
@@ -80,13 +82,15 @@ class CaptionStep(Step):
         self._parse([])  # loads the parser
 
     def measure(self, batch: Sequence[Candidate]) -> Mapping[str, Sequence[Any]]:
-        texts = itertools.chain(*(candidate.captions for candidate in batch))
-        parsed = iter(self._parse(list(texts)))
-        columns: dict[str, list[Any]] = {name: [] for name in _CAPTION_COLUMNS}
+        texts: list[str] = []
+        for candidate in batch:
+            texts += candidate.captions
+        parsed = iter(self._parse(texts))
+        columns: dict[str, list[Any]] = collections.defaultdict(list)
         for candidate in batch:
             graphs = list(itertools.islice(parsed, len(candidate.captions)))
             candidate.graphs, candidate.first_graph = graphs, graphs[0]
-            rows = [_describe(graph) for graph in graphs]
+            rows = list(map(_describe, graphs))
             values = rows[0] | {"captions": min(len(graphs), _MOST)}
             if rows[0]["gate"] is None:
                 values["object_names"] = list(graphs[0].objects)
@@ -97,8 +101,8 @@ class CaptionStep(Step):
                 for name in ("best_complexity", "best_active_complexity"):
                     values[name] = max((row["complexity"] for row in found), default=None)
                     found = [row for row in found if row["actions"]]
-            for name, column in columns.items():
-                column.append(values.get(name))
+            for name in _CAPTION_COLUMNS:
+                columns[name].append(values.get(name))
         return columns
 
     @classmethod
@@ -183,14 +187,14 @@ class ImageStep(Step):
         return {"pillow": importlib.metadata.version("pillow")}
 
     def measure(self, batch: Sequence[Candidate]) -> Mapping[str, Sequence[Any]]:
-        columns: dict[str, list] = {n: [] for n in ("format", "width", "height", IMAGE_ERROR)}
+        columns: dict[str, list] = collections.defaultdict(list)
         for candidate in batch:
             data, error, header = candidate.pair.image, None, (None, None, None)
             try:
                 header = transforms.check_readable(data, max_pixels=self.config.image.max_pixels)
             except transforms.ImageError as found:
                 error = found.reason
-            for name, value in zip(columns, (*header, error), strict=True):
+            for name, value in zip(_IMAGE_COLUMNS, (*header, error), strict=True):
                 columns[name].append(value)
         return columns
 
@@ -237,14 +241,12 @@ class TextStep(Step):
     }
     section = "spotter"
     not_hashed = spotter_settings.NOT_HASHED
+    switch = "text_spotting"
+    _machine: dict[str, str] | None = None
 
     @classmethod
     def check(cls, config: ml_collections.ConfigDict) -> None:
         spotter_settings.check_spotter(config.spotter)
-
-    @classmethod
-    def is_active(cls, config: ml_collections.ConfigDict) -> bool:
-        return config.text_spotting
 
     @classmethod
     def describe_rules(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -261,15 +263,10 @@ class TextStep(Step):
     def batch_size(cls, config: ml_collections.ConfigDict) -> int | None:
         return config.spotter.window
 
-    def __init__(self, config: ml_collections.ConfigDict, source: SourceShard):
-        super().__init__(config, source)
-        self._source = source
-        self._machine: dict[str, str] | None = None
-
     @functools.cached_property
     def _spotter(self) -> TextSpotter:
         """The spotter of the shard, opened with the first pair that comes to the step."""
-        source, max_pixels = self._source, self.config.image.max_pixels
+        source, max_pixels = self.source, self.config.image.max_pixels
         name = os.path.basename(source.path.rstrip("/"))  # independent of the folder of the shard
         part = zlib.crc32(f"{name}\n{source.start}\n{source.stop}".encode())
         return open_spotter(self.config.spotter, max_pixels, f"{name}-{part:08x}")
@@ -279,11 +276,11 @@ class TextStep(Step):
             [candidate.pair.image for candidate in batch],
             [candidate.captions for candidate in batch],
         )
-        columns: dict[str, list] = {name: [] for name in _TEXT_COLUMNS}
+        columns: dict[str, list] = collections.defaultdict(list)
         for candidate, verdict in zip(batch, verdicts, strict=True):
             values = self._describe(candidate, verdict)
-            for name, column in columns.items():
-                column.append(values.get(name))
+            for name in _TEXT_COLUMNS:
+                columns[name].append(values.get(name))
         return columns
 
     @classmethod

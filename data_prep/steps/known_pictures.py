@@ -42,10 +42,7 @@ class DuplicateStep(Step):
         "duplicates.table": str,
     }
     section = "duplicates"
-
-    @classmethod
-    def is_active(cls, config: ml_collections.ConfigDict) -> bool:
-        return config.duplicates.table is not None
+    switch = "duplicates.table"
 
     @classmethod
     def describe_rules(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -68,19 +68,15 @@ class PredicateStep(Step):
         "predicates.missing": Key("drop", OneOf(("drop", "keep"))),
     }
     section = "predicates"
+    switch = "predicates.require"
 
     @classmethod
     def check(cls, config: ml_collections.ConfigDict) -> None:
         if cls.is_active(config):
             _parse(config.predicates.require)
 
-    @classmethod
-    def is_active(cls, config: ml_collections.ConfigDict) -> bool:
-        return bool(config.predicates.require)
-
     def __init__(self, config: ml_collections.ConfigDict, source: SourceShard):
         super().__init__(config, source)
-        self._source = source
         self._conditions = _parse(config.predicates.require)
         self._drops_unknown = config.predicates.missing == "drop"
         self._unknown: collections.Counter[str] = collections.Counter()
@@ -107,7 +103,7 @@ class PredicateStep(Step):
             if self._seen and self._unknown[condition.text] == self._seen:
                 logging.warning(
                     "%s: '%s' is unknown for all %d pairs; is a field missing (%s)?",
-                    self._source, condition.text, self._seen, ", ".join(condition.fields),
+                    self.source, condition.text, self._seen, ", ".join(condition.fields),
                 )  # fmt: skip
         return {}
 

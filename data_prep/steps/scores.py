@@ -64,13 +64,11 @@ class ScoreStep(Step):
     here.
 
     Attributes:
-        source_key: what gives the scores; the step is active where it is set.
         limit_key: the limit; None records scores only.
         drops_high: pairs are dropped that are above the limit, not those below.
     """
 
     not_hashed = ("batch_size", "quantile", "scores")  # the limit they lead to is hashed
-    source_key: ClassVar[str] = "model"
     limit_key: ClassVar[str] = "limit"
     drops_high: ClassVar[bool] = False
 
@@ -88,11 +86,7 @@ class ScoreStep(Step):
                 "together; one of them is not set"
             )
         if not cls.is_active(config) and (c[cls.limit_key], c.quantile) != (None, None):
-            raise ValueError(f"{name}.{cls.source_key} is not set: expected what gives the scores")
-
-    @classmethod
-    def is_active(cls, config: ml_collections.ConfigDict) -> bool:
-        return config[cls.name][cls.source_key] is not None
+            raise ValueError(f"config.{cls.switch} is not set: expected what gives the scores")
 
     @classmethod
     def decide(cls, columns: Columns, config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
@@ -138,6 +132,7 @@ class ClipStep(ScoreStep):
         "clip.batch_size": Key(64, COUNT),  # pictures, or texts, that the model gets at a time
     }
     section = "clip"
+    switch = "clip.model"
     limit_key = "min_score"
 
     @classmethod
@@ -187,7 +182,6 @@ class HeadStep(ScoreStep):
 
     reads = ("image",)
     limits = ("limit",)
-    source_key = "head"
 
     @classmethod
     def check(cls, config: ml_collections.ConfigDict) -> None:
@@ -226,7 +220,6 @@ class HeadStep(ScoreStep):
         super().__init__(config, source)
         c = self._keys = config[self.name]
         self._weights, self._bias = read_head(c.head)
-        self._source = source
         self._pictures = models.PictureEmbeddings(
             source,
             c.embeddings,
@@ -250,7 +243,7 @@ class HeadStep(ScoreStep):
         if embedding.shape != self._weights.shape:
             raise ValueError(
                 f"config.{self.name}.head='{self._keys.head}' is for embeddings of "
-                f"{len(self._weights)} numbers, and those of {self._source} have "
+                f"{len(self._weights)} numbers, and those of {self.source} have "
                 f"{len(embedding)}; take the model that it was trained with"
             )
         row = embedding.astype(np.float64)
@@ -268,6 +261,7 @@ class AestheticStep(HeadStep):
     scores = {"aesthetic_score": "aesthetic score"}
     bins = {"aesthetic_score": tuple(tenth / 10 for tenth in range(-20, 121))}
     keys = {f"aesthetic.{name}": key for name, key in HEAD_KEYS.items()}
+    switch = "aesthetic.head"
 
 
 class UnsafeStep(HeadStep):
@@ -279,6 +273,7 @@ class UnsafeStep(HeadStep):
     scores = {"unsafe_score": "unsafe score"}
     bins = {"unsafe_score": tuple(tenth / 10 for tenth in range(-100, 101))}
     keys = {f"unsafe.{name}": key for name, key in HEAD_KEYS.items()}
+    switch = "unsafe.head"
     drops_high = True
 
 
