@@ -199,9 +199,10 @@ def _finish(
         if is_unfinished(
             job.config.max_failed_shards, found, len(job.tasks), has_other_jobs=not is_alone
         ):
-            undecided = plan.find_undecided([task.output for task, _ in found.parts])
+            outputs = [task.output for task, _ in found.parts]
+            undecided = plan.find_undecided(outputs)
             if found.parts and not undecided and (is_alone or not found.waiting):
-                report = _gather(job, found)
+                report = _gather(job, found, outputs)
                 print_funnel(report)
                 if not found.waiting:  # the report lists what has failed
                     write_report(job.folder, report)
@@ -225,6 +226,7 @@ def _write_output(job: Job, found: Survey) -> tuple[dict[str, str], list[ShardTa
         again, since records of theirs are nowhere.
     """
     config, folder, parts = job.config, job.folder, found.parts
+    outputs = [task.output for task, _ in parts]
     planned = resharding.plan_shards(parts, folder, config) if job.is_resharded else []
     written = resharding.load_written(planned)
     unwritten = [shard for shard, stats in zip(planned, written, strict=True) if not stats]
@@ -232,12 +234,12 @@ def _write_output(job: Job, found: Survey) -> tuple[dict[str, str], list[ShardTa
         restored: list[resharding.BalancedShard] = []
         if job.is_resharded:
             restored, missing = resharding.plan_restoring(parts, unwritten, folder)
-            missing |= plan.find_undecided([task.output for task, _ in parts])
+            missing |= plan.find_undecided(outputs)
             if missing:
                 return {}, [task for task, _ in parts if task.output in missing]
         elif not config.metadata_only:  # as training reads them: in the order of their names
             parts = sorted(parts, key=lambda part: part[0].output)
-        report = _gather(job, found)
+        report = _gather(job, found, outputs)
         if not report["counts"]["kept"] and not config.metadata_only:
             print_funnel(report)
             write_report(folder, report)
@@ -253,8 +255,8 @@ def _write_output(job: Job, found: Survey) -> tuple[dict[str, str], list[ShardTa
             return failures, []
         if job.is_resharded:
             resharding.remove_stale_shards(folder, planned, config.output_format)
-        outputs = [os.path.basename(shard.output) for shard in planned]
-        shards.remove_temporary_files(folder, [*outputs, *plan.MERGED_FILES])
+        names = [os.path.basename(shard.output) for shard in planned]
+        shards.remove_temporary_files(folder, [*names, *plan.MERGED_FILES])
         described = [filter_config.SETTINGS, table.MANIFEST]
         shards.remove_temporary_files(job.parts_folder, described)
         table.write_lists(folder, table.read_kept(task.output for task, _ in parts))
@@ -288,18 +290,18 @@ def _is_described(job: Job) -> bool:
     return all(files.exists(files.join(job.folder, name)) for name in merged["described_by"])
 
 
-def _gather(job: Job, found: Survey) -> Report:
-    """The report of the parts that are done, at least one."""
+def _gather(job: Job, found: Survey, outputs: Sequence[str]) -> Report:
+    """The report of the parts that are done, at least one, which have these outputs."""
     described = {
         "input": job.config.input,
         "output": job.config.output,
         "settings": filter_config.record_settings(job.config),
         "config_hash": job.tasks[0].config_hash,
         "failed": found.failed,
-        "shards": len(found.parts),
+        "shards": len(outputs),
     }
     return gather(
-        [task.output for task, _ in found.parts],
+        outputs,
         [described],
         samples_per_outcome=job.config.samples_per_outcome,
         report_samples=job.config.report_samples,

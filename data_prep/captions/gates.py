@@ -183,7 +183,7 @@ def gate_caption(caption: str, lexicon: frozenset[str] = frozenset()) -> tuple[s
         return "", "url"
     if _FILE_NAME.fullmatch(text):
         return "", "file_name"
-    without_links = _LINK.sub(" ", text) if any(part in text for part in _LINK_PARTS) else text
+    without_links = _LINK.sub(" ", text) if any(map(text.__contains__, _LINK_PARTS)) else text
     if "@" in without_links:
         without_links = _MAIL.sub(" ", without_links)
     if without_links != text and not _LETTER.search(without_links):
@@ -243,7 +243,7 @@ def _strip_talk(text: str) -> str:
         text = _part_tags(text[talk.end() :])
     if text[-_TAIL_CHARS:].lower().find(" slow motion") > 0:
         text = _MOTION_TAIL.sub("", text)
-    while any(word in text[-_TAIL_CHARS:].lower() for word in _SALES_WORDS):
+    while any(map(text[-_TAIL_CHARS:].lower().__contains__, _SALES_WORDS)):
         tail = _SALES_TAIL.search(text, max(0, len(text) - _TAIL_CHARS))
         if not tail or tail.start() == 0:
             break

@@ -50,7 +50,7 @@ def mark_objects(sentence: Sentence) -> None:
         else:
             names_thing = low in lexicon.PERSON_PRONOUNS and is_person_pronoun(sentence, i)
         sentence.is_object.append(names_thing)
-    sentence.is_hidden = [False] * len(sentence)
+    sentence.is_hidden = [False] * len(sentence.low)
     for of, low in enumerate(sentence.low):
         if of and low == "of" and sentence.dep[of] == "prep" and sentence.has_kid(of, "pobj"):
             head = sentence.head[of]

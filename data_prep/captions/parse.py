@@ -177,7 +177,7 @@ def _parse_distinct(
     finally:
         if was_enabled:
             gc.enable()
-    return {
-        caption: graphs[text] if reason is None else CaptionGraph(drop_reason=reason)
-        for caption, (text, reason) in gated.items()
-    }
+    found = {}
+    for caption, (text, reason) in gated.items():
+        found[caption] = graphs[text] if reason is None else CaptionGraph(drop_reason=reason)
+    return found

@@ -32,7 +32,7 @@ _DOUBTFUL_TAGS = NOUN_TAGS | ADJECTIVE_TAGS | {"UH"}
 def repair_sentence(sentence: Sentence, words: CaptionLemmatizer) -> None:
     """Corrects a parse in place."""
     tag, dep, low = sentence.tag, sentence.dep, sentence.low
-    for i in range(len(sentence)):
+    for i in range(len(sentence.low)):
         if dep[i] == "prt" and sentence.has_kid(i, "pobj"):
             dep[i] = "prep"
         if tag[i] in VERB_TAGS:
@@ -48,7 +48,7 @@ def repair_sentence(sentence: Sentence, words: CaptionLemmatizer) -> None:
                 tag[i], dep[i], sentence.lemma[i] = "NN", "compound", low[i]
         elif tag[i] in _DOUBTFUL_TAGS:
             _correct_tag(sentence, i, words)
-    for i in range(1, len(sentence)):
+    for i in range(1, len(sentence.low)):
         if tag[i] in _HIDDEN_VERB_TAGS or (tag[i] == "VBZ" and dep[i] == "pobj"):
             _correct_hidden_verb(sentence, i, words)
 
@@ -121,7 +121,7 @@ def _correct_false_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) ->
         past = words.lemmatize(low, "VBD")
         if past in words.verbs:
             sentence.tag[i], sentence.lemma[i], lemma = "VBD", past, past  # "took this picture"
-    following = sentence.low[i + 1] if i + 1 < len(sentence) else ""
+    following = sentence.low[i + 1] if i + 1 < len(sentence.low) else ""
     if low == "left" and i and sentence.low[i - 1] in (",", "(") and not following.isalpha():
         sentence.tag[i] = "RB"
         return
@@ -155,7 +155,7 @@ def _correct_false_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) ->
 
 def _begins_with_thing(sentence: Sentence, i: int) -> bool:
     """Returns whether a base form at the beginning is a thing: "design for a shop"."""
-    if i or sentence.low[i] not in lexicon.FIRST_NOUNS or len(sentence) == 1:
+    if i or sentence.low[i] not in lexicon.FIRST_NOUNS or len(sentence.low) == 1:
         return False
     begins = sentence.tag[1] in ("IN", "TO") and sentence.low[1] not in ("out", "up", "through")
     return begins and not sentence.has_kid(i, "dobj", "nsubj", "xcomp", "ccomp", "prt")
@@ -168,7 +168,7 @@ def _names_part(sentence: Sentence, i: int) -> bool:
     subjects = sentence.kids_of(i, "nsubj")
     return (
         sentence.tag[i] == "VBZ"
-        and i + 1 < len(sentence)
+        and i + 1 < len(sentence.low)
         and sentence.low[i + 1] == "of"
         and subjects == [i - 1]
         and sentence.lemma[i - 1] not in lexicon.ANIMATE_NOUNS
@@ -333,7 +333,7 @@ def _has_thing(sentence: Sentence, i: int) -> bool:
 
 
 def _is_followed(sentence: Sentence, i: int) -> bool:
-    if i + 1 >= len(sentence):
+    if i + 1 >= len(sentence.low):
         return False
     return sentence.tag[i + 1] in _AFTER_VERB or sentence.low[i + 1] == "next"
 

@@ -61,9 +61,6 @@ class Sentence:
             if head != i:
                 self.kids[head].append(i)
 
-    def __len__(self) -> int:
-        return len(self.low)
-
     def has_kid(self, i: int, *labels: str) -> bool:
         """Returns whether a token has a dependent with one of the labels."""
         dep = self.dep

@@ -52,7 +52,7 @@ class _GraphBuilder:
     def build(self) -> CaptionGraph:
         sentence = self.sentence
         objects = []
-        for i in range(len(sentence)):
+        for i in range(len(sentence.low)):
             if sentence.tag[i] in VERB_TAGS:
                 if self.is_clause(i):
                     self.add_verb(i)

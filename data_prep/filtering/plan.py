@@ -202,8 +202,8 @@ def find_done(job: Job, overwrite: bool) -> tuple[dict[str, dict[str, Any]], boo
     present = {name for name in listed if not name.startswith(".")}
     done, changed = _compare(job, present) if present else ({}, {})
     names = {os.path.basename(task.output) for task in job.tasks} if present else set()
-    finished = [n.removesuffix(STATS_SUFFIX) for n in present if n.endswith(STATS_SUFFIX)]
-    gone = sorted(set(finished) - names)
+    finished = {n.removesuffix(STATS_SUFFIX) for n in present if n.endswith(STATS_SUFFIX)}
+    gone = sorted(finished - names)
     if (changed or gone) and not overwrite:
         _refuse_many(job, changed, gone, len(finished))
     for path, (reason, _) in changed.items():

@@ -287,8 +287,9 @@ def is_same_input(
         FileNotFoundError: the input is gone.
     """
     now, location = _look_at(source)
-    if any(contents.get(name) != value for name, value in now.items() if name != "files"):
-        return False
+    for name, value in now.items():
+        if name != "files" and contents.get(name) != value:
+            return False
     before = files.read_object(location_path)
     # The path is no part of it: what was moved is the same file.
     if before is not None and before | {"path": location["path"]} == location:

@@ -43,7 +43,7 @@ def main() -> None:
     report = merge_reports(flags.FLAGS.input)
     lines = [
         f"{spell_outcome(outcome):36} {escape(sample['caption'][:_SHOWN_CHARS])}"
-        for outcome, found in samples_by_outcome(report)
+        for outcome, found in samples_by_outcome(report).items()
         for sample in found[:_SHOWN_PAIRS]
     ]
     print_escaped(

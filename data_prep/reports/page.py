@@ -133,18 +133,19 @@ def pairs_to_show(report: Report, most: int | None = None) -> list[tuple[str, li
     """
     return [
         (spell_outcome(outcome), list(map(_describe, found[:most])))
-        for outcome, found in samples_by_outcome(report)
+        for outcome, found in samples_by_outcome(report).items()
+        if found
     ]
 
 
-def samples_by_outcome(report: Report) -> list[tuple[str, list[dict[str, Any]]]]:
+def samples_by_outcome(report: Report) -> dict[str, list[dict[str, Any]]]:
     """The samples of each outcome: what was kept first, then the order of the funnel."""
     found: dict[str, list[dict[str, Any]]] = {KEPT: []}
     for row in report["funnel"]:
         found[f"{row['stage']}/{row['reason']}"] = []
     for sample in report["samples"]:
         found.setdefault(sample["outcome"], []).append(sample)
-    return [(outcome, samples) for outcome, samples in found.items() if samples]
+    return found
 
 
 def _describe(sample: Mapping[str, Any]) -> dict[str, Any]:
