@@ -146,7 +146,7 @@ class Step:
         section: its section of the config, if it has one; hashed only where the step is active.
         not_hashed: keys of the section that do not decide what is written.
         rules_version: raised whenever the step comes to decide otherwise.
-        switch: the key of the config that turns it on unless it is empty; None: it always runs.
+        switch: the key that turns it on, by all but None, False and (); None: it always runs.
     """
 
     config: ml_collections.ConfigDict
