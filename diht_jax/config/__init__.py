@@ -21,7 +21,7 @@ import ml_collections
 from absl import logging
 
 from diht_jax.config.checks import TextOrSections, validate_config
-from diht_jax.config.keys import DURATION_UNITS
+from diht_jax.config.keys import DURATIONS
 
 __all__ = [
     "default_config",
@@ -31,10 +31,6 @@ __all__ = [
     "validate_config",
 ]
 
-
-_DURATIONS = [
-    [f"{prefix}_{unit}" for unit in DURATION_UNITS] for prefix in ("total", "no_patch_dropout")
-]
 
 _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 _INSTALLED = _PACKAGE / "recipes" / "configs"  # where a wheel has them; pyproject.toml says so
@@ -119,9 +115,9 @@ def apply_overrides(config: ml_collections.ConfigDict, given: Collection[str]) -
 
     A recipe's warm-up that does not fit into fewer steps becomes a tenth of them.
     """
-    for names in _DURATIONS:
-        if any(config.get(name) is not None for name in names if name in given):
-            for name in set(names).difference(given):
+    for names in map(set, DURATIONS.values()):
+        if set(map(config.get, names.intersection(given))) - {None}:
+            for name in names.difference(given):
                 config[name] = None
     steps = config.total_steps if "total_steps" in given else None
     if steps and "optimizer.warmup_steps" not in given and config.optimizer.warmup_steps >= steps:

@@ -49,17 +49,11 @@ class Range:
         return text if self.also is None else f"{self.also}, or {text}"
 
 
-@dataclasses.dataclass(frozen=True)
-class OneOf:
+class OneOf(tuple[str, ...]):
     """Some words."""
 
-    words: tuple[str, ...]
-
-    def __contains__(self, value: str) -> bool:
-        return value in self.words
-
     def __str__(self) -> str:
-        return "one of " + ", ".join(self.words)
+        return "one of " + ", ".join(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +78,12 @@ SHARE_NOT_0 = Range(0, 1, excludes_low=True)
 DEVICES = Range(1, also=-1)
 FLOATS = OneOf(("float32", "bfloat16", "float16"))
 
-# Units of a duration; a recipe sets one of them.
+# Units of a duration, and the keys of each duration; a recipe sets one of them.
 DURATION_UNITS = ("steps", "examples", "epochs")
+DURATIONS = {
+    prefix: [f"{prefix}_{unit}" for unit in DURATION_UNITS]
+    for prefix in ("total", "no_patch_dropout")
+}
 
 KEYS: dict[str, Key] = {
     "seed": Key(0, Range(0, 2**32, excludes_high=True)),  # of parameters, order, crops

@@ -144,55 +144,63 @@ def count_jaxpr_flops(jaxpr: Jaxpr | ClosedJaxpr, *, leave_out: str | None = Non
     """
     if isinstance(jaxpr, ClosedJaxpr):
         jaxpr = jaxpr.jaxpr
-    return sum(
-        _count_equation(eqn)
-        for eqn in _live(jaxpr).eqns
-        if leave_out is None or leave_out not in str(eqn.source_info.name_stack).split("/")
-    )
-
-
-def _live(jaxpr: Jaxpr) -> Jaxpr:
-    """A jaxpr without what none of its results depends on."""
+    # Without what none of the results depends on.
     live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
-    # JAX keeps every Pallas kernel; XLA does not.
-    read = {id(variable) for eqn in live.eqns for variable in eqn.invars}
-    read |= {id(variable) for variable in live.outvars}
-    return live.replace(
-        eqns=[
-            eqn
-            for eqn in live.eqns
-            if eqn.primitive.name != "pallas_call" or any(id(out) in read for out in eqn.outvars)
-        ]
-    )
+    read = set(map(id, live.outvars))
+    for eqn in live.eqns:
+        read.update(map(id, eqn.invars))
+    flops = 0
+    for eqn in live.eqns:
+        # JAX keeps every Pallas kernel; XLA does not.
+        if eqn.primitive.name == "pallas_call" and read.isdisjoint(map(id, eqn.outvars)):
+            continue
+        if leave_out is None or leave_out not in str(eqn.source_info.name_stack).split("/"):
+            flops += _count_equation(eqn)
+    return flops
 
 
 def _count_equation(eqn: Any) -> int:
-    name = eqn.primitive.name
-    if name in _RULES:
-        return _RULES[name](eqn)
-    if name == "while":
-        raise ValueError(
-            "count_flops: a while loop, whose trip count is not known; loop with jax.lax.scan or "
-            "with jax.lax.fori_loop over Python integers"
-        )
-    if name in _FOREIGN:
-        raise ValueError(
-            f"count_flops: '{name}' is a foreign kernel whose FLOPs the jaxpr does not show; "
-            "count the function with an implementation written in JAX"
-        )
+    params = eqn.params
+    match eqn.primitive.name:
+        case "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+            return 2 * eqn.outvars[0].aval.size * depth
+        case "conv_general_dilated":
+            return _count_convolution(eqn)
+        case "scan":
+            return count_jaxpr_flops(params["jaxpr"]) * params["length"]
+        case "cond":
+            return max(map(count_jaxpr_flops, params["branches"]))
+        case "shard_map":
+            sizes = dict(params["mesh"].shape)
+            num_devices = math.prod(sizes[axis] for axis in params["newly_manual_axes"])
+            return count_jaxpr_flops(params["jaxpr"]) * num_devices
+        case "pallas_call":
+            estimate = params["cost_estimate"]
+            if estimate is not None:  # without what the kernel multiplies by zeros
+                return estimate.flops
+            return count_jaxpr_flops(params["jaxpr"]) * math.prod(params["grid_mapping"].grid)
+        case name if name in _CUDNN_PRODUCTS:
+            # 2 b h t s d each, for queries [b, t, h, d] and keys [b, s, h, d].
+            (batch, queries, heads, depth), (_, keys, _, _) = (v.aval.shape for v in eqn.invars[:2])
+            return _CUDNN_PRODUCTS[name] * 2 * batch * heads * queries * keys * depth
+        case "while":
+            raise ValueError(
+                "count_flops: a while loop, whose trip count is not known; loop with jax.lax.scan "
+                "or with jax.lax.fori_loop over Python integers"
+            )
+        case name if name in _FOREIGN:
+            raise ValueError(
+                f"count_flops: '{name}' is a foreign kernel whose FLOPs the jaxpr does not show; "
+                "count the function with an implementation written in JAX"
+            )
     # The functions that jit, checkpoint, custom derivatives and the like call.
-    inner = [value for value in eqn.params.values() if isinstance(value, Jaxpr | ClosedJaxpr)]
+    inner = [value for value in params.values() if isinstance(value, Jaxpr | ClosedJaxpr)]
     return sum(map(count_jaxpr_flops, inner))
 
 
-def _dot_general(eqn: Any) -> int:
-    left = eqn.invars[0].aval
-    (contracted, _), _ = eqn.params["dimension_numbers"]
-    depth = math.prod(left.shape[axis] for axis in contracted)
-    return 2 * eqn.outvars[0].aval.size * depth
-
-
-def _convolution(eqn: Any) -> int:
+def _count_convolution(eqn: Any) -> int:
     """Every output element sums over the window and its group's input channels.
 
     A convolution's gradients are convolutions over padded or dilated inputs; the zeros put in
@@ -210,46 +218,10 @@ def _convolution(eqn: Any) -> int:
     return 2 * examples * channels_in * channels_out * pairs
 
 
-def _scan(eqn: Any) -> int:
-    return count_jaxpr_flops(eqn.params["jaxpr"]) * eqn.params["length"]
-
-
-def _cond(eqn: Any) -> int:
-    return max(map(count_jaxpr_flops, eqn.params["branches"]))
-
-
-def _shard_map(eqn: Any) -> int:
-    sizes = dict(eqn.params["mesh"].shape)
-    num_devices = math.prod(sizes[axis] for axis in eqn.params["newly_manual_axes"])
-    return count_jaxpr_flops(eqn.params["jaxpr"]) * num_devices
-
-
-def _pallas_call(eqn: Any) -> int:
-    estimate = eqn.params["cost_estimate"]
-    if estimate is not None:  # without what the kernel multiplies by zeros
-        return estimate.flops
-    return count_jaxpr_flops(eqn.params["jaxpr"]) * math.prod(eqn.params["grid_mapping"].grid)
-
-
-def _cudnn_attention(num_products: int) -> Callable[[Any], int]:
-    """Counts `num_products` of 2 b h t s d each, for queries [b, t, h, d] and keys [b, s, h, d]."""
-
-    def rule(eqn: Any) -> int:
-        (batch, queries, heads, depth), (_, keys, _, _) = (v.aval.shape for v in eqn.invars[:2])
-        return num_products * 2 * batch * heads * queries * keys * depth
-
-    return rule
-
-
-_RULES: dict[str, Callable[[Any], int]] = {
-    "dot_general": _dot_general,
-    "conv_general_dilated": _convolution,
-    "scan": _scan,
-    "cond": _cond,
-    "shard_map": _shard_map,
-    "pallas_call": _pallas_call,
-    "dot_product_attention_fwd_wrapper": _cudnn_attention(2),
-    "dot_product_attention_bwd_wrapper": _cudnn_attention(5),
+# Kernels of cuDNN's attention, and how many products of queries and keys each computes.
+_CUDNN_PRODUCTS = {
+    "dot_product_attention_fwd_wrapper": 2,
+    "dot_product_attention_bwd_wrapper": 5,
 }
 
 _FOREIGN = frozenset(

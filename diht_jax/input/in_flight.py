@@ -14,6 +14,7 @@ the devices take a batch, a thread joins the next one.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import math
 import mmap
 import sys
@@ -211,13 +212,13 @@ class InFlight:
         )
 
 
+@dataclasses.dataclass
 class BatchMemory:
     """Memory of joined batches."""
 
-    def __init__(self):
-        # For each batch its bytes by name. All arrays that are lent are views of them.
-        self._batches: list[dict[str, np.ndarray]] = []
-        self._lock = threading.Lock()
+    # For each batch its bytes by name. All arrays that are lent are views of them.
+    _batches: list[dict[str, np.ndarray]] = dataclasses.field(default_factory=list)
+    _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     def is_short(self) -> bool:
         """Returns whether as many batches are in use as there should be at a time."""
@@ -257,19 +258,17 @@ def _references(batch: Mapping[str, np.ndarray]) -> int:
 _UNUSED = _references({"": np.empty(1)})
 
 
+@dataclasses.dataclass
 class Joiner:
-    """The batches of an endless source of parts, the next of which is joined ahead."""
+    """The batches of an endless source of parts, the next of which is joined ahead.
 
-    def __init__(self, next_part: Callable[[], dict[str, np.ndarray]], num_parts: int):
-        """Begins with the first `take`.
+    It begins with the first `take`.
+    """
 
-        Args:
-            next_part: gives the parts in their order, [rows, ...] each.
-            num_parts: of a batch. A batch of one part is that part; it is not taken ahead.
-        """
-        self._next_part, self._num_parts = next_part, num_parts
-        self._memory = BatchMemory()
-        self._ahead: _Join | None = None
+    next_part: Callable[[], dict[str, np.ndarray]]  # gives them in their order, [rows, ...] each
+    num_parts: int  # of a batch. A batch of one part is that part; it is not taken ahead.
+    memory: BatchMemory = dataclasses.field(default_factory=BatchMemory)
+    _ahead: _Join | None = None
 
     def take(self) -> dict[str, np.ndarray]:
         """The next batch.
@@ -277,8 +276,8 @@ class Joiner:
         Raises:
             Exception: what `next_part` has raised; the parts before it are lost.
         """
-        if self._num_parts == 1:
-            return self._next_part()
+        if self.num_parts == 1:
+            return self.next_part()
         join, self._ahead = self._ahead or _Join(self), None
         batch = join.result()
         self._ahead = _Join(self)
@@ -318,17 +317,17 @@ class _Join(threading.Thread):
         self.join(_END_SECS)
 
     def run(self) -> None:
-        memory = self._joiner._memory
+        memory = self._joiner.memory
         try:
             # Until somebody waits for it, a batch that finds no room is not begun.
             while memory.is_short() and not self._wanted.wait(_LOOK_SECS):
                 pass
-            self._batch = join_parts(self._part, self._joiner._num_parts, memory)
+            self._batch = join_parts(self._part, self._joiner.num_parts, memory)
         except BaseException as error:
             self._error = error
 
     def _part(self) -> dict[str, np.ndarray]:
-        part = {} if self._stopped else self._joiner._next_part()
+        part = {} if self._stopped else self._joiner.next_part()
         if self._stopped:
             raise InterruptedError("the input is closed")
         return part

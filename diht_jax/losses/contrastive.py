@@ -364,7 +364,7 @@ def check_split(num_pairs: int, mesh: Mesh, axis_names: tuple[str, ...]) -> None
         raise ValueError(
             f"axis_names: expected axes of the mesh {tuple(mesh.shape)}, got {axis_names}"
         )
-    num_devices = math.prod(mesh.shape[name] for name in axis_names)
+    num_devices = math.prod(map(mesh.shape.get, axis_names))
     if num_pairs % num_devices:
         raise ValueError(
             f"a global batch of {num_pairs} pairs cannot be split over the "

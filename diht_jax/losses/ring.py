@@ -19,6 +19,7 @@ Source: ours; ring attention (arXiv 2310.01889) has the ring.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -57,9 +58,10 @@ def group_size(axis_sizes: tuple[int, ...], block_bytes: int, chip: Chip | None)
     if len(axis_sizes) < 2:
         return 1
     most = chip.hbm_bytes * _GATHERED_SHARE if chip else _GATHERED_BYTES
-    inner = axis_sizes[-1]
-    fitting = (size for size in range(inner, 1, -1) if inner % size == 0)
-    return next((size for size in fitting if size * block_bytes <= most), 1)
+    for size in range(axis_sizes[-1], 1, -1):
+        if axis_sizes[-1] % size == 0 and size * block_bytes <= most:
+            return size
+    return 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Ring:
 
     objective: Objective  # the loss of one row
     axes: tuple[str, ...]  # mesh axes that the batch is split over, in the mesh's order
-    num_devices: int  # along them
+    num_rounds: int  # groups of devices along them, so blocks of texts that a device meets
     group: int  # G, neighbours along the last axis that gather their images
     images: Tiling  # tiles of the images of a group, the rows of a block of logits
     texts: Tiling  # tiles of the texts of a device, its columns
@@ -127,19 +129,15 @@ class Ring:
         # Any ring visits all blocks; `ppermute` of newer JAX wants its axes in the mesh's order.
         if set(axes) <= set(mesh.axis_names):
             axes = tuple(sorted(axes, key=mesh.axis_names.index))
-        sizes = tuple(jax.lax.axis_size(axis) for axis in axes)
+        sizes = tuple(map(jax.lax.axis_size, axes))
         num_rows, width = block.shape
         device = getattr(mesh, "abstract_device", None)
         chip = find_chip(device.device_kind) if device else None
         group = group_size(sizes, block.size * block.dtype.itemsize, chip)
         most_tile = most_tile or tile_of_block(group * num_rows, width)
-        images, texts = (Tiling.create(rows, most_tile) for rows in (group * num_rows, num_rows))
-        return cls(objective, axes, math.prod(sizes), group, images, texts)
-
-    @property
-    def num_rounds(self) -> int:
-        """Groups of devices, and so blocks of texts that a device meets."""
-        return self.num_devices // self.group
+        images = Tiling.create(group * num_rows, most_tile)
+        texts = Tiling.create(num_rows, most_tile)
+        return cls(objective, axes, math.prod(sizes) // group, group, images, texts)
 
     def blocks(self, image_emb: jax.Array, text_emb: jax.Array, pair_ids: jax.Array | None) -> Any:
         """Tiles of the group's images and of the own texts, each with their ids or None."""
@@ -154,8 +152,8 @@ class Ring:
         """Sends `block` to the next group, and returns that of the one before."""
         if self.num_rounds == 1:
             return block
-        devices = range(self.num_devices)
-        to_next = [(i, (i + self.group) % self.num_devices) for i in devices]
+        num_devices = self.num_rounds * self.group
+        to_next = [(i, (i + self.group) % num_devices) for i in range(num_devices)]
         return jax.lax.ppermute(block, self.axes, to_next)
 
     def shift_rows(self, rows: Any) -> Any:
@@ -310,11 +308,11 @@ def varying_axes(x: jax.Array) -> frozenset[str]:
 
 def at(tree: Any, index: Index) -> Any:
     """Takes one tile of each array [num_tiles, ...] of a tree."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree)
+    take = functools.partial(jax.lax.dynamic_index_in_dim, index=index, keepdims=False)
+    return jax.tree.map(take, tree)
 
 
 def put(tree: Any, part: Any, index: Index) -> Any:
     """Replaces one tile of each array of a tree; the inverse of `at`."""
-    return jax.tree.map(
-        lambda x, p: jax.lax.dynamic_update_index_in_dim(x, p, index, 0), tree, part
-    )
+    replace = functools.partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=0)
+    return jax.tree.map(replace, tree, part)

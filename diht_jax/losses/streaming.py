@@ -87,7 +87,7 @@ def streaming_loss(
     arguments = (image_emb, text_emb, scale, scalars, pair_ids, row_weights)
     # Every argument differs from device to device as far as the rule below is concerned: JAX
     # then sums the gradients of replicated ones itself, outside of it.
-    varying = frozenset().union(*(varying_axes(leaf) for leaf in jax.tree.leaves(arguments)))
+    varying = frozenset().union(*map(varying_axes, jax.tree.leaves(arguments)))
     loss, statistics = _ring_loss(ring, *jax.tree.map(functools.partial(vary, varying), arguments))
     return loss, jax.lax.stop_gradient(statistics)
 
@@ -147,7 +147,7 @@ def _forward(ring, image_emb, text_emb, scale, scalars, pair_ids, row_weights):
             lambda one, other: _merge(objective, one, other, scalars),
             [at(parts, member) for member in range(ring.group)],
         )
-    num_pairs = ring.num_devices * ring.texts.num_rows
+    num_pairs = ring.num_rounds * ring.images.num_rows
     finish = functools.partial(
         objective.finish, positives=positives, scalars=scalars, num_pairs=num_pairs
     )
@@ -168,13 +168,13 @@ def _backward(ring, residuals, cotangents):
     (images, image_ids), own_texts = ring.blocks(image_emb, text_emb, pair_ids)
     # The derivatives scale with the cotangent of the device that a row belongs to.
     factor = loss_grad if row_weights is None else loss_grad * row_weights
-    image_slopes, text_slopes = (_scaled(part, factor) for part in slopes)
+    image_slopes, text_slopes = _scaled(slopes[0], factor), _scaled(slopes[1], factor)
     nothing: Any = ()  # what no tile reads
     of_partners = [s._replace(scalars=(), positive=nothing) for s in (image_slopes, text_slopes)]
     image_tiles = jax.tree.map(ring.images.split, ring.gather_rows(of_partners[0]))
     text_tiles = jax.tree.map(ring.texts.split, of_partners[1])
-    no_images, no_texts = (zeros(tiles.shape, scale) for tiles in (images, own_texts[0]))
-    no_scalars = tuple(zeros((), scale) for _ in objective.second_pass)
+    no_images, no_texts = zeros(images.shape, scale), zeros(own_texts[0].shape, scale)
+    no_scalars = (zeros((), scale),) * len(objective.second_pass)
 
     def add_block(rounds, block, text_slopes, stays):
         texts, text_ids = block

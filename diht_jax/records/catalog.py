@@ -161,8 +161,9 @@ def _list(entry: str, folders: dict[str, _Sizes], siblings: Mapping[str, int]) -
             return {entry: None}
         if os.path.isdir(entry):
             with os.scandir(entry) as listed:
-                folders[entry.rstrip("/")] = {f.path: None for f in listed if os.path.isfile(f)}
-            return folders[entry.rstrip("/")]
+                found = dict.fromkeys(map(os.fspath, filter(os.path.isfile, listed)))
+            folders[entry.rstrip("/")] = found
+            return found
         return dict.fromkeys(filter(os.path.isfile, glob.glob(entry, recursive=True)))
     parent = os.path.dirname(entry)
     if siblings[parent] > 1 and kind_of(entry) and not is_glob(entry):
@@ -196,7 +197,7 @@ def _shared_kind(files: Sequence[tuple[str, _Sizes]]) -> str:
     """The kind of the shards among the files of some entries; of several, the first of each."""
     kinds: dict[str, str] = {}  # and an example of each
     for entry, paths in files:
-        found = {kind_of(path) for path in paths}
+        found = set(map(kind_of, paths))
         kind = next((kind for kind in SUFFIXES if kind in found), None) or kind_of(entry)
         # A TFRecord shard may have any name.
         if kind is None and (is_remote(entry) or entry not in paths or _is_foreign(entry)):

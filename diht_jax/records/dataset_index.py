@@ -239,7 +239,7 @@ class DatasetIndex:
         self.num_records, self.num_bytes = records.astype(np.int64), sizes.astype(np.int64)
         self.kinds = [facts["kinds"][kind] for kind in kinds.tolist()]
         self.names = names.split("\0")[:-1]
-        self.rows = {name: row for row, name in enumerate(self.names)}
+        self.rows = dict(zip(self.names, range(len(self.names)), strict=True))
         if len(self.names) != shards or len(self.rows) != shards or names[-1:] not in ("", "\0"):
             raise ValueError(f"it has {len(self.rows)} names for {shards} shards")
         for name in self.names:

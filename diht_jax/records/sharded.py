@@ -56,7 +56,7 @@ class ShardedRecords(Sequence[bytes]):
         if not isinstance(paths, Catalog):
             paths = open_catalog(paths, self.kind)
         self._shards = paths.shards
-        self.paths = [shard.path for shard in self._shards]
+        self.paths: list[str] = []
         self._offsets_in_memory: dict[int, np.ndarray] = {}
         self._unchecked: set[int] = set()
         self.unindexed_urls: list[str] = []
@@ -64,6 +64,7 @@ class ShardedRecords(Sequence[bytes]):
         counted = map_many(self.shard_type.count, self._shards)
         for number, (count, size, offsets) in enumerate(counted):
             shard = self._shards[number]
+            self.paths.append(shard.path)
             counts.append(count)
             identity.append(f"{os.path.basename(shard.path)} {count} {size}")
             if offsets is not None:
@@ -188,10 +189,8 @@ class ShardedRecords(Sequence[bytes]):
         for index, (start, end) in enumerate(itertools.pairwise(starts), first):
             yield self.unpack(index, data[start:end])
 
-    @staticmethod
-    def decode(element: bytes) -> schema.Record:
-        """The record of an element; errors are those of `schema.decode_record`."""
-        return schema.decode_record(element)
+    # The record of an element.
+    decode = staticmethod(schema.decode_record)
 
     def __repr__(self) -> str:
         # Grain compares it when it restores an iterator: the same data must give the same text,

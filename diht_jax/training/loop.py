@@ -134,7 +134,13 @@ class Run:
         tokenizer = check_together(open_tokenizer, config, workdir)
         self.mixture = open_data(config, tokenizer)
         self.config = config = check_together(bind_records, config, self.mixture, workdir)
-        self._set_lengths()
+        num_examples = self.mixture.num_records
+        self.total_steps = recipe.duration_in_steps(config, "total", num_examples=num_examples)
+        self.patch_dropout_steps = recipe.patch_dropout_steps(
+            config, self.total_steps, num_examples=num_examples
+        )
+        check_together(opening.check_same_start, config, workdir, num_examples=num_examples)
+        self.kept_step = recipe.steps_before_end(config, num_examples=num_examples)
         if tokenizer is not None:
             keep_tokenizer(tokenizer, workdir)
         write_config(workdir, config)
@@ -165,17 +171,7 @@ class Run:
             config, tasks, self.program, self.writer, self.total_steps, tokenizer
         )
         self._skipped_records = 0
-        log_start(self.program, self.state.params, self.mixture.num_records, self.total_steps)
-
-    def _set_lengths(self) -> None:
-        """Sets the steps of the run and of its parts; checks them against its checkpoints."""
-        config, num_examples = self.config, self.mixture.num_records
-        self.total_steps = recipe.duration_in_steps(config, "total", num_examples=num_examples)
-        self.patch_dropout_steps = recipe.patch_dropout_steps(
-            config, self.total_steps, num_examples=num_examples
-        )
-        check_together(opening.check_same_start, config, self.workdir, num_examples=num_examples)
-        self.kept_step = recipe.steps_before_end(config, num_examples=num_examples)
+        log_start(self.program, self.state.params, num_examples, self.total_steps)
 
     def first_state(self) -> TrainState:
         """The state of the latest checkpoint, or that of a new run."""

@@ -237,15 +237,10 @@ def without_memory_is_lasting(is_running: Callable[[], bool]) -> Generator[None]
         ) from error
 
 
-class StopRequest:
+class StopRequest(contextlib.ExitStack):
     """Knows whether to stop; a context that gives the signals back when it ends."""
 
-    def __init__(self):
-        self._requested = self._interrupted = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        return self
+    _requested = _interrupted = False
 
     def listen(self) -> None:
         """Takes over the signals; until then they end the process, which has nothing to save."""
@@ -256,11 +251,7 @@ class StopRequest:
                 [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
             )
             for number in handled:
-                self._previous[number] = signal.signal(number, self._remember)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+                self.callback(signal.signal, number, signal.signal(number, self._remember))
 
     def is_due(self, step: int) -> bool:
         """Returns whether to save and stop after this step; the same answer in all processes."""

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 from absl import logging
 
 from diht_jax import sharding
@@ -136,25 +137,23 @@ class TrainProgram:
         """Shapes, dtypes and shardings of the batch that the input pipeline makes."""
         size, side = self.config.data.batch_size, self.arch.image_size
         by_example = sharding.batch_sharding(self.mesh)
+        field = functools.partial(jax.ShapeDtypeStruct, sharding=by_example)
         fields = {
-            "images": ((side, side, 3), jnp.uint8),
-            "tokens": ((self.arch.context_length,), jnp.int32),
+            "images": field((size, side, side, 3), jnp.uint8),
+            "tokens": field((size, self.arch.context_length), jnp.int32),
         }
         if self.pair_ids:
-            fields["pair_ids"] = (2,), jnp.uint32
+            fields["pair_ids"] = field((size, 2), jnp.uint32)
         if self.num_means:
-            fields["record_ids"] = (), jnp.int32
+            fields["record_ids"] = field((size,), jnp.int32)
         if self.num_labels:
             for ids, probs in CONCEPT_FIELDS:
-                fields[ids] = (self.num_labels,), jnp.int32
-                fields[probs] = (self.num_labels,), jnp.float32
+                fields[ids] = field((size, self.num_labels), jnp.int32)
+                fields[probs] = field((size, self.num_labels), jnp.float32)
         if self.teacher_width:
             for name in (IMAGE_FIELD, TEXT_FIELD):
-                fields[name] = (self.teacher_width,), jnp.float16
-        return {
-            name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=by_example)
-            for name, (shape, dtype) in fields.items()
-        }
+                fields[name] = field((size, self.teacher_width), jnp.float16)
+        return fields
 
     def attention(self) -> dict[str, TowerAttention]:
         """The attention of the step's blocks, by tower."""
@@ -249,7 +248,7 @@ def log_start(
     logging.info(
         "%s: %.1fM parameters, %d records, %d steps of %d examples on %d x %s (mesh %s)",
         f"{model.name} with {', '.join(changed)}" if changed else model.name,
-        sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6,
+        optax.tree.size(params) / 1e6,
         num_records,
         total_steps,
         program.config.data.batch_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from typing import Any
@@ -12,6 +13,7 @@ from diht_jax.config.checks import validate_config
 from diht_jax.config.keys import (
     COUNT,
     DURATION_UNITS,
+    DURATIONS,
     FIXED,
     FREE,
     KEYS,
@@ -47,10 +49,8 @@ def all_keys() -> dict[str, Any]:
         least = NOT_NEGATIVE if may_be_0 else COUNT if kind is int else None
         keys[f"model.overrides.{field}"] = Key(kind, least)
     # A loss ignores the keys of the others.
-    sections = [("loss", loss.settings) for loss in LOSSES.values()]
-    sections += [(name, term.settings) for name, term in TERMS.items()]
-    for section, settings in sections:
-        for name, value in settings.items():
+    for section, owner in [*itertools.product(["loss"], LOSSES.values()), *TERMS.items()]:
+        for name, value in owner.settings.items():
             key = f"{section}.{name}"
             assert keys.setdefault(key, value) == value, f"{key}: two different defaults"
     return keys
@@ -83,8 +83,10 @@ def check_config(config: ml_collections.ConfigDict) -> None:
 
 def pictures_of(config: ml_collections.ConfigDict) -> Preprocessing:
     """The preprocessing of a run's pictures."""
-    given = {name: value for name, value in config.model.pictures.items() if value is not None}
-    given |= {name: tuple(given[name]) for name in ("mean", "std") if name in given}
+    given: dict[str, Any] = {}
+    for name, value in config.model.pictures.items():
+        if value is not None:
+            given[name] = tuple(value) if name in ("mean", "std") else value
     try:
         return Preprocessing(**given)
     except ValueError as error:
@@ -114,10 +116,12 @@ def duration_in_steps(config: ml_collections.ConfigDict, prefix: str, *, num_exa
         prefix: first part of the three names.
         num_examples: size of one epoch, in examples.
     """
-    values = {unit: config.get(f"{prefix}_{unit}") for unit in DURATION_UNITS}
-    given = {unit: value for unit, value in values.items() if value is not None}
+    given = {}
+    for unit, name in zip(DURATION_UNITS, DURATIONS[prefix], strict=True):
+        if config.get(name) is not None:
+            given[unit] = config[name]
     if len(given) != 1:
-        names = ", ".join(f"config.{prefix}_{unit}" for unit in DURATION_UNITS)
+        names = ", ".join(f"config.{name}" for name in DURATIONS[prefix])
         raise ValueError(f"set exactly one of {names}; got {given or 'none of them'}")
     unit, value = next(iter(given.items()))
     if not math.isfinite(value):
@@ -143,7 +147,7 @@ def patch_dropout_steps(
             `no_patch_dropout_epochs` are set, no patches are dropped anyway, or it would be the
             whole run.
     """
-    if all(config.get(f"no_patch_dropout_{unit}") is None for unit in DURATION_UNITS):
+    if set(map(config.get, DURATIONS["no_patch_dropout"])) == {None}:
         return total_steps
     if not config.model.patch_dropout:
         raise ValueError(

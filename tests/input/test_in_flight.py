@@ -84,7 +84,7 @@ def test_batches_are_their_parts_in_memory_that_is_used_again(joiner):
 
 def test_no_batch_is_joined_ahead_of_two_that_are_in_use(joiner, source):
     first, second = joiner.take(), joiner.take()
-    assert joiner._memory.is_short() and source.taken == 2 * PARTS
+    assert joiner.memory.is_short() and source.taken == 2 * PARTS
     ahead = joiner._ahead
     assert ahead.is_alive() and not ahead._batch  # it waits for room
     del first

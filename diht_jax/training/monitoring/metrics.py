@@ -11,6 +11,7 @@ import datetime
 import io
 import json
 import numbers
+import re
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
@@ -31,7 +32,7 @@ from diht_jax.training.monitoring.trackers import (
     warn_without,
 )
 
-_SHOWN_RESULTS = ("top1", "t2i_r1", "i2t_r1")
+_SHOWN_RESULTS = re.compile("evaluation/(.*/)?(top1|t2i_r1|i2t_r1)")
 WALL_TIME_FILE = "wall_time.json"
 USES = ("start", "compile", "step", "input", "evaluation", "checkpoint", "lost")
 _WALL_SECS = "wall_secs/"
@@ -57,10 +58,12 @@ class MetricWriter:
         if jax.process_index() != 0:
             return
         workdir = epath.Path(workdir)
-        kept = [row for row in read_metrics(workdir) if row["step"] <= start_step]
-        data = "".join(json.dumps(row) + "\n" for row in kept).encode()
+        kept = ""
+        for row in read_metrics(workdir):
+            if row["step"] <= start_step:
+                kept += json.dumps(row) + "\n"
         # At once: a kill here must not cost the lines of weeks.
-        self._lines = GrowingFile(workdir / METRICS_FILE, data)
+        self._lines = GrowingFile(workdir / METRICS_FILE, kept.encode())
         self._trackers = open_trackers(workdir, start_step, config)
 
     @property
@@ -74,7 +77,7 @@ class MetricWriter:
         A line for which there is no room, or that a store does not take, is kept, and written
         before the next one.
         """
-        row = {name: float(value) for name, value in scalars.items()}
+        row = dict(zip(scalars, map(float, scalars.values()), strict=True))
         if self._lines is not None:
             self._lines.append((json.dumps({"step": step, **row}) + "\n").encode())
         self._call_trackers("write", step, row)
@@ -146,14 +149,13 @@ def plot_curves(workdir: str | epath.Path) -> bytes | None:
 def _draw_curves(rows: Sequence[Mapping[str, float]]) -> bytes:
     from matplotlib.figure import Figure
 
-    evaluated = sorted({name for row in rows for name in row if name.startswith("evaluation/")})
     panels = [
         ("loss", ["loss"]),
         ("accuracy within the batch", ["i2t_accuracy", "t2i_accuracy"]),
         ("logit scale", ["logit_scale"]),
         ("gradient norm", ["grad_norm"]),
     ]
-    shown = [name for name in evaluated if name.rsplit("/", 1)[-1] in _SHOWN_RESULTS]
+    shown = sorted(filter(_SHOWN_RESULTS.fullmatch, set().union(*rows)))
     if shown:
         panels.append(("evaluation", shown))
     figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
@@ -258,10 +260,10 @@ class WallTime:
         """`goodput`, the share of the time that was spent on steps which count, and the seconds."""
         self.switch(self._use)
         total = sum(self._secs.values())
-        return {
-            "goodput": self._secs["step"] / total if total else 0.0,
-            **{_WALL_SECS + use: secs for use, secs in self._secs.items()},
-        }
+        scalars = {"goodput": self._secs["step"] / total if total else 0.0}
+        for use, secs in self._secs.items():
+            scalars[_WALL_SECS + use] = secs
+        return scalars
 
     def save(self) -> None:
         """Writes the file; a warning where that fails."""

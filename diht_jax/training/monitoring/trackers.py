@@ -117,8 +117,10 @@ class TensorBoard(Tracker):
         """Appends an event; one that cannot be written now is kept."""
         from tensorboard.compat.proto import summary_pb2
 
-        values = [summary_pb2.Summary.Value(tag=n, simple_value=v) for n, v in scalars.items()]
-        self._events.append(_event(step=step, summary=summary_pb2.Summary(value=values)))
+        summary = summary_pb2.Summary()
+        for name, value in scalars.items():
+            summary.value.add(tag=name, simple_value=value)
+        self._events.append(_event(step=step, summary=summary))
 
     def close(self, failed: bool) -> None:
         """Writes what was kept."""
@@ -231,12 +233,12 @@ TRACKERS: dict[str, type[Tracker]] = {
 
 def tracker_names(trackers: Sequence[str]) -> list[str]:
     """The names in `config.trackers`; `--config.trackers=a,b` gives one text of two."""
-    names = [name.strip() for text in trackers for name in text.split(",") if name.strip()]
+    names = dict.fromkeys(filter(None, map(str.strip, ",".join(trackers).split(","))))
     for name in names:
         if name not in TRACKERS:
             hint = suggest(name.lower(), TRACKERS)
             raise ValueError(f"config.trackers: there is no tracker '{name:.200}'; {hint}")
-    return list(dict.fromkeys(names))
+    return list(names)
 
 
 def check_trackers(trackers: Sequence[str]) -> None:

@@ -204,7 +204,7 @@ def open_data(config: ml_collections.ConfigDict, tokenizer: FileTokenizer | None
     if num_concepts:
         vocabulary = find_train_vocabulary(config.data.train, config.data.labels)
     is_sampled = config.data.captions == "sample"
-    decoder = functools.partial(
+    decoder = functools.partial(  # of the template of each source's texts
         DecodeExample,
         arch.image_size,
         arch.context_length,
@@ -227,7 +227,7 @@ def open_data(config: ml_collections.ConfigDict, tokenizer: FileTokenizer | None
         config.data,
         config.seed,
         open_records,
-        lambda template: decoder(text_template=template),
+        decoder,
         jax.process_count(),
     )
 
