@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import ml_collections
@@ -136,17 +136,6 @@ def walk(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, tuple
         found[name] = (value, config.get_type(key))
         if isinstance(value, ml_collections.ConfigDict):
             found.update(walk(value, f"{name}."))
-    return found
-
-
-def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted name."""
-    found: dict[str, Any] = {}
-    for key, value in section.items():
-        if isinstance(value, Mapping):
-            found |= flatten(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
     return found
 
 

@@ -208,7 +208,7 @@ def open_mixture(
         if isinstance(order, GlobalOrder):
             records.make_offsets_local(data.cache_dir)
         decode = make_decoder(source.text_template or data.text_template)
-        labels: list[LabelRecords | None] = []
+        labels: list[LabelRecords] = []
         key = f"config.data.train.{source.name}.labels" if source.name else "config.data.labels"
         patiently = functools.partial(read_patiently, timeout_secs=data.read_timeout_secs)
         options = {"cache_dir": data.cache_dir, "patiently": patiently}
@@ -217,9 +217,8 @@ def open_mixture(
         if source.labels and decode.teacher_width:
             clips = ClipEmbeddings.open(source.labels, records, key, **options)
             check_crops(clips, f"{key}={source.labels}")
-            labels.append(clips)
-        joined = tuple(each for each in labels if each is not None)
-        sources.append(Source(source.name, records, order, decode, joined))
+            labels += [] if clips is None else [clips]
+        sources.append(Source(source.name, records, order, decode, tuple(labels)))
     if not parsed[0].name:
         return Mixture(sources)
     in_blocks = any(isinstance(source.order, BlockOrder) for source in sources)

@@ -21,6 +21,7 @@ name of its section in the config.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import jax
@@ -263,6 +264,7 @@ def _top1_credit(positive: jax.Array, hardest: jax.Array, ties: jax.Array) -> ja
 Parameters = dict[str, Any]
 
 
+@dataclasses.dataclass(eq=False)
 class Term:
     """A term of the objective, as its section of the config describes it.
 
@@ -277,22 +279,17 @@ class Term:
         reads_image_tokens: whether `of_examples` gets all tokens of the image tower. Without, the
             last block computes the class token alone.
         multipliers: entries for `config.optimizer.multipliers`, for its own parameters.
-        name: of its section.
-        section: its section of the config.
-        arch: sizes of the model.
     """
 
     settings: ClassVar[dict[str, Any]] = {"weight": Key(0.0, NOT_NEGATIVE)}
-    num_labels: int = 0
-    teacher_width: int = 0
-    reads_image_tokens: bool = False
-    multipliers: tuple[tuple[str, float, float], ...] = ()
+    num_labels: ClassVar[int] = 0
+    teacher_width: ClassVar[int] = 0
+    reads_image_tokens: ClassVar[bool] = False
+    multipliers: ClassVar[tuple[tuple[str, float, float], ...]] = ()
 
-    def __init__(self, name: str, section: ml_collections.ConfigDict, arch: Architecture):
-        """Keeps the section, whose values are in their ranges; calls `check` for an active term."""
-        self.name, self.section, self.arch = name, section, arch
-        if self.is_active:
-            self.check()
+    name: str  # of its section
+    section: ml_collections.ConfigDict  # of the config; values are in their ranges
+    arch: Architecture  # sizes of the model
 
     def check(self) -> None:
         """Raises ValueError where the section of an active term is wrong within its ranges."""

@@ -41,11 +41,6 @@ _GATHERED_SHARE = 1 / 8192
 _GATHERED_BYTES = 2 << 20
 
 
-def tile_of_block(num_rows: int, width: int) -> int:
-    """The largest side of `TILES` whose logits take no more memory than the block [b, d]."""
-    return next((tile for tile in TILES if tile**2 <= num_rows * width), TILES[-1])
-
-
 def group_size(axis_sizes: tuple[int, ...], block_bytes: int, chip: Chip | None) -> int:
     """Number of neighbours along the last axis that gather their images; 1: a ring of all devices.
 
@@ -123,7 +118,8 @@ class Ring:
         Args:
             objective, axes: see above; the axes in any order.
             block: images of a device, [b, d], with the dtype of their gradients.
-            most_tile: side of a tile, at most; None for `tile_of_block`.
+            most_tile: side of a tile, at most; None for the largest of `TILES` whose logits take
+                no more memory than the images of a group.
         """
         mesh = jax.sharding.get_abstract_mesh()
         # Any ring visits all blocks; `ppermute` of newer JAX wants its axes in the mesh's order.
@@ -134,7 +130,8 @@ class Ring:
         device = getattr(mesh, "abstract_device", None)
         chip = find_chip(device.device_kind) if device else None
         group = group_size(sizes, block.size * block.dtype.itemsize, chip)
-        most_tile = most_tile or tile_of_block(group * num_rows, width)
+        fitting = (tile for tile in TILES if tile**2 <= group * num_rows * width)
+        most_tile = most_tile or next(fitting, TILES[-1])
         images = Tiling.create(group * num_rows, most_tile)
         texts = Tiling.create(num_rows, most_tile)
         return cls(objective, axes, math.prod(sizes) // group, group, images, texts)

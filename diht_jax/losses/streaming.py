@@ -74,7 +74,7 @@ def streaming_loss(
         pair_ids: equal in all columns for equal pairs; they travel with the texts. Needed unless
             `objective.equal_pairs` is "negative".
         row_weights: of the losses of the rows, both directions; constants.
-        tile: largest side of a tile; None for `ring.tile_of_block`.
+        tile: largest side of a tile; None for that of `Ring.create`.
 
     Returns:
         The sum on this device, at least float32, and statistics without gradient.
@@ -82,8 +82,8 @@ def streaming_loss(
     axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
     dtype = jnp.promote_types(image_emb.dtype, jnp.float32)
     ring = Ring.create(objective, axes, jax.ShapeDtypeStruct(image_emb.shape, dtype), tile)
-    scale = jnp.asarray(logit_scale, dtype)
-    scalars = tuple(jnp.asarray(value, dtype) for value in scalars)
+    as_array = functools.partial(jnp.asarray, dtype=dtype)
+    scale, scalars = as_array(logit_scale), tuple(map(as_array, scalars))
     arguments = (image_emb, text_emb, scale, scalars, pair_ids, row_weights)
     # Every argument differs from device to device as far as the rule below is concerned: JAX
     # then sums the gradients of replicated ones itself, outside of it.

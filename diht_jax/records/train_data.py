@@ -10,6 +10,7 @@ import base64
 import collections
 import dataclasses
 import hashlib
+import itertools
 import math
 import os
 import posixpath
@@ -341,4 +342,4 @@ def _by_name(fingerprint: Fingerprint) -> dict[str, tuple[int, int, str]]:
 
 
 def _table(shards: tuple[tuple[str, int, int, str], ...]) -> bytes:
-    return os.fsencode("".join("\t".join(map(str, shard)) + "\n" for shard in shards))
+    return os.fsencode("".join(itertools.starmap("{}\t{}\t{}\t{}\n".format, shards)))

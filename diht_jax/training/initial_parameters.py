@@ -23,7 +23,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from diht_jax import sharding
-from diht_jax.config.checks import flatten
 from diht_jax.models.parameters import fit_positions
 from diht_jax.models.zoo import (
     ARCHITECTURE_FIELDS,
@@ -217,7 +216,9 @@ def _read_weights(source: str) -> ModelFiles:
 
 def _changed_keys(section: ml_collections.ConfigDict) -> set[str]:
     """Dotted names of the keys of the model that differ from the default ones."""
-    own, default = (flatten(s.to_dict(), "model.") for s in (section, default_config().model))
+    own, default = (
+        flatten_dict({"model": s.to_dict()}, sep=".") for s in (section, default_config().model)
+    )
     return {name for name, value in own.items() if value != default[name]}
 
 

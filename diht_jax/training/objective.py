@@ -32,11 +32,15 @@ Kept = tuple[Means, Integer[Array, ""]] | None
 
 
 def active_terms(config: ml_collections.ConfigDict) -> tuple[Term, ...]:
-    """The terms that count in this run."""
+    """The terms that count in this run, checked."""
     arch = get_architecture(config.model.name, config.model.overrides.to_dict())
-    return tuple(
-        term for name, kind in TERMS.items() if (term := kind(name, config[name], arch)).is_active
-    )
+    terms = []
+    for name, kind in TERMS.items():
+        term = kind(name, config[name], arch)
+        if term.is_active:
+            term.check()
+            terms.append(term)
+    return tuple(terms)
 
 
 def bind_data(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -52,9 +56,11 @@ def label_sizes(config: ml_collections.ConfigDict) -> tuple[int, int]:
     Returns:
         Number of the teacher's labels of each kind, and size of the CLIP teachers' embeddings.
     """
-    terms = active_terms(config)
-    num_labels = max((term.num_labels for term in terms), default=0)
-    return num_labels, max((term.teacher_width for term in terms), default=0)
+    num_labels = teacher_width = 0
+    for term in active_terms(config):
+        num_labels = max(num_labels, term.num_labels)
+        teacher_width = max(teacher_width, term.teacher_width)
+    return num_labels, teacher_width
 
 
 def needs_pair_ids(config: ml_collections.ConfigDict) -> bool:

@@ -154,15 +154,13 @@ def update_rules(config: ml_collections.ConfigDict, params: Any) -> dict[str, Up
         ValueError: a pattern is no regular expression or is found in no name, a factor is
             negative or no number, or nothing is left to train.
     """
-    ranks = {
-        path_name(path): leaf.ndim for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
-    frozen = [_pattern("frozen", text, ranks) for text in config.frozen]
-    multipliers = [_multiplier(entry, ranks) for entry in config.multipliers]
-    beside_adapters = frozen_by_adapters(ranks)
-    num_blocks = {} if config.layer_decay is None else _num_blocks(ranks)
+    flat = flatten_dict(params, sep="/")
+    frozen = [_pattern("frozen", text, flat) for text in config.frozen]
+    multipliers = [_multiplier(entry, flat) for entry in config.multipliers]
+    beside_adapters = frozen_by_adapters(flat)
+    num_blocks = {} if config.layer_decay is None else _num_blocks(flat)
     rules = {}
-    for name, rank in ranks.items():
+    for name, leaf in flat.items():
         found = (factors for pattern, *factors in multipliers if pattern.search(name))
         rate, weight_decay = next(found, (1.0, 1.0))
         if config.layer_decay is not None:
@@ -170,7 +168,7 @@ def update_rules(config: ml_collections.ConfigDict, params: Any) -> dict[str, Up
         rules[name] = UpdateRule(
             frozen=name in beside_adapters or any(pattern.search(name) for pattern in frozen),
             learning_rate=rate,
-            weight_decay=weight_decay if rank >= 2 else 0.0,
+            weight_decay=weight_decay if leaf.ndim >= 2 else 0.0,
         )
     if all(rule.frozen for rule in rules.values()):
         raise ValueError(

@@ -25,10 +25,12 @@ from etils import epath
 from diht_jax.storage.files import add_checksum, parse_checked_object
 from diht_jax.training.monitoring.trackers import (
     METRICS_FILE,
+    TRACKERS,
     GrowingFile,
+    TrackedRun,
     Tracker,
-    open_trackers,
     replace_file,
+    tracker_names,
     warn_without,
 )
 
@@ -53,7 +55,7 @@ class MetricWriter:
             config: the whole training config, for the trackers.
         """
         self._lines: GrowingFile | None = None
-        self._trackers: list[Tracker] = []  # one that fails is left out from then on
+        self._trackers: list[Tracker] = []  # one that fails is left out
         self.has_failed = False  # an error ends the run
         if jax.process_index() != 0:
             return
@@ -64,7 +66,12 @@ class MetricWriter:
                 kept += json.dumps(row) + "\n"
         # At once: a kill here must not cost the lines of weeks.
         self._lines = GrowingFile(workdir / METRICS_FILE, kept.encode())
-        self._trackers = open_trackers(workdir, start_step, config)
+        run = TrackedRun(workdir, start_step, json.loads(config.to_json_best_effort()))
+        for name in tracker_names(config.trackers):
+            try:
+                self._trackers.append(TRACKERS[name](run))
+            except Exception as error:  # each client has its own
+                warn_without(TRACKERS[name], error)
 
     @property
     def takes_pictures(self) -> bool:

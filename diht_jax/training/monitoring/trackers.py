@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import importlib.util
 import io
-import json
 import os
 import socket
 import time
@@ -19,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
-import ml_collections
 from absl import logging
 from etils import epath
 
@@ -252,19 +250,6 @@ def check_trackers(trackers: Sequence[str]) -> None:
                     f"config.trackers: '{name}' needs the package {package}, which is not "
                     f"installed: `pip install {package}`, or leave it out of --config.trackers"
                 )
-
-
-def open_trackers(
-    workdir: epath.Path, start_step: int, config: ml_collections.ConfigDict
-) -> list[Tracker]:
-    """The trackers of a training config; one that cannot be opened is left out, with a warning."""
-    run, opened = TrackedRun(workdir, start_step, json.loads(config.to_json_best_effort())), []
-    for name in tracker_names(config.trackers):
-        try:
-            opened.append(TRACKERS[name](run))
-        except Exception as error:  # each client has its own
-            warn_without(TRACKERS[name], error)
-    return opened
 
 
 def warn_without(kind: type[Tracker], error: Exception) -> None:

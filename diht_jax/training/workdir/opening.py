@@ -18,8 +18,8 @@ import jax
 import ml_collections
 from absl import logging
 from etils import epath
+from flax.traverse_util import flatten_dict
 
-from diht_jax.config.checks import flatten
 from diht_jax.config.keys import END, FIXED
 from diht_jax.data.file_tokenizer import FileTokenizer
 from diht_jax.input.choices import open_caption_choice
@@ -96,12 +96,12 @@ def _check_shared(folder: epath.Path, workdir: str) -> None:
         if look:
             time.sleep(_POLL_SECONDS)  # a network file system may show it a moment later
         seen = gather_texts(lock.read_text() if lock.exists() else "")
-        without = [index for index, text in enumerate(seen) if text != seen[0]]
-        if not without:
+        if len(set(seen)) == 1:
             return
+    without = next(index for index, text in enumerate(seen) if text != seen[0])
     key = "config.checkpoint.staging" if is_remote(workdir) else "--workdir"
     raise ValueError(
-        f"--workdir={workdir}: process {without[0]} does not see {folder} of process 0, and all "
+        f"--workdir={workdir}: process {without} does not see {folder} of process 0, and all "
         f"hosts write their part of a checkpoint there. Set {key} to a folder that they share "
         "(NFS, Lustre), or take a gs:// work directory"
     )
@@ -317,4 +317,4 @@ def _changed_keys(
 
 def _values(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Values by dotted name, as JSON keeps them."""
-    return flatten(json.loads(config.to_json_best_effort()))
+    return flatten_dict(json.loads(config.to_json_best_effort()), sep=".")
