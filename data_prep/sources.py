@@ -18,6 +18,7 @@ import collections
 import contextlib
 import hashlib
 import json
+import operator
 import os
 import re
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -74,12 +75,13 @@ class Input(NamedTuple):
     @property
     def path(self) -> str:
         """Path of the unit below the root, with "/" between the names."""
-        path, root = (
-            text.split("://", 1)[1].strip("/")
-            if is_remote(text)
-            else os.path.abspath(text).replace(os.sep, "/")
-            for text in (self.shard.path, self.root)
-        )
+        compared = []
+        for text in (self.shard.path, self.root):
+            if is_remote(text):
+                compared.append(text.split("://", 1)[1].strip("/"))
+            else:
+                compared.append(os.path.abspath(text).replace(os.sep, "/"))
+        path, root = compared
         below = path.removeprefix(f"{root}/")
         # What a text such as tfds:NAME:SPLIT stands for is elsewhere.
         return below if below != path else path.rpartition("/")[2]
@@ -125,7 +127,7 @@ def hash_inputs(inputs: Sequence[Input]) -> list[str]:
     They stand for the path below the root, the kind, and the range where a file makes several
     units. Of inputs that are alike in all of these, the second and later ones are numbered.
     """
-    units = collections.Counter(found.shard.path for found in inputs)
+    units = collections.Counter(map(operator.attrgetter("shard.path"), inputs))
     seen: collections.Counter[str] = collections.Counter()
     hashes = []
     for found in inputs:

@@ -10,6 +10,7 @@ where the output goes to a file they are a line now and then.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import sys
@@ -81,8 +82,9 @@ def format_table(
     for side, (head, *cells) in zip(align, zip(header, *rows, strict=True), strict=True):
         width = max(map(len, [head, *cells]))
         lines = [head, *(["-" * width] if rule else []), *cells]
-        columns.append([x.rjust(width) if side == "r" else x.ljust(width) for x in lines])
-    return "\n".join(["  ".join(line).rstrip() for line in zip(*columns, strict=True)])
+        pad = str.rjust if side == "r" else str.ljust
+        columns.append(map(pad, lines, itertools.repeat(width)))
+    return "\n".join(map(str.rstrip, map("  ".join, zip(*columns, strict=True))))
 
 
 class ProgressBar(tqdm):

@@ -8,6 +8,7 @@ without importing any of these.
 from __future__ import annotations
 
 import importlib.metadata
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -69,7 +70,7 @@ class CaptionGraph:
     @property
     def complexity(self) -> int:
         """Complexity of the caption: the maximum over its objects, 0 without objects."""
-        return max((node.complexity for node in self.objects.values()), default=0)
+        return max(map(operator.attrgetter("complexity"), self.objects.values()), default=0)
 
     @property
     def has_action(self) -> bool:

@@ -356,7 +356,10 @@ def _warn_of_names(funnel: Funnel, words: Mapping[str, Mapping[str, int]]) -> It
         dropped = sum(found.values())
         if stage == "caption":
             break
-    short = sum(n for of_side in words.values() for w, n in of_side.items() if int(w) < _NAME_WORDS)
+    short = 0
+    for of_side in words.values():
+        for number, pairs in of_side.items():
+            short += pairs if int(number) < _NAME_WORDS else 0
     if funnel.kept <= _FEW * arrived and min(dropped, short) > arrived / 2:
         yield (
             f"{short:,} of {arrived:,} captions have fewer than {_NAME_WORDS} words, as "

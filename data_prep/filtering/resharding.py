@@ -96,12 +96,13 @@ def plan_shards(
 
     The number of shards is that of all records divided by `examples_per_shard`, rounded up.
     """
-    counts = (stats["output"]["records"] for _, stats in parts)
-    records = np.fromiter(counts, np.int64, len(parts))
+    records, with_concepts = np.zeros(len(parts), np.int64), True
+    for i, (_, stats) in enumerate(parts):
+        records[i] = stats["output"]["records"]
+        with_concepts &= CONCEPTS_SUFFIX in stats["output"]["companions"]
     ends = np.cumsum(records)
     total = int(ends[-1]) if len(ends) else 0
     count = max(1, -(-total // config.examples_per_shard))
-    with_concepts = all(CONCEPTS_SUFFIX in stats["output"]["companions"] for _, stats in parts)
 
     def plan(number: int) -> BalancedShard:
         first, last = total * number // count, total * (number + 1) // count

@@ -116,7 +116,9 @@ class CaptionStep(Step):
         best = np.where(columns.numbers("captions") > 1, columns.numbers(name), best)
         is_bad = ~(best >= limits["min_complexity"])
         is_simple = complexity < limits["min_complexity"]
-        reasons = {reason: is_bad & columns.is_text("gate", reason) for reason in GATE_REASONS}
+        reasons = {}
+        for reason in GATE_REASONS:
+            reasons[reason] = is_bad & columns.is_text("gate", reason)
         return reasons | {"complexity": is_bad & is_simple, "no_action": is_bad}
 
 

@@ -173,8 +173,7 @@ def parse_flags(
             given = _with_paths(flags.FLAGS.read_flags_from_files(given, force_gnu=False))
             for path, arg in _named_recipes(given)[-1:]:
                 _check_recipe(path, load_recipe(path, arg), defaults)
-            keys = (re.match(r"--?config\.([\w.]+)", argument) for argument in given)
-            check_names((key[1] for key in keys if key), defaults)
+            check_names(re.findall(r"(?:^|\0)--?config\.([\w.]+)", "\0".join(given)), defaults)
         sys.argv[:] = given  # ml_collections reads the keys of configs there
         rest = flags.FLAGS(given)
         if config_defaults is not None and _named_recipes(given):
@@ -277,7 +276,7 @@ def _with_flags(message: str) -> str:
     config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
     if not isinstance(config, ml_collections.ConfigDict):
         return message
-    keys = "|".join(re.escape(key) for key in config)
+    keys = "|".join(map(re.escape, config))
     return re.sub(rf"(?<![\w./-])config\.(?=(?:{keys})\b)", "--config.", message)
 
 

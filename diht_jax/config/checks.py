@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -107,11 +108,11 @@ def check_names(names: Iterable[str], defaults: ml_collections.ConfigDict) -> No
     Names inside a `TextOrSections` of `defaults` are not looked at.
     """
     known = walk(defaults)
-    free = tuple(
-        f"{name}." for name, (_, kind) in known.items() if issubclass(kind, TextOrSections)
-    )
     for name in names:
-        if name not in known and not name.startswith(free):
+        if name in known:
+            continue
+        sections = known.keys() & itertools.accumulate(name.split("."), "{}.{}".format)
+        if not any(issubclass(known[section][1], TextOrSections) for section in sections):
             raise ValueError(_unknown_key_message(name[:200], list(known)))
 
 
@@ -167,7 +168,10 @@ def _matches(value: Any, expected: type, default: Any = None) -> bool:
         return isinstance(value, int | float)
     if expected not in (list, tuple):
         return isinstance(value, expected)
+    if not isinstance(value, list | tuple):
+        return False
     kinds = set(map(type, default or ()))
-    return isinstance(value, list | tuple) and (
-        len(kinds) != 1 or all(x is not None and _matches(x, *kinds) for x in value)
-    )
+    for element in value if len(kinds) == 1 else ():
+        if element is None or not _matches(element, *kinds):
+            return False
+    return True

@@ -297,7 +297,9 @@ def _make_task(request: _Request, defaults: Mapping[str, Any]) -> Task:
         # In CLIP_benchmark's layout the labels are those of the folder's own class names.
         fields |= _fields_of_entry(entry, source, (words if is_folder else {}) | given)
     fields |= given
-    own = {key: fields.pop(key) for key in _TASK_FIELDS & fields.keys()}
+    own = {}
+    for key in _TASK_FIELDS & fields.keys():
+        own[key] = fields.pop(key)
     # An annotation file's reader is named where kind or options leave no choice.
     reader = protocol.reader
     by_name = source.endswith(".jsonl") and "image_name" in source_options

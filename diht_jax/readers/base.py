@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import os
 import posixpath
 import stat
@@ -116,8 +117,8 @@ class SourceShard:
             states = [files.stat(self.path)]
         return described | {
             "files": len(states),
-            "size_bytes": sum(state.st_size for state in states),
-            "changed_ns": max((state.st_mtime_ns for state in states), default=0),
+            "size_bytes": sum(map(operator.attrgetter("st_size"), states)),
+            "changed_ns": max(map(operator.attrgetter("st_mtime_ns"), states), default=0),
         }
 
 

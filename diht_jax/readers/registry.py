@@ -271,18 +271,21 @@ def _list_path(text: str, options: dict[str, Any]) -> list[SourceShard]:
 
 def _recognise(paths: Sequence[str], *, is_named: bool) -> tuple[dict[str, str], list[str]]:
     """The kinds of the files that a format reads, but for metadata alone; and the other paths."""
-    kinds: dict[str, str] = {}
+    known: dict[str, str] = {}
     unknown: list[str] = []
     for path in paths:
-        matching = (kind for kind, form in FORMATS.items() if form.is_file(path, is_named=is_named))
         is_hidden = os.path.basename(path).startswith(".")
-        kind = None if is_hidden else next(matching, None)
-        if kind is not None:
-            kinds[path] = kind
-        elif not path.endswith(".idx"):
-            unknown.append(path)
-    present = set(kinds.values())
-    known = {path: k for path, k in kinds.items() if present.isdisjoint(FORMATS[k].metadata_of)}
+        for kind, form in () if is_hidden else FORMATS.items():
+            if form.is_file(path, is_named=is_named):
+                known[path] = kind
+                break
+        else:
+            if not path.endswith(".idx"):
+                unknown.append(path)
+    present = set(known.values())
+    for path, kind in list(known.items()):
+        if not present.isdisjoint(FORMATS[kind].metadata_of):
+            del known[path]
     return known, unknown
 
 

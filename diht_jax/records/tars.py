@@ -326,9 +326,10 @@ def make_pair(
     metadata. Members of other kinds are ignored.
     """
     key, members = sample.key, sample.members
-    images = [data for extension, data in members if extension in image_extensions]
-    texts = dict(members)
-    names = [extension for extension, _ in members]
+    texts, names, images = dict(members), [], []
+    for extension, data in members:
+        names.append(extension)
+        images += [data] if extension in image_extensions else []
     if sample.damaged:
         return Skipped(key, "bad_row", f"the checksum of {', '.join(sample.damaged)} is wrong")
     if not images:

@@ -292,9 +292,12 @@ def list_names(
     """
 
     def look() -> list[str]:
+        names = []
         with os.scandir(folder) as entries:
-            names = (e.name for e in entries if e.name.endswith(ending) and e.is_file())
-            return sorted(filter(wanted, names))
+            for entry in entries:
+                if entry.name.endswith(ending) and wanted(entry.name) and entry.is_file():
+                    names.append(entry.name)
+        return sorted(names)
 
     if not is_remote(folder):
         try:

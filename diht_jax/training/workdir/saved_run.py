@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import math
+import operator
 import os
 import pathlib
 import tempfile
@@ -178,8 +179,8 @@ def finished_steps(root: epath.Path) -> list[int]:
 
     In a bucket, one that is being saved has its final name from the beginning.
     """
-    paths = ocp.utils.checkpoint_steps_paths(root)
-    return sorted(int(path.name) for path in paths if path.name.isdigit())
+    names = map(operator.attrgetter("name"), ocp.utils.checkpoint_steps_paths(root))
+    return sorted(map(int, filter(str.isdigit, names)))
 
 
 def steps_of_run(workdir: str | epath.Path) -> list[int]:
