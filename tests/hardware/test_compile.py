@@ -229,14 +229,28 @@ def test_a_warm_up_longer_than_any_epoch_is_no_error():
         compile_step(config, get_topology("local"))
 
 
-def test_command_says_out_of_memory_and_exits_with_one(monkeypatch, capsys, local):
-    too_large = dataclasses.replace(local[1], fits=False)
-    monkeypatch.setattr(compile_command, "compile_step", lambda *_: too_large)
-    arguments = ["--topology=local", "--search=false", "--config=clip_vitb32:debug=True"]
+def test_command_says_out_of_memory_and_what_would_fit_and_exits_with_one(
+    monkeypatch, capsys, local
+):
+    """Half of the batch fits, or all of it where more is computed again."""
+
+    def pretended(candidate, topology):
+        batch_size, remat = candidate.data.batch_size, candidate.model.remat
+        fits = (batch_size, remat) != (16, "none")
+        changes = {"batch_size": batch_size, "remat": remat, "micro_batch": candidate.micro_batch}
+        return dataclasses.replace(local[1], fits=fits, **changes)
+
+    monkeypatch.setattr(compile_command, "compile_step", pretended)
+    arguments = ["--topology=local", "--config=clip_vitb32:debug=True"]
     with pytest.raises(SystemExit) as ended:
         parse_command("diht_jax.compile", arguments, lambda _: compile_command.main())
     assert ended.value.code == 1
-    assert "OUT OF MEMORY: needs" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "OUT OF MEMORY: needs" in printed
+    found = [line for line in printed.splitlines() if line.startswith("what fits: ")]
+    batch = "what fits: --config.data.batch_size=8 --config.micro_batch=None"
+    policy = "what fits: --config.model.remat=dots --config.micro_batch=None"
+    assert found == [batch, policy]
 
 
 @needs_cuda
