@@ -276,7 +276,7 @@ def _with_flags(message: str) -> str:
     config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
     if not isinstance(config, ml_collections.ConfigDict):
         return message
-    keys = "|".join(map(re.escape, config))
+    keys = "|".join(re.escape(key) for key in config)
     return re.sub(rf"(?<![\w./-])config\.(?=(?:{keys})\b)", "--config.", message)
 
 
