@@ -39,7 +39,7 @@ def resolve_order(order: str, train: str | Sequence[str] | None) -> str:
     if order != "auto":
         return order
     paths = [train] if isinstance(train, str | os.PathLike) else train or ()
-    return "blocks" if any(map(is_remote, map(str, paths))) else "global"
+    return "blocks" if any(is_remote(os.fspath(path)) for path in paths) else "global"
 
 
 def make_order(

@@ -267,10 +267,9 @@ class Run:
         with self.profiler.step(step):
             self.state, metrics = train_step(self.state, batch)
         if self.config.debug_nans and float(metrics["skipped"]):
-            config = self.config
-            if step > self.patch_dropout_steps:
-                config = without_patch_dropout(config)
-            where = anomalies.explain_nonfinite(self.program, config, self.state, batch)
+            where = anomalies.explain_nonfinite(
+                self.program, self._config_at(step), self.state, batch
+            )
             raise anomalies.NonFiniteError(
                 f"step {step}: loss or gradients are not finite; {where}. The batch's records: "
                 f"{self.keys_of_step(step)}. Parameters and the last checkpoint are as "
@@ -293,9 +292,8 @@ class Run:
 
     def start_phase(self, first_step: int) -> tuple[TrainStep, throughput.ThroughputWindow]:
         """The jitted step of the part of the run that begins here, and its measurements."""
-        config, drops_patches = self.config, first_step <= self.patch_dropout_steps
+        config, drops_patches = self._config_at(first_step), first_step <= self.patch_dropout_steps
         if not drops_patches:
-            config = without_patch_dropout(config)
             logging.info("no patches are dropped from step %d on", self.patch_dropout_steps + 1)
         step = self.program.step(self.state, patch_dropout=drops_patches)
         traced = step.trace(self.state, self.program.abstract_batch())
@@ -339,6 +337,11 @@ class Run:
             stack.enter_context(self.wall_time.during("checkpoint"))
             for part in (self.writer, self.checkpointer, self.iterator, self.profiler):
                 stack.callback(part.close)
+
+    def _config_at(self, step: int) -> ml_collections.ConfigDict:
+        """The config, without patch dropout in the run's last part."""
+        drops_patches = step <= self.patch_dropout_steps
+        return self.config if drops_patches else without_patch_dropout(self.config)
 
     def _write_line(self, step: int) -> str:
         """Writes the metrics since the last line; returns them for the progress bar."""
