@@ -252,10 +252,12 @@ NOTES = {
         " another picture, and 10% say nothing. Every seed has a web, a pass of the filter and a "
         "scoring student of its own, so that intervals are about webs too. `random` and "
         "`clip_score` are as many pairs as CAT keeps; the score is that of a student of the first"
-        " web. The scenes of the test are those of the first web. Predicted, at both sizes: CAT "
-        "and actions alone harm; complexity alone costs nothing, text-spotting does nothing; "
-        "without actions the filter gains two points over CAT, and CAT beats a random subset; the"
-        " CLIP score beats all pairs and CAT; right captions alone beat all pairs."
+        " web. The scenes of the test are those of the first web. There are eight webs of 3,000 "
+        "pairs and four of 12,000; eight were registered, and halved before any of these runs. "
+        "Predicted, at both sizes: CAT and actions alone harm; complexity alone costs nothing, "
+        "text-spotting does nothing; without actions the filter gains two points over CAT, and "
+        "CAT beats a random subset; the CLIP score beats all pairs and CAT; right captions alone "
+        "beat all pairs."
     ),
     "amount": (
         "Registered before any run. Webs of the demo's kind, four of them, of 12,000 pairs each; "
@@ -273,7 +275,8 @@ NOTES = {
         "training caption are left out. Students train on Noto's drawings of the rest, 480 "
         "updates whatever the batch is; Twemoji's drawings measure them. The rate of each arm is "
         "the best of three on OpenMoji's drawings of the validation concepts (`rates`, two other "
-        "draws). Predicted: beta 0.25 and 0.5 help by a point at both batches."
+        "draws). Each arm is measured in four draws; eight were registered, and halved before any "
+        "of these runs. Predicted: beta 0.25 and 0.5 help by a point at both batches."
     ),
     "photos": (
         "Registered before any run, after the rows [above](#distillation) were known: half of the "
