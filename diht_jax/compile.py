@@ -116,11 +116,11 @@ def main() -> None:
         return
     if values.search and not values.propose:
         print_escaped("\nlooking for a batch that fits:")
-        smaller = first_that_fits(config, topology, smaller_batches(config, report))
-        print_escaped(describe_found(smaller, ("data.batch_size", "micro_batch")))
+        smaller = smaller_batches(config, report)
+        print_escaped(describe_found(first_that_fits(config, topology, smaller)))
         print_escaped("\nlooking for settings that fit with the whole batch:")
-        found = first_that_fits(config, topology, cheaper_settings(config, report))
-        print_escaped(describe_found(found, ("model.remat", "micro_batch")))
+        cheaper = cheaper_settings(config, report)
+        print_escaped(describe_found(first_that_fits(config, topology, cheaper)))
     sys.exit(1)
 
 
@@ -130,11 +130,7 @@ def for_fewer_devices(
     """A recipe on fewer devices than those of its own `config.topology`.
 
     A device has as many examples as there; `mesh.fsdp` becomes all devices where it does not divide
-    them.
-
-    Args:
-        num_devices: to compile for.
-        set_keys: dotted names of what the user set, which stays.
+    them. What the user set, by the dotted names in `set_keys`, stays.
 
     Returns:
         The config, and the flags that are changed.
@@ -236,13 +232,13 @@ def cheaper_settings(
 
 def first_that_fits(
     config: ml_collections.ConfigDict, topology: Topology, choices: Iterable[dict[str, Any]]
-) -> StepReport | None:
+) -> dict[str, Any] | None:
     """Compiles the config with one choice of settings after the other; prints every attempt."""
     for changes in choices:
         report = compile_step(_changed(config, changes), topology)
         print_escaped(describe_try(report, changes))
         if report.fits:
-            return report
+            return changes
     return None
 
 

@@ -131,7 +131,7 @@ def count_flops(fn: Callable[..., Any], *args: Any) -> int:
         *args: arrays or `jax.ShapeDtypeStruct`s, in any tree.
 
     Raises:
-        ValueError: a while loop, whose trip count is not known, or a foreign kernel.
+        ValueError: a while loop, whose trip count is not known.
     """
     return count_jaxpr_flops(jax.make_jaxpr(fn)(*args).jaxpr)
 
@@ -190,11 +190,6 @@ def _count_equation(eqn: Any) -> int:
                 "count_flops: a while loop, whose trip count is not known; loop with jax.lax.scan "
                 "or with jax.lax.fori_loop over Python integers"
             )
-        case name if name in _FOREIGN:
-            raise ValueError(
-                f"count_flops: '{name}' is a foreign kernel whose FLOPs the jaxpr does not show; "
-                "count the function with an implementation written in JAX"
-            )
     # The functions that jit, checkpoint, custom derivatives and the like call.
     inner = [value for value in params.values() if isinstance(value, Jaxpr | ClosedJaxpr)]
     return sum(map(count_jaxpr_flops, inner))
@@ -223,18 +218,3 @@ _CUDNN_PRODUCTS = {
     "dot_product_attention_fwd_wrapper": 2,
     "dot_product_attention_bwd_wrapper": 5,
 }
-
-_FOREIGN = frozenset(
-    [
-        "custom_call",
-        "ffi_call",
-        "tpu_custom_call",
-        "triton_kernel_call",
-        "mosaic_gpu",
-        "pure_callback",
-        "io_callback",
-        "dot_product_attention_fp8_fwd_wrapper",
-        "dot_product_attention_fp8_bwd_wrapper",
-        "cudnn_fusion",
-    ]
-)

@@ -25,17 +25,11 @@ class Instruction:
     text: str  # what follows the operands
     is_root: bool
 
-    def called(self, attribute: str) -> str | None:
-        """The computation that an attribute such as `body` names."""
-        found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.text)
-        return found.group(1) if found else None
-
     def callee(self, attribute: str) -> str:
-        """The same; raises ValueError where there is none."""
-        name = self.called(attribute)
-        if name is None:
-            raise ValueError(f"HLO {self.opcode} '{self.name}' without '{attribute}='")
-        return name
+        """The computation that an attribute such as `body` names."""
+        found = re.search(rf"\b(?:{attribute})=%?([\w.\-]+)", self.text)
+        assert found is not None
+        return found.group(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +58,7 @@ def parse_module(text: str) -> Module:
         if found and current is not None:
             instruction = _parse_instruction(line[found.end() :], found.group(2), found.group(1))
             current[instruction.name] = instruction
-    if entry is None:
-        raise ValueError("HLO text without an entry computation")
+    assert entry is not None
     partitions, replicas = (
         re.search(rf"\b{name}=(\d+)", text[: text.find("\n")])
         for name in ("num_partitions", "replica_count")

@@ -1,8 +1,7 @@
 """Work, memory traffic and collectives of a compiled program, read from its optimised HLO.
 
-XLA's cost analysis counts the body of a loop once; here every instruction counts as often as it
-runs, by the trip counts of the loops around it. The FLOPs of a whole step are counted by `chips`,
-on the jaxpr.
+Every instruction counts as often as it runs, by the trip counts of the loops around it. The FLOPs
+of a whole step are counted by `chips`, on the jaxpr.
 """
 
 from __future__ import annotations
@@ -64,9 +63,7 @@ class Collective:
     # What a device sends over its links with a bandwidth-optimal algorithm: (g-1)/g of the payload
     # to gather, to scatter or to exchange, twice that to reduce, all of it to permute.
     sent_bytes: int
-    # Devices of the mesh from the first to the last one that communicate with each other, at most;
-    # None where that is not known.
-    span: int | None = None
+    span: int  # devices of the mesh from the first to the last one that communicate, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,12 +105,7 @@ class Traffic:
 
 
 def count_traffic(hlo_text: str, kernel_cycles: Mapping[str, int] | None = None) -> Traffic:
-    """Counts what the program moves and computes.
-
-    Args:
-        hlo_text: `compiled.as_text()` of one program.
-        kernel_cycles: of its `tpu_kernels`, by name.
-    """
+    """Counts what a program moves and computes, with the cycles of its `tpu_kernels` by name."""
     return _Counter(parse_module(hlo_text), kernel_cycles or {}).run()
 
 
@@ -200,8 +192,7 @@ class _Counter:
                     if branch in self._module.computations:
                         work += self._visit(branch, touches_memory)
             elif opcode == "call":
-                callee = instruction.called("calls") or instruction.callee("to_apply")
-                work += self._visit(callee, touches_memory)
+                work += self._visit(instruction.callee("calls|to_apply"), touches_memory)
             elif opcode.endswith("-done"):
                 work.append(Work("copies", waits_for=instruction.operands[0]))
             else:
@@ -211,8 +202,7 @@ class _Counter:
     def _instruction_work(self, instruction, computation, touches_memory: bool) -> list[Work]:
         inner = []
         if instruction.opcode in ("fusion", "async-start"):
-            callee = instruction.called("calls") or instruction.callee("to_apply")
-            inner = self._visit(callee, touches_memory=False)
+            inner = self._visit(instruction.callee("calls|to_apply"), touches_memory=False)
         if not touches_memory:
             flops = product_flops(instruction, computation)
             return [*inner, Work("products", 0, 0, *flops)] if any(flops) else inner

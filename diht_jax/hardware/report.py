@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
-from diht_jax.hardware.chips import LATENCY_SECS
+from diht_jax.hardware.chips import GIB, LATENCY_SECS
 from diht_jax.hardware.hlo_traffic import Collective, Traffic
 from diht_jax.hardware.schedule import scheduled_secs
 from diht_jax.hardware.topologies import Topology
 
-_GIB = 1 << 30
 # Side of the photos -> images per second of one core, read, decoded, cropped to 224 px and
 # tokenized: `diht_jax` of benchmarks/results/input_pipeline.json, on an AMD EPYC.
 IMAGES_PER_CORE_SEC = {"384 px": 1438.9, "512 px": 980.2, "256 to 1024 px": 810.4}
@@ -117,7 +115,7 @@ def link_bandwidth(topology: Topology, collective: Collective) -> float:
         rate = chip.link_bytes_per_sec or float("inf")
         if not crosses_hosts(topology, collective) or not chip.network_bytes_per_sec:
             return rate
-        density = collective.group_size / _span(topology, collective)
+        density = collective.group_size / collective.span
         members = 1 if is_permutation else max(1, round(density * topology.shape[-1]))
         return min(rate, members * chip.network_bytes_per_sec)
     links = 1 if is_permutation else 2
@@ -128,15 +126,7 @@ def link_bandwidth(topology: Topology, collective: Collective) -> float:
 
 def crosses_hosts(topology: Topology, collective: Collective) -> bool:
     """True if GPUs of several hosts take part: more of the mesh than the GPUs of a host."""
-    return _span(topology, collective) > topology.shape[-1]
-
-
-def _span(topology: Topology, collective: Collective) -> int:
-    """Devices of the mesh from the first to the last one of a group."""
-    if collective.span is not None:
-        return collective.span
-    is_permutation = collective.kind == "collective-permute"
-    return len(topology.devices) if is_permutation else collective.group_size
+    return collective.span > topology.shape[-1]
 
 
 def describe_step(report: StepReport) -> str:
@@ -159,7 +149,7 @@ def describe_step(report: StepReport) -> str:
         *_flops_lines(report),
     ]
     if report.traffic is not None:
-        lines += _traffic_lines(report)
+        lines += _traffic_lines(report, report.traffic)
         roofline = report.roofline
         lines += ["", *_roofline_lines(report, roofline)]
         if roofline is not None:
@@ -220,16 +210,11 @@ def describe_proposal(before: StepReport, best: StepReport, changes: dict[str, A
     return f"the fastest settings that fit: {describe_changes(changes)}{gained}"
 
 
-def describe_found(found: StepReport | None, keys: Sequence[str]) -> str:
-    """Formats settings that fit as flags of these keys."""
-    if found is None:
+def describe_found(changes: dict[str, Any] | None) -> str:
+    """Formats settings that fit as flags; None stands for none that does."""
+    if changes is None:
         return "none fits; take more devices, a larger config.mesh.fsdp, or a smaller batch"
-    values = {
-        "data.batch_size": found.batch_size,
-        "model.remat": found.remat,
-        "micro_batch": found.micro_batch,
-    }
-    return f"what fits: {describe_changes({key: values[key] for key in keys})}"
+    return f"what fits: {describe_changes(changes)}"
 
 
 def _memory_lines(report: StepReport) -> list[str]:
@@ -252,10 +237,7 @@ def _flops_lines(report: StepReport) -> list[str]:
     ]
 
 
-def _traffic_lines(report: StepReport) -> list[str]:
-    traffic = report.traffic
-    if traffic is None:
-        return []
+def _traffic_lines(report: StepReport, traffic: Traffic) -> list[str]:
     lines = [
         _row("memory traffic", f"{traffic.memory_bytes / 1e9:.2f} GB"),
         *(_row(f"  {kind}", f"{n / 1e9:.2f} GB") for kind, n in traffic.bytes_by_kind.items()),
@@ -343,9 +325,9 @@ def _row(name: str, value: str) -> str:
 
 
 def _gib(num_bytes: float) -> str:
-    if num_bytes < _GIB / 10:
+    if num_bytes < GIB / 10:
         return f"{num_bytes / (1 << 20):.1f} MiB"
-    return f"{num_bytes / _GIB:.2f} GiB"
+    return f"{num_bytes / GIB:.2f} GiB"
 
 
 def _ms(secs: float) -> str:

@@ -194,13 +194,10 @@ class _Loop:
 
 
 def count_cycles(text: str) -> int | None:
-    """Counts the bundles that one run of a kernel issues.
+    """Counts the bundles in the text of a file `final_bundles` that one run of a kernel issues.
 
     A loop runs as often as its exit test says, at most as often as its copies from main memory have
     windows: a pipelined loop makes two more trips, for the first copy in and the last one out.
-
-    Args:
-        text: of a file `final_bundles`.
 
     Returns:
         None where the trips of a loop are not known.

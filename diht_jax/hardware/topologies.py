@@ -97,7 +97,7 @@ def parse_topology(name: str) -> tuple[str, tuple[int, ...]]:
         raise ValueError(f"unknown topology '{name}';{hint} known: {known_topologies()}")
     shape = tuple(int(size) for size in match.group(2).split("x"))
     if family in _TPUS:
-        _check_slice(family, shape)
+        _check_slice(name, family, shape)
     elif len(shape) > 2 or 0 in shape:
         raise ValueError(
             f"unknown topology '{name}'; expected the GPUs of one host, {family}:8, or "
@@ -126,9 +126,9 @@ def get_topology(name: str) -> Topology:
     family, shape = parse_topology(name)
     chip = find_chip(family)
     if family in _TPUS:
-        devices, options = _tpu_devices(family, shape), compiler_options("tpu")
+        devices, options = _tpu_devices(name, family, shape), compiler_options("tpu")
     else:
-        devices = _gpu_devices(family, shape)
+        devices = _gpu_devices(name, family, shape)
         # Triton's products are chosen by running them, which takes a GPU; cuBLAS's are not.
         options = {"xla_gpu_enable_triton_gemm": False, **compiler_options("gpu")}
     return Topology(name, chip, shape, devices, _memory_limit(devices, chip), options)
@@ -147,34 +147,31 @@ def _memory_limit(devices: tuple[jax.Device, ...], chip: Chip | None) -> int | N
     return int(share * chip.hbm_bytes)
 
 
-def _check_slice(family: str, shape: tuple[int, ...]) -> None:
-    text = "x".join(map(str, shape))
+def _check_slice(name: str, family: str, shape: tuple[int, ...]) -> None:
     known = _TPUS[family]
     cubes = len(known.largest) == 3 and not any(size % 4 for size in shape)
     fits = len(shape) == len(known.largest) and all(
         0 < size <= most for size, most in zip(sorted(shape), sorted(known.largest), strict=True)
     )
-    if text not in known.small and not (cubes and fits):
+    if name.partition(":")[2] not in known.small and not (cubes and fits):
         largest = "x".join(map(str, known.largest))
         more = f", and multiples of 4 up to {largest}" if len(known.largest) == 3 else ""
         raise ValueError(
-            f"unknown topology '{family}:{text}'; {family} slices are {', '.join(known.small)}"
-            f"{more}"
+            f"unknown topology '{name}'; {family} slices are {', '.join(known.small)}{more}"
         )
 
 
-def _tpu_devices(family: str, shape: tuple[int, ...]) -> tuple[jax.Device, ...]:
-    text = "x".join(map(str, shape))
+def _tpu_devices(name: str, family: str, shape: tuple[int, ...]) -> tuple[jax.Device, ...]:
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
-            f"'{family}:{text}' needs the TPU compiler, which comes with the package libtpu and "
+            f"'{name}' needs the TPU compiler, which comes with the package libtpu and "
             "runs on any x86 Linux machine: pip install 'jax[tpu]'"
         )
     _keep_libtpu_offline()
     request_dump()
     description = topologies.get_topology_desc(
         platform="tpu",
-        topology_name=f"{family}:{text}",
+        topology_name=name,
         chip_config_name=_TPUS[family].config,
         chips_per_host_bounds=(1, 1, 1) if math.prod(shape) == 1 else (2, 2, 1),
         num_slices=1,
@@ -194,21 +191,20 @@ def _keep_libtpu_offline() -> None:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 
-def _gpu_devices(family: str, shape: tuple[int, ...]) -> tuple[jax.Device, ...]:
+def _gpu_devices(name: str, family: str, shape: tuple[int, ...]) -> tuple[jax.Device, ...]:
     hosts, per_host = (1, *shape)[-2:]
-    text = "x".join(map(str, shape))
     try:
         description = topologies.get_topology_desc(
             platform="cuda", target_config=_target_config(family), topology=f"1x{hosts}x{per_host}"
         )
     except NotImplementedError as error:
         raise ValueError(
-            f"'{family}:{text}' needs JAX's CUDA plugin, which compiles for GPUs on machines "
+            f"'{name}' needs JAX's CUDA plugin, which compiles for GPUs on machines "
             "without one too: pip install 'jax[cuda13]'"
         ) from error
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(
-            f"JAX's CUDA plugin cannot compile for '{family}:{text}' here ({error}); on a machine "
+            f"JAX's CUDA plugin cannot compile for '{name}' here ({error}); on a machine "
             f"with such GPUs, ask for --topology {LOCAL}"
         ) from error
     return tuple(description.devices)

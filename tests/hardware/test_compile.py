@@ -139,9 +139,9 @@ def test_search_takes_the_largest_batch_and_the_cheapest_settings_that_fit(
     monkeypatch.setattr(compile_command, "compile_step", pretended)
     too_large = dataclasses.replace(whole, fits=False, memory_limit_bytes=limit_bytes)
     smaller = first_that_fits(config, whole.topology, smaller_batches(config, too_large))
-    assert (smaller.batch_size, smaller.remat, smaller.micro_batch) == (batch_size, "none", None)
+    assert smaller == {"data.batch_size": batch_size, "micro_batch": None}
     found = first_that_fits(config, whole.topology, cheaper_settings(config, too_large))
-    assert (found.batch_size, found.remat, found.micro_batch) == (4096, *settings)
+    assert found == dict(zip(("model.remat", "micro_batch"), settings, strict=True))
 
 
 def test_proposal_is_the_fastest_that_fits(monkeypatch, capsys, local):
@@ -290,9 +290,9 @@ POD = Topology("v5e:16x16", find_chip("v5e"), (16, 16), (None,) * 256, 16 * GIB)
 
 def test_roofline_by_hand():
     collectives = (
-        Collective("all-reduce", 256, 1, 0, 200 * 10**9),  # all 4 links: 1 s
-        Collective("all-gather", 8, 1, 0, 50 * 10**9),  # 2 links: 0.5 s
-        Collective("collective-permute", 2, 1, 0, 5 * 10**9),  # 1 link: 0.1 s
+        Collective("all-reduce", 256, 1, 0, 200 * 10**9, span=256),  # all 4 links: 1 s
+        Collective("all-gather", 8, 1, 0, 50 * 10**9, span=8),  # 2 links: 0.5 s
+        Collective("collective-permute", 2, 1, 0, 5 * 10**9, span=256),  # 1 link: 0.1 s
     )
     estimate = report_with(Traffic(409_500_000_000, collectives, 0), POD).roofline
     assert estimate.compute_secs == pytest.approx(1.0)
@@ -304,10 +304,11 @@ def test_roofline_by_hand():
 
 
 def test_the_reported_bound_is_that_of_the_program_in_order():
+    ring = Collective("collective-permute", 2, 1, 0, 50 * 10**9, span=256)
     work = (
         Work("products", memory_bytes=819 * 10**9, cycles=int(1.5 * POD.chip.clock_hz)),  # 1.5 s
         Work("element-wise", memory_bytes=819 * 10**9),  # 1 s
-        Work("collectives", collective=Collective("collective-permute", 2, 1, 0, 50 * 10**9)),
+        Work("collectives", collective=ring),
     )
     estimate = report_with(Traffic(0, (), 0, work=work), POD).roofline
     assert estimate.scheduled_secs == pytest.approx(1.5 + 1 + 1 + 1e-6)

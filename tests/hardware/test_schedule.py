@@ -25,7 +25,7 @@ TPU = dataclasses.replace(GPU, clock_hz=1.0)
 
 
 def transfer(size):
-    return Collective("all-gather", 8, 1, size, size)
+    return Collective("all-gather", 8, 1, size, size, span=8)
 
 
 def seconds(work, chip=TPU):
