@@ -160,15 +160,16 @@ def check_parameters(
             if tuple(found[name]) != tuple(expected[name])
         ],
     }
-    lines = [
-        f"{len(names)} {kind}: {', '.join(names[:_SHOWN])}{', ...' * (len(names) > _SHOWN)}"
-        for kind, names in problems.items()
-        if names
-    ]
+    lines = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in problems.items() if names]
     if lines:
         raise ValueError(
             f"{where}: the parameters do not fit the architecture; " + "; ".join(lines)
         )
+
+
+def _listed(names: list[str]) -> str:
+    """The first of some names."""
+    return ", ".join(names[:_SHOWN] + ["..."] * (len(names) > _SHOWN))
 
 
 # Scalars that OpenAI's archives carry besides the parameters.
@@ -181,9 +182,6 @@ _BLOCK = BlockNames("ln_1", ("attn.in_proj_",), "attn.out_proj", "ln_2", "mlp.c_
 # ViT-H-14, ViT-g-14 and ViT-bigG-14), and shapes do not show it.
 _UNUSUAL_HEADS = {1280: 16, 1408: 16, 1664: 16}
 _HEAD_WIDTH = 64
-
-# Of the names in a file that is no CLIP at all.
-_MOST_LISTED = 12
 
 # Fields of an architecture that decide which parameters there are, or what is done with them.
 _PARTS = (
@@ -234,11 +232,9 @@ def infer_architecture(tensors: Mapping[str, np.ndarray], path: str) -> Architec
         if name not in tensors or tensors[name].ndim != rank or not tensors[name].size
     ]
     if missing:
-        names = sorted(tensors)
-        more = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
         raise ValueError(
             f"{path}: not a CLIP with a vision transformer and CLIP's own text tower: lacks "
-            f"{', '.join(missing)}; found {', '.join(names[:_MOST_LISTED]) or 'nothing'}{more}"
+            f"{', '.join(missing)}; found {_listed(sorted(tensors)) or 'nothing'}"
         )
     vision_width, _, patch_size, _ = tensors["visual.conv1.weight"].shape
     num_patches = tensors["visual.positional_embedding"].shape[0] - 1
@@ -272,15 +268,8 @@ def expected_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     return layout_shapes(layout(arch), our_shapes(arch))
 
 
-def from_clip(
-    tensors: Mapping[str, np.ndarray], arch: Architecture, where: str = "state dict"
-) -> dict[str, Any]:
-    """Our parameter tree, one entry per block, of arrays in CLIP's layout; see `from_layout`."""
-    return from_layout(tensors, layout(arch), our_shapes(arch), where)
-
-
 def to_clip(params: Mapping[str, Any], arch: Architecture) -> dict[str, np.ndarray]:
-    """CLIP's layout of our parameter tree; the inverse of `from_clip`, bit for bit."""
+    """CLIP's layout of our parameter tree."""
     return to_layout(params, layout(arch))
 
 

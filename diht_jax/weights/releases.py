@@ -14,7 +14,6 @@ import pathlib
 import shutil
 import urllib.error
 import urllib.request
-from typing import NamedTuple
 
 from absl import logging
 
@@ -25,7 +24,8 @@ from diht_jax.terminal import ProgressBar
 CACHE_VARIABLE = "DIHT_JAX_CACHE"
 WEIGHTS_VARIABLE = "DIHT_JAX_WEIGHTS"
 
-_ADDRESS = "https://dl.fbaipublicfiles.com/diht"
+# Of the folder with `NAME_SHA256.ckpt` for each of the releases.
+ADDRESS = "https://dl.fbaipublicfiles.com/diht"
 _ADVICE = f"without a network, download it elsewhere and name the file in {WEIGHTS_VARIABLE}"
 _LOCAL_SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
 _CHUNK_BYTES = 2**20
@@ -33,23 +33,13 @@ _TIMEOUT_SECS = 60
 _MOST_ATTEMPTS = 3
 
 
-class Release(NamedTuple):
-    """A published weight file: its address, and the SHA-256 of its bytes in hex."""
-
-    url: str
-    sha256: str
-
-
-RELEASES: dict[str, Release] = {
-    name: Release(f"{_ADDRESS}/{name}_{sha256}.ckpt", sha256)
-    for name, sha256 in {
-        "diht_vitb32_224px": "0cee3cbdf80edc3a9b3add0a913eb0f293839d807423ae1eb6dfe57be3550586",
-        "diht_vitb16_224px": "d2f68609e5d0469c824cd16353375cf7c47b468666fdfcd8baecf06705e4a6f0",
-        "diht_vitl14_224px": "eaf1e498d0a40aef206329a2d5753f3d479f550d72631e26f89f67878d06afa8",
-        "diht_vitl14_336px": "4864afccc0f28d5bbc24444672789cfe23320ada5980b730c915defcebe52e4c",
-    }.items()
+# The SHA-256 of each published weight file, in hex.
+RELEASES: dict[str, str] = {
+    "diht_vitb32_224px": "0cee3cbdf80edc3a9b3add0a913eb0f293839d807423ae1eb6dfe57be3550586",
+    "diht_vitb16_224px": "d2f68609e5d0469c824cd16353375cf7c47b468666fdfcd8baecf06705e4a6f0",
+    "diht_vitl14_224px": "eaf1e498d0a40aef206329a2d5753f3d479f550d72631e26f89f67878d06afa8",
+    "diht_vitl14_336px": "4864afccc0f28d5bbc24444672789cfe23320ada5980b730c915defcebe52e4c",
 }
-
 
 # Models of the Hugging Face hub by the names of their architectures.
 HUB_MODELS: dict[str, str] = {
@@ -102,12 +92,12 @@ def fetch_release(name: str) -> pathlib.Path:
     Raises:
         ValueError: nothing there, no connection, or a file with another hash.
     """
-    release = RELEASES[name]
-    published = release.url.rpartition("/")[2]
+    sha256 = RELEASES[name]
+    published = f"{name}_{sha256}.ckpt"
     text = os.environ.get(WEIGHTS_VARIABLE)
     if not text:
         cache = pathlib.Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/diht_jax").expanduser()
-        download(release.url, cache / published, release.sha256)
+        download(f"{ADDRESS}/{published}", cache / published, sha256)
         return cache / published
     given = pathlib.Path(text).expanduser()
     if not given.exists():
@@ -115,7 +105,7 @@ def fetch_release(name: str) -> pathlib.Path:
     names = (published, name, *(f"{name}{suffix}" for suffix in _LOCAL_SUFFIXES))
     # Any other directory is taken for one of a model; `source.py` raises if it is not.
     found = next((given / other for other in names if (given / other).exists()), given)
-    if found.name == published and hash_file(found) != release.sha256:
+    if found.name == published and hash_file(found) != sha256:
         raise ValueError(f"{found}: its SHA-256 is not the one in its name; get it again")
     entries = [entry.name for entry in given.iterdir()] if given.is_dir() else []
     if found == given and any(other in entry for entry in entries for other in RELEASES):

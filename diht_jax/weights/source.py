@@ -284,9 +284,7 @@ def choose_files(names: Sequence[str]) -> list[str]:
     chosen = _choose(weights)
     stem, _, _ = chosen.removesuffix(INDEX_SUFFIX).rpartition(".")
     shards = [n for n in weights if n.startswith(f"{stem}-") and chosen.endswith(INDEX_SUFFIX)]
-    pictures = (HUGGINGFACE_PROCESSOR, HUGGINGFACE_PREPROCESSOR)
-    configs = (OPEN_CLIP_CONFIG, HUGGINGFACE_CONFIG, *pictures, HUGGINGFACE_MERGES)
-    wanted = (chosen, *shards, *configs, *TOKENIZER_FILES)
+    wanted = (chosen, *shards, HUGGINGFACE_PROCESSOR, *_SETTINGS_FILES)
     return [name for name in names if name in wanted]
 
 

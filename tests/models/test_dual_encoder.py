@@ -16,7 +16,7 @@ from diht_jax.models.parameters import (
     merge_model,
     model_parameters,
 )
-from diht_jax.weights.clip_layout import from_clip
+from diht_jax.weights.clip_layout import from_layout, layout, our_shapes
 from tests import make
 from tests.compiling import QUICK_COMPILE
 from tests.weights.conftest import open_clip_config
@@ -68,7 +68,8 @@ def test_initialisation_has_the_spread_of_open_clips():
 
     torch.manual_seed(0)
     state = open_clip.model.CLIP(**open_clip_config(arch)).state_dict()
-    theirs = from_clip({name: value.numpy() for name, value in state.items()}, arch)
+    state = {name: value.numpy() for name, value in state.items()}
+    theirs = from_layout(state, layout(arch), our_shapes(arch), "open_clip")
     flat = {
         jax.tree_util.keystr(path): (np.asarray(a), np.asarray(b))
         for (path, a), b in zip(

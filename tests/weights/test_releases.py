@@ -11,7 +11,7 @@ import diht_jax.weights.releases as releases
 from diht_jax import load_model
 from diht_jax.models.zoo import ARCHITECTURES
 from diht_jax.weights.open_clip_layout import read_architecture
-from diht_jax.weights.releases import HUB_MODELS, RELEASES, Release, download
+from diht_jax.weights.releases import HUB_MODELS, RELEASES, download
 from tests.serving import FileServer
 from tests.weights import conftest as reference
 
@@ -65,9 +65,9 @@ def small_release(server, tmp_path, monkeypatch):
     torch.save(reference.open_clip_model(reference.SMALL).state_dict(), tmp_path / "state.ckpt")
     content = (tmp_path / "state.ckpt").read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()
-    server.files = {f"model_{sha256}.ckpt": content}
-    release = Release(f"{server.url}/model_{sha256}.ckpt", sha256)
-    monkeypatch.setitem(RELEASES, name, release)
+    server.files = {f"{name}_{sha256}.ckpt": content}
+    monkeypatch.setattr(releases, "ADDRESS", server.url)
+    monkeypatch.setitem(RELEASES, name, sha256)
     monkeypatch.setitem(ARCHITECTURES, name, reference.SMALL)
     monkeypatch.setenv(releases.CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.delenv(releases.WEIGHTS_VARIABLE, raising=False)
@@ -90,11 +90,10 @@ def test_load_model_by_name_downloads_once(small_release, server):
 def test_environment_variable_names_a_local_copy(
     small_release, server, tmp_path, monkeypatch, place
 ):
-    release = RELEASES[small_release]
     folder = tmp_path / "local"
     path = {
         "file": folder / "anything.pt",
-        "published": folder / release.url.rpartition("/")[2],
+        "published": folder / f"{small_release}_{RELEASES[small_release]}.ckpt",
         "model_directory": folder / "model.pt",
     }[place]
     path.parent.mkdir(parents=True)
@@ -108,9 +107,9 @@ def test_environment_variable_with_a_wrong_place_or_model(small_release, tmp_pat
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "diht_vitl14_224px.ckpt").write_bytes(b"")
     monkeypatch.setenv(releases.WEIGHTS_VARIABLE, str(tmp_path / "other"))
-    with pytest.raises(ValueError, match="holds no 'diht_vitb32_224px'; expected model_"):
+    with pytest.raises(ValueError, match="holds no 'diht_vitb32_224px'; expected diht_"):
         load_model(small_release)
-    published = tmp_path / "other" / RELEASES[small_release].url.rpartition("/")[2]
+    published = tmp_path / "other" / f"{small_release}_{RELEASES[small_release]}.ckpt"
     published.write_bytes(b"damaged")
     with pytest.raises(ValueError, match="its SHA-256 is not the one in its name"):
         load_model(small_release)
