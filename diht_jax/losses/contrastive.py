@@ -376,14 +376,10 @@ def check_split(num_pairs: int, mesh: Mesh, axis_names: tuple[str, ...]) -> None
 
 def _ids_as_columns(pair_ids: jax.Array | None, num_rows: int) -> jax.Array:
     """[b] or [b, k] -> [b, k]; raises ValueError for anything but integers."""
-    shape, dtype = (None, None) if pair_ids is None else (jnp.shape(pair_ids), pair_ids.dtype)
-    is_right = dtype is not None and jnp.issubdtype(dtype, jnp.integer)
-    if pair_ids is None or shape is None or len(shape) not in (1, 2) or not is_right:
-        raise ValueError(
-            f"pair_ids: expected integer [{num_rows}] or [{num_rows}, k], got {dtype} {shape}"
-        )
-    if shape[0] != num_rows:
-        raise ValueError(f"pair_ids: expected {num_rows} rows, as image_emb has, got {shape[0]}")
+    is_integer = pair_ids is not None and jnp.issubdtype(pair_ids.dtype, jnp.integer)
+    if not is_integer or pair_ids.ndim not in (1, 2) or len(pair_ids) != num_rows:
+        found = None if pair_ids is None else f"{pair_ids.dtype} {pair_ids.shape}"
+        raise ValueError(f"pair_ids: expected integer [{num_rows}] or [{num_rows}, k], got {found}")
     return jnp.reshape(pair_ids, (num_rows, -1))
 
 

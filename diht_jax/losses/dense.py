@@ -48,12 +48,8 @@ def dense_loss(
     if row_weights is not None:
         image_part, text_part = row_weights * image_part, row_weights * text_part
     total = jnp.sum(image_part) + jnp.sum(text_part)
-    image_hardest, image_ties = hardest(i2t, is_negative)
-    text_hardest, text_ties = hardest(t2i, is_negative)
-    positive = jnp.sum(i2t, axis=1, where=is_positive)
-    return total, PairStatistics(
-        positive, image_hardest, image_ties, text_hardest, text_ties, num_negatives
-    )
+    statistics = pair_statistics((i2t, t2i), is_positive, is_negative)
+    return total, statistics._replace(num_negatives=num_negatives)
 
 
 def similarity_blocks(
@@ -107,13 +103,19 @@ def product(
     )
 
 
-def hardest(
-    block: Float[Array, "b N"], is_negative: Bool[Array, "b N"]
-) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
-    """The highest similarity with a wrong partner, and how many reach it."""
-    block = jax.lax.stop_gradient(block)
-    hardest = jnp.max(block, axis=1, where=is_negative, initial=-jnp.inf)
-    return hardest, jnp.sum(is_negative & (block == hardest[:, None]), axis=1).astype(block.dtype)
+def pair_statistics(
+    blocks: Sequence[Float[Array, "b N"]],
+    is_positive: Bool[Array, "b N"],
+    is_negative: Bool[Array, "b N"],
+) -> PairStatistics:
+    """Statistics of the first two of `similarity_blocks`, without gradient."""
+    blocks = jax.lax.stop_gradient(blocks)
+    found = []
+    for block in blocks:
+        hardest = jnp.max(block, axis=1, where=is_negative, initial=-jnp.inf)
+        ties = jnp.sum(is_negative & (block == hardest[:, None]), axis=1).astype(block.dtype)
+        found += [hardest, ties]
+    return PairStatistics(jnp.sum(blocks[0], axis=1, where=is_positive), *found)
 
 
 # Transfers in a round of the ring, both passes together: two and three in the program

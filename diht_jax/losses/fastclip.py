@@ -29,8 +29,8 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from diht_jax.config.keys import NOT_NEGATIVE, POSITIVE, SHARE_NOT_0, Key
 from diht_jax.losses.contrastive import check_embeddings, check_split
-from diht_jax.losses.dense import hardest, similarity_blocks
-from diht_jax.losses.objective import Objective, PairStatistics, Scalars, pair_metrics
+from diht_jax.losses.dense import pair_statistics, similarity_blocks
+from diht_jax.losses.objective import Objective, Scalars, pair_metrics
 
 # Of the records: their means for images and for texts, as logarithms.
 Means = dict[str, Float[Array, " records"]]
@@ -54,11 +54,8 @@ class FastClip(Objective):
     }
 
     @classmethod
-    def create(
-        cls, gamma: float, gamma_epochs: float, rho: float, epsilon: float
-    ) -> tuple[FastClip, Scalars]:
+    def create(cls, **settings: float) -> tuple[FastClip, Scalars]:
         """See `Objective.create`; the ranges of the keys are all that there is to check."""
-        del gamma, gamma_epochs, rho, epsilon
         return cls(), ()
 
 
@@ -119,7 +116,7 @@ def fastclip_loss(
         value = tau * (rho + _mean(log_norm, axis_names))
         slope = jax.lax.stop_gradient(tau * jnp.exp(fixed - log_norm))
         estimate = _mean(slope * (log_g - fixed), axis_names)  # 0, with the gradient
-        statistics = _statistics(blocks, is_positive)
+        statistics = pair_statistics(blocks, is_positive, ~is_positive)
         return value + estimate, pair_metrics(statistics, axis_names), after
 
     rows, columns = PartitionSpec(axis_names), PartitionSpec(None, axis_names)
@@ -152,10 +149,3 @@ def _replace(values: jax.Array, ids: jax.Array, new: jax.Array) -> jax.Array:
 
 def _mean(values: Float[Array, "2 b"], axis_names: tuple[str, ...]) -> Float[Array, ""]:
     return jax.lax.pmean(jnp.mean(values), axis_names)
-
-
-def _statistics(
-    blocks: list[Float[Array, "b N"]], is_positive: Bool[Array, "b N"]
-) -> PairStatistics:
-    found = [value for block in blocks for value in hardest(block, ~is_positive)]
-    return PairStatistics(jnp.sum(blocks[0], axis=1, where=is_positive), *found)

@@ -196,8 +196,6 @@ class Ring:
     ) -> tuple[Any, Any]:
         """Sends the texts of every device round the ring of groups, and what is summed for them.
 
-        All that travels is sent before the products of a round, so that it hides behind them.
-
         Args:
             add_block: round, texts at hand, their `rows`, `stays` -> the part of `sums` of these
                 texts with the images of this group, and `stays`.
@@ -238,12 +236,9 @@ class Ring:
         row_ids: Integer[Array, "m k"] | None = None,
         column_ids: Integer[Array, "n k"] | None = None,
     ) -> Masks:
-        """Masks of the logits of a tile.
+        """Masks of the logits of a tile, after `rounds` of the ring.
 
-        Args:
-            rounds: of the ring, so far.
-            row_tile, column_tile: indices of the tile.
-            row_ids, column_ids: where equal pairs are no negatives.
+        Ids are given where equal pairs are no negatives.
         """
         rows = self.images.indices(row_tile)[:, None]
         columns = self.texts.indices(column_tile)[None, :]

@@ -5,16 +5,13 @@ column statistics. Each block of logits is made once in the forward pass and ser
 directions; the backward pass makes it once more and sends the texts' gradients round. No device
 ever holds a [b, N] or an [N, d] array. Inside a block, tiles bound the memory.
 
-Where the images of a few neighbours are small, these gather them first and the texts travel from
-group to group (`ring.py`): fewer rounds, each with more products. A member then has the rows of
-its whole group, over the texts that it has met; statistics and gradients of the images are merged
-inside the group after the last round.
+Neighbours may gather their images, so that the texts travel from group to group (`ring.py`). A
+member then has the rows of its whole group, over the texts that it has met; statistics and
+gradients of the images are merged inside the group after the last round.
 
 All that travels is sent before the products of a round: the next block of texts, and what the
 devices before have summed for the block at hand, to which this device adds its part afterwards.
-So every transfer has the products of a whole round to hide behind. The row statistics (and the
-slopes, in the backward pass) travel as one array, since a ring of many devices is bound by the
-number of its transfers and not by their bytes.
+So every transfer has the products of a whole round to hide behind.
 
 What is summed is defined by the objective (`objective.py`).
 
