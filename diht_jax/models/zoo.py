@@ -159,16 +159,20 @@ def _check_value(field: str, value: Any) -> None:
         raise ValueError(f"{field}={value!r:.80}: expected {expected}")
 
 
-# What SigLIP (arXiv 2303.15343) and SigLIP 2 (arXiv 2502.14786) have otherwise than CLIP.
-_SIGLIP: dict[str, Any] = {
-    "context_length": 64,
-    "activation": "gelu_tanh",
-    "layer_norm_epsilon": 1e-6,
+# What SigLIP (arXiv 2303.15343) and SigLIP 2 (arXiv 2502.14786) have otherwise than CLIP: parts
+# and sizes. The image is pooled with the heads of its tower.
+SIGLIP_PARTS: dict[str, Any] = {
     "class_token": False,
     "vision_projection": "none",
     "text_projection": "bias",
     "causal_text": False,
     "text_pool": "last",
+}
+_SIGLIP: dict[str, Any] = {
+    "context_length": 64,
+    "activation": "gelu_tanh",
+    "layer_norm_epsilon": 1e-6,
+    **SIGLIP_PARTS,
 }
 _SIGLIP_B: dict[str, Any] = {"vision_pool_heads": 12, **_SIGLIP}
 _SIGLIP_L: dict[str, Any] = {"vision_pool_heads": 16, **_SIGLIP}
@@ -260,11 +264,7 @@ _BOOLEANS = {"true": True, "false": False}
 
 
 def parse_fields(settings: Iterable[str]) -> dict[str, Any]:
-    """Fields of an architecture, as a command line gives them.
-
-    Returns:
-        Names and values, of the types of `ARCHITECTURE_FIELDS`.
-    """
+    """Fields of an architecture, as a command line gives them, with values of their types."""
     fields = {}
     for setting in settings:
         name, _, text = setting.partition("=")

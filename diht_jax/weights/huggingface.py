@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from diht_jax.data.tokenizer import VOCAB_SIZE
-from diht_jax.models.zoo import ARCHITECTURES, Architecture
+from diht_jax.models.zoo import ARCHITECTURES, SIGLIP_PARTS, Architecture
 from diht_jax.weights.clip_layout import (
     BlockNames,
     Layout,
@@ -52,14 +52,6 @@ _SIZES = {
 }
 # Of configs older than transformers' fix of the text pooling: the largest id is meant.
 _LEGACY_EOS = 2
-# What makes our model a SigLIP; its pooling has the heads of the tower.
-_SIGLIP_FIELDS: dict[str, Any] = {
-    "class_token": False,
-    "vision_projection": "none",
-    "text_projection": "bias",
-    "causal_text": False,
-    "text_pool": "last",
-}
 # transformers writes only what differs from the defaults of a model's config: these models.
 _DEFAULT_CLIP = dataclasses.replace(ARCHITECTURES["diht_vitb32_224px"], activation="quick_gelu")
 _DEFAULT_SIGLIP = ARCHITECTURES["siglip_vitb16_224px"]
@@ -73,7 +65,7 @@ def model_type(arch: Architecture) -> str:
     """
     parts = parts_unlike_clip(arch)
     parts.pop("text_activation", None)
-    if parts == {**_SIGLIP_FIELDS, "vision_pool_heads": arch.vision_heads}:
+    if parts == {**SIGLIP_PARTS, "vision_pool_heads": arch.vision_heads}:
         return "siglip"
     if not parts:
         # CLIPModel pools at the largest id where the config has this one.
@@ -171,7 +163,7 @@ def read_architecture(config: Mapping[str, Any], path: str) -> Architecture:
             raise ValueError(
                 f"{path}: vision_config.vision_use_head=False; expected SigLIP's attention pooling"
             )
-        fields |= {**_SIGLIP_FIELDS, "vision_pool_heads": fields["vision_heads"]}
+        fields |= {**SIGLIP_PARTS, "vision_pool_heads": fields["vision_heads"]}
         fields["embed_dim"] = text.integer("projection_size", fields["text_width"])
     else:
         fields["embed_dim"] = ConfigSection(config, "", path).integer("projection_dim", 512)

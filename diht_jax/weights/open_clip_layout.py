@@ -137,16 +137,14 @@ def make_config(
     Raises:
         ValueError: open_clip has no such model.
     """
-    has_timm = is_timm(arch)
-    whole: dict[str, Any] = {"embed_dim": arch.embed_dim}
-    whole["quick_gelu"] = (arch.text_activation or arch.activation) == "quick_gelu"
-    if has_timm:
-        whole["custom_text"] = True
-    if has_timm and logit_bias is not None:
-        whole["init_logit_bias"] = logit_bias
+    activation = arch.text_activation or arch.activation
+    whole: dict[str, Any] = {"embed_dim": arch.embed_dim, "quick_gelu": activation == "quick_gelu"}
     vision: dict[str, Any] = {"image_size": arch.image_size}
-    if has_timm:
+    if is_timm(arch):
         name = tower_name(arch)
+        whole["custom_text"] = True
+        if logit_bias is not None:
+            whole["init_logit_bias"] = logit_bias
         vision |= {"timm_model_name": name, "timm_model_pretrained": False, "timm_pool": "map"}
         vision["timm_proj"] = projection_name(TOWERS[name])
     else:
@@ -161,11 +159,11 @@ def make_config(
         "context_length": arch.context_length,
         "vocab_size": arch.vocab_size,
         "heads": arch.text_heads,
-        **_make_tower(arch, "text", arch.text_activation or arch.activation),
+        **_make_tower(arch, "text", activation),
     }
     if arch.end_of_text_id is not None:
         text |= {"pool_type": "eos", "eos_id": arch.end_of_text_id}
-    if has_timm:
+    if is_timm(arch):
         text["no_causal_mask"] = not arch.causal_text
         text["proj_bias"] = arch.text_projection == "bias"
     if arch.text_pool == "last":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from diht_jax.input.transforms import CLIP_MEAN, CLIP_STD, INTERPOLATIONS, Preprocessing
@@ -103,11 +103,6 @@ def read_preprocessor(config: Mapping[str, Any], path: str) -> Preprocessing:
     """
     section = ConfigSection(config, "", path)
     kind = str(config.get("image_processor_type", config.get("feature_extractor_type", "CLIP")))
-    if kind.startswith("Siglip2"):
-        raise ValueError(
-            f"{path}: image_processor_type={kind!r:.80}: pictures of many shapes (NaFlex), while "
-            "our models take squares; use a checkpoint of fixed resolution"
-        )
     is_siglip = kind.startswith("Siglip")
     for step in ("do_resize", "do_rescale", "do_normalize"):
         if config.get(step, True) is not True:
@@ -120,10 +115,9 @@ def read_preprocessor(config: Mapping[str, Any], path: str) -> Preprocessing:
         raise section.error("resample", "3 (bicubic) or 2 (bilinear)")
     halves = (0.5, 0.5, 0.5)
     return _make_preprocessing(
-        config,
-        ("image_mean", halves if is_siglip else CLIP_MEAN),
-        ("image_std", halves if is_siglip else CLIP_STD),
         path,
+        config.get("image_mean") or (halves if is_siglip else CLIP_MEAN),
+        config.get("image_std") or (halves if is_siglip else CLIP_STD),
         resize=_read_resize(section, is_siglip),
         interpolation=filters[resample],
     )
@@ -175,10 +169,9 @@ def read_preprocess_cfg(config: Any, path: str) -> Preprocessing:
     # open_clip evaluates models that were trained with random filters by the bicubic one.
     filters = {**{name: name for name in INTERPOLATIONS}, "random": "bicubic"}
     return _make_preprocessing(
-        section.values,
-        ("mean", CLIP_MEAN),
-        ("std", CLIP_STD),
         path,
+        section.values.get("mean") or CLIP_MEAN,
+        section.values.get("std") or CLIP_STD,
         resize=section.one_of("resize_mode", {"shortest": "crop", "squash": "squash"}, "shortest"),
         interpolation=section.one_of("interpolation", filters, "bicubic"),
     )
@@ -207,19 +200,10 @@ def _side(section: ConfigSection, name: str) -> Any:
     return sides[0]
 
 
-def _make_preprocessing(
-    config: Mapping[str, Any],
-    mean: tuple[str, Sequence[float]],
-    std: tuple[str, Sequence[float]],
-    path: str,
-    **steps: str,
-) -> Preprocessing:
-    """The preprocessing with the numbers that a config has by these names, or else the defaults."""
-    numbers: list[Any] = [
-        default if config.get(name) is None else config[name] for name, default in (mean, std)
-    ]
+def _make_preprocessing(path: str, mean: Any, std: Any, **steps: str) -> Preprocessing:
+    """The preprocessing with a config's mean and deviation, which may be anything."""
     try:
-        numbers = [tuple(float(value) for value in values) for values in numbers]
-        return Preprocessing(numbers[0], numbers[1], **steps)
+        numbers: list[Any] = [tuple(map(float, values)) for values in (mean, std)]
+        return Preprocessing(*numbers, **steps)
     except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{path}: {mean[0]} and {std[0]}: {error}") from error
+        raise ValueError(f"{path}: mean and std of the pictures: {error}") from error

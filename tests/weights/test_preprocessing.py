@@ -92,7 +92,6 @@ def test_what_a_file_leaves_out_is_as_in_its_image_processor():
         {"size": {"shortest_edge": 256}, "do_center_crop": False},
         {"size": {"longest_edge": 256}},
         {"image_std": [0.5, 0.5, 0.0]},
-        {"image_processor_type": "Siglip2ImageProcessor", "max_num_patches": 256},
     ],
 )
 def test_other_steps_are_refused_by_the_name_of_the_file(config):
