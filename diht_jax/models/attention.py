@@ -26,17 +26,11 @@ _TOKENS_MULTIPLE = 8
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Facts about the devices that a program is for.
+    """Facts about the devices that a program is for."""
 
-    Attributes:
-        platform: "cpu", "tpu", "cuda" or "rocm".
-        device_kind: for messages.
-        compute_capability: of an NVIDIA GPU, such as (9, 0); None elsewhere.
-    """
-
-    platform: str
+    platform: str  # "cpu", "tpu", "cuda" or "rocm"
     device_kind: str
-    compute_capability: tuple[int, int] | None = None
+    compute_capability: tuple[int, int] | None = None  # of an NVIDIA GPU, such as (9, 0)
 
 
 def target_of(device: jax.Device) -> Target:
@@ -123,13 +117,8 @@ def attend(
 ) -> jax.Array:
     """Scaled dot-product attention of a sequence with itself, softmax in float32.
 
-    Args:
-        q, k, v: [b, t, heads, d], of one dtype.
-        causal: whether a token sees those before it and itself only.
-        implementation: "xla", "cudnn" or "pallas".
-
-    Returns:
-        [b, t, heads, d].
+    Queries, keys and values are [b, t, heads, d] of one dtype, as is the result. With `causal` a
+    token sees those before it and itself only.
     """
     if implementation == "pallas":
         b, t, heads, head_dim = q.shape
@@ -175,10 +164,9 @@ def attend_padded(
 
 
 class Rotary(NamedTuple):
-    """Rotary positions of tokens: cosines and sines, float32 [t, d / 2] or [b, t, d / 2].
+    """Rotary positions of tokens, float32 [t, d / 2] or [b, t, d / 2].
 
-    Attributes:
-        cos, sin: of the angle of each pair of numbers (0 and 1, 2 and 3, ...) of a head.
+    Cosines and sines of the angle of each pair of numbers (0 and 1, 2 and 3, ...) of a head.
     """
 
     cos: jax.Array
@@ -219,14 +207,7 @@ def rotate(x: jax.Array, rotary: Rotary) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class TowerAttention:
-    """The attention of one tower's blocks.
-
-    Attributes:
-        num_tokens, num_heads, head_dim: of the tower.
-        causal: whether a token sees those before it and itself only.
-        dtype: of queries, keys and values.
-        kernel: "xla", "cudnn" or "pallas".
-    """
+    """The attention of one tower's blocks; its kernel is "xla", "cudnn" or "pallas"."""
 
     num_tokens: int
     num_heads: int
@@ -238,10 +219,6 @@ class TowerAttention:
 
 def kernel_difference(attention: TowerAttention, device: jax.Device) -> float:
     """Difference of a tower's kernel from XLA's attention on a device, on four random sequences.
-
-    Args:
-        attention: of the tower.
-        device: to compute on, one of this process.
 
     Returns:
         The largest difference of the result and of the three gradients, each relative to the

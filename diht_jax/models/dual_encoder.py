@@ -57,14 +57,10 @@ class DualEncoder(nnx.Module):
             execution: how to compute; layer by layer, nothing computed again, by default.
             rngs: needs the stream `params`.
         """
-        common = {
-            "execution": execution or Execution(),
-            "dtype": dtype,
-            "param_dtype": param_dtype,
-            "rngs": rngs,
-        }
-        self.vision = VisionTransformer(arch, **common)
-        self.text = TextTransformer(arch, **common)
+        execution = execution or Execution()
+        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.vision = VisionTransformer(arch, execution=execution, **dtypes)
+        self.text = TextTransformer(arch, execution=execution, **dtypes)
         self.log_logit_scale = nnx.Param(jnp.asarray(INITIAL_LOG_LOGIT_SCALE, jnp.float32))
 
     def encode_image(self, images: jax.Array) -> jax.Array:
@@ -92,21 +88,12 @@ def l2_normalize(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
 class VisionTransformer(nnx.Module):
     """Patches, class token, positions, blocks; pooling and projection."""
 
-    def __init__(
-        self,
-        arch: Architecture,
-        *,
-        execution: Execution,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, arch: Architecture, *, execution: Execution, **dtypes: Any):
         width, patch = arch.vision_width, arch.patch_size
         mlp_width = arch.vision_mlp_width or 4 * width
         epsilon = arch.layer_norm_epsilon
-        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         scaled_normal = normal_init(width**-0.5)
-        self.dtype = dtype
+        self.dtype, param_dtype, rngs = dtypes["dtype"], dtypes["param_dtype"], dtypes["rngs"]
         self.remat = execution.remat
         self.arch = arch
         self.patch_embedding = nnx.Conv(
@@ -237,12 +224,7 @@ class VisionTransformer(nnx.Module):
 class AttentionPool(nnx.Module):
     """Attention of one learnt query to all tokens, then a block's MLP: SigLIP's "MAP" head."""
 
-    def __init__(
-        self,
-        arch: Architecture,
-        init: BlockInit,
-        **dtypes: Any,
-    ):
+    def __init__(self, arch: Architecture, init: BlockInit, **dtypes: Any):
         width = arch.vision_width
         self.heads = arch.vision_pool_heads or arch.vision_heads
         draw = uniform_init(math.sqrt(6 / (1 + width)))
@@ -297,18 +279,9 @@ def num_kept_patches(num_patches: int, dropped_share: float) -> int:
 class TextTransformer(nnx.Module):
     """Token and position embeddings, blocks, pooling at one token, projection."""
 
-    def __init__(
-        self,
-        arch: Architecture,
-        *,
-        execution: Execution,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, arch: Architecture, *, execution: Execution, **dtypes: Any):
         width = arch.text_width
-        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.dtype = dtype
+        self.dtype, param_dtype, rngs = dtypes["dtype"], dtypes["param_dtype"], dtypes["rngs"]
         self.remat = execution.remat
         self.context_length = arch.context_length
         self.end_of_text_id = arch.end_of_text_id
@@ -377,14 +350,9 @@ class TextTransformer(nnx.Module):
 
 
 def find_end_of_text(tokens: jax.Array, end_of_text_id: int | None) -> jax.Array:
-    """Indices of the end-of-text tokens.
+    """Indices of the end-of-text tokens, int32 [b, t] -> int [b].
 
-    Args:
-        tokens: int32 [b, t].
-        end_of_text_id: the end is the first token of this id; None: the first of the largest id.
-
-    Returns:
-        int [b], indices of tokens.
+    The end is the first token of this id; None: the first of the largest id.
     """
     is_end = tokens if end_of_text_id is None else tokens == end_of_text_id
     return jnp.argmax(is_end, axis=-1)

@@ -58,16 +58,7 @@ def adapter_product(layer: Linear, x: jax.Array, columns: slice = slice(None)) -
 
 
 def apply_columns(layer: Linear, x: jax.Array, columns: slice) -> jax.Array:
-    """Some of the outputs of a layer, without computing the others.
-
-    Args:
-        layer: with a bias.
-        x: [..., in_features].
-        columns: which outputs.
-
-    Returns:
-        [..., len(columns)] in the layer's dtype.
-    """
+    """Some outputs of a layer with a bias, [..., len(columns)], without computing the others."""
     product, bias = product_and_bias(layer, x, columns)
     return product + bias
 

@@ -50,21 +50,13 @@ _OF_THE_MODEL = (*(f"{tower}/" for tower in TOWERS), "log_logit_scale")
 
 @dataclasses.dataclass(frozen=True)
 class ModelDefinition:
-    """All of a model but its parameters.
-
-    Attributes:
-        arch: sizes.
-        dtype: of the computation.
-        param_dtype: of the stored parameters.
-        execution: how to compute.
-        lora: the adapters on its layers, or None.
-    """
+    """All of a model but its parameters."""
 
     arch: Architecture
-    dtype: DTypeLike
-    param_dtype: DTypeLike
+    dtype: DTypeLike  # of the computation
+    param_dtype: DTypeLike  # of the stored parameters
     execution: Execution = Execution()
-    lora: Lora | None = None
+    lora: Lora | None = None  # the adapters on its layers
 
     def init_params(self, key: jax.Array) -> dict[str, Any]:
         """Draws the parameters, layer by layer; the same under every `execution`."""
@@ -137,11 +129,7 @@ def merge_model(definition: ModelDefinition, params: dict[str, Any]) -> DualEnco
 def stack_blocks(params: dict[str, Any]) -> dict[str, Any]:
     """Parameters with the blocks of each tower stacked; stacked ones stay as they are.
 
-    Args:
-        params: nested dict; layer `i` of a tower at `params[tower]["blocks"][str(i)]`.
-
-    Returns:
-        The same with leaves [layers, ...] at `params[tower]["blocks"]`.
+    What was at `params[tower]["blocks"][str(i)]` becomes leaves [layers, ...] one level above.
     """
     stacked = dict(params)
     for tower in TOWERS:
@@ -181,26 +169,21 @@ def fit_model(
     return fit_positions(params, fitted.num_patches, fitted.context_length), fitted
 
 
-def fit_positions(
-    params: dict[str, Any], num_patches: int, context_length: int | None = None
-) -> dict[str, Any]:
+def fit_positions(params: dict[str, Any], num_patches: int, context_length: int) -> dict[str, Any]:
     """Model parameters with their positions for another size of images, or of texts.
 
-    Args:
-        params: nested dict of the model.
-        num_patches: of the image tower; see `resize_positions`.
-        context_length: of the text tower; see `stretch_positions`. None keeps what it has.
+    See `resize_positions` and `stretch_positions`.
     """
-    fitted = dict(params)
-    has_class_token = "class_embedding" in params["vision"]
-    for tower, fit, size in (
-        ("vision", functools.partial(resize_positions, class_token=has_class_token), num_patches),
-        ("text", stretch_positions, context_length),
-    ):
-        if size is not None:
-            embedding = fit(params[tower]["positional_embedding"], size)
-            fitted[tower] = {**params[tower], "positional_embedding": embedding}
-    return fitted
+    vision, text = params["vision"], params["text"]
+    of_images = resize_positions(
+        vision["positional_embedding"], num_patches, class_token="class_embedding" in vision
+    )
+    of_texts = stretch_positions(text["positional_embedding"], context_length)
+    return {
+        **params,
+        "vision": {**vision, "positional_embedding": of_images},
+        "text": {**text, "positional_embedding": of_texts},
+    }
 
 
 def resize_positions(
@@ -218,17 +201,9 @@ def resize_positions(
 
     Returns:
         [1 + num_patches, width], or [num_patches, width]; same dtype.
-
-    Raises:
-        ValueError: one of the two grids is not square.
     """
-    old_patches = embedding.shape[0] - class_token
-    old_side, new_side = math.isqrt(old_patches), math.isqrt(num_patches)
-    if old_side**2 != old_patches or new_side**2 != num_patches:
-        raise ValueError(
-            f"position embeddings of {old_patches} patches cannot be resized to "
-            f"{num_patches}: both must be square grids"
-        )
+    old_side = math.isqrt(embedding.shape[0] - class_token)
+    new_side = math.isqrt(num_patches)
     if old_side == new_side:
         return embedding
     width = embedding.shape[1]
@@ -277,19 +252,12 @@ def stretch_positions(embedding: jax.Array, context_length: int) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """The layers that have adapters, and the size of these.
+    """The layers that have adapters, and the size of these."""
 
-    Attributes:
-        rank: of `A B`.
-        alpha: what `A B` is multiplied with, times the rank.
-        towers: "vision", "text" or both.
-        matrices: of each block, keys of `MATRICES`; `in_proj` makes queries, keys and values.
-    """
-
-    rank: int
-    alpha: float
+    rank: int  # of `A B`
+    alpha: float  # what `A B` is multiplied with, times the rank
     towers: tuple[str, ...]
-    matrices: tuple[str, ...]
+    matrices: tuple[str, ...]  # of each block; `in_proj` makes queries, keys and values
 
     @property
     def scale(self) -> float:
@@ -316,12 +284,8 @@ def add_adapters(model: DualEncoder, lora: Lora, key: jax.Array) -> None:
     """Puts adapters on the layers of a model, in place.
 
     A is drawn from U(-1/sqrt(in), 1/sqrt(in)), as in the authors' code, and B is 0. Each A follows
-    from the key and the name of its layer, independently of other layers.
-
-    Args:
-        model: with blocks layer by layer, or stacked (for its structure; all then draw alike).
-        lora: what to add.
-        key: for A.
+    from the key and the name of its layer, independently of other layers; those of stacked blocks,
+    which serve for a model's structure, draw alike.
     """
     for tower in lora.towers:
         blocks = getattr(model, tower).blocks
@@ -344,12 +308,7 @@ def _add(layer: nnx.Linear, lora: Lora, key: jax.Array) -> None:
 
 
 def merge_adapters(params: dict[str, Any], lora: Lora) -> dict[str, Any]:
-    """The parameters of the model without adapters that computes the same.
-
-    Args:
-        params: nested dict, layer by layer.
-        lora: as trained.
-    """
+    """The parameters, layer by layer, of the model without adapters that computes the same."""
 
     def merge(tree: Any) -> Any:
         if not isinstance(tree, dict):

@@ -58,13 +58,7 @@ _LOG2_E = math.log2(math.e)
 def short_attention_obstacle(
     dtype: DTypeLike, num_tokens: int, num_heads: int, head_dim: int, device_kind: str
 ) -> str | None:
-    """Why a TPU cannot run `attend_short`, or None.
-
-    Args:
-        dtype: of queries, keys and values.
-        num_tokens, num_heads, head_dim: of the tower.
-        device_kind: of the TPU, as JAX names it.
-    """
+    """Why a TPU of this kind cannot run `attend_short` for a tower, or None."""
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
         return f"it needs bfloat16 or float32, and config.model.dtype is {jnp.dtype(dtype)}"
     if num_tokens > _MAX_TOKENS:
