@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import ml_collections
 from jax.sharding import Mesh
 
 from diht_jax import sharding
@@ -20,7 +19,7 @@ from diht_jax.config.keys import FLOATS
 from diht_jax.extras.captioning import DECODER
 from diht_jax.models.parameters import TOWERS, ModelDefinition, fit_model
 from diht_jax.models.transformer import Execution
-from diht_jax.models.zoo import ARCHITECTURES, Architecture
+from diht_jax.models.zoo import ARCHITECTURES
 from diht_jax.training.initial_parameters import set_architecture, set_inputs
 from diht_jax.training.recipe import default_config, pictures_of
 from diht_jax.training.terms.concepts import HEADS
@@ -176,8 +175,11 @@ def read_model(
             context_length=context_length,
         )
         _check_released(name, model)
-        model = dataclasses.replace(model, config=config_of(model.arch))
-        set_inputs(model.config.model, model)
+        config = default_config()
+        config.model.dtype = "float32"
+        set_architecture(config.model, model.arch)
+        set_inputs(config.model, model)
+        model = dataclasses.replace(model, config=config)
     return model if dim is None else _with_dim(model, dim)
 
 
@@ -230,11 +232,3 @@ def _with_dim(model: ModelFiles, dim: int) -> ModelFiles:
         heads={} if config.concepts.feature == "projected" else model.heads,
         config=config,
     )
-
-
-def config_of(arch: Architecture) -> ml_collections.ConfigDict:
-    """The default training config with this architecture, computing in float32."""
-    config = default_config()
-    config.model.dtype = "float32"
-    set_architecture(config.model, arch)
-    return config

@@ -231,12 +231,9 @@ def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
 
 
 def write_stablehlo(output: pathlib.Path, model: ModelFiles, dtype: str) -> None:
-    """Writes `image.stablehlo` and `text.stablehlo` for `jax.export.deserialize`.
+    """Writes `image.stablehlo` and `text.stablehlo` for `jax.export.deserialize` into a directory.
 
-    Args:
-        output: directory.
-        model: layer by layer.
-        dtype: of the parameters in the files; what is computed is float32.
+    The parameters are stored in the dtype; what is computed is float32.
     """
     arch, mean, std = model.arch, model.preprocessing.mean, model.preprocessing.std
     # XLA's attention is the one that every platform has.

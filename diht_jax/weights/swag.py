@@ -70,7 +70,6 @@ class SwagTransformer(nnx.Module):
     def __init__(self, arch: SwagArchitecture, *, dtype: DTypeLike, rngs: nnx.Rngs):
         dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": jnp.float32, "rngs": rngs}
         self.dtype = dtype
-        self.image_size = arch.image_size
         self.patch_embedding = nnx.Conv(
             3,
             arch.width,
@@ -102,9 +101,6 @@ class SwagTransformer(nnx.Module):
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Features of normalised images -> [b, width] in the compute dtype."""
-        expected = (self.image_size, self.image_size, 3)
-        if images.shape[1:] != expected:
-            raise ValueError(f"expected images of shape [b, {expected}], got {images.shape}")
         patches = self.patch_embedding(images.astype(self.dtype))
         patches = patches.reshape(patches.shape[0], -1, patches.shape[-1])
         class_token = self.class_embedding[...].astype(self.dtype)

@@ -165,11 +165,7 @@ def _read_copy(folder: pathlib.Path) -> FileTokenizer:
 
 
 def read_cleaning(text: Mapping[str, Any], path: str) -> str | None:
-    """How open_clip cleans texts before a tokenizer that it names; None where it has CLIP's.
-
-    Args:
-        text: "text_cfg" of `open_clip_config.json`.
-        path: of this file, for errors.
+    """How open_clip cleans texts before a tokenizer that "text_cfg" names; None for CLIP's.
 
     Raises:
         ValueError: the tokenizer has a setting that ours lacks.
