@@ -153,7 +153,7 @@ KEYS: dict[str, Key] = {
     # Sizes of leading parts of the embeddings, such as (64, 128, 256), that have a loss of their
     # own, each with a weight; () weighs them like the whole embeddings, by 1.
     "matryoshka.sizes": Key(()),
-    "matryoshka.weights": Key(()),  # one for each size
+    "matryoshka.weights": Key((), NOT_NEGATIVE),  # one for each size
     # "muon": orthogonal updates for the matrices of blocks.
     "optimizer.kind": Key("adamw", OneOf(("adamw", "muon"))),
     "optimizer.learning_rate": Key(1e-3, NOT_NEGATIVE),  # peak

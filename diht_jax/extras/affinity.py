@@ -185,8 +185,6 @@ class AffinityDistillation(Term):
 
     def check(self) -> None:
         name, section = self.name, self.section
-        if any(not isinstance(width, int) for width in section.widths):
-            raise ValueError(f"config.{name}.widths={tuple(section.widths)}: expected integers")
         if section.widths and len(section.temperatures) not in (0, 1, len(section.widths)):
             raise ValueError(
                 f"config.{name}.temperatures={tuple(section.temperatures)}: expected one for all, "
@@ -251,7 +249,6 @@ class AffinityDistillation(Term):
         config[name].teachers_hash = found.hash
         if not section.temperatures:
             config[name].temperatures = tuple(1 / t.logit_scale for t in found.teachers)
-        type(self)(name, config[name], self.arch)  # checks that there are as many
         return config
 
     def of_batch(

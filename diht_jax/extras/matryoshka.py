@@ -9,7 +9,6 @@ Source: Kusupati et al., arXiv 2205.13147.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -62,7 +61,7 @@ def weighted_sizes(section: ml_collections.ConfigDict, embed_dim: int) -> dict[i
         embed_dim: size of the whole embeddings, whose weight is 1.
 
     Raises:
-        ValueError: sizes that do not rise up to less than `embed_dim`, or wrong weights.
+        ValueError: sizes that do not rise up to less than `embed_dim`, or not a weight for each.
     """
     sizes, weights = tuple(section.sizes), tuple(section.weights)
     wrong = [size for size in sizes if type(size) is not int or not 1 <= size < embed_dim]
@@ -72,10 +71,9 @@ def weighted_sizes(section: ml_collections.ConfigDict, embed_dim: int) -> dict[i
             f"the {embed_dim} numbers of an embedding"
         )
     weights = weights or (1.0,) * len(sizes)
-    is_right = [isinstance(weight, int | float) and 0 <= weight < math.inf for weight in weights]
-    if len(weights) != len(sizes) or not all(is_right):
+    if len(weights) != len(sizes):
         raise ValueError(
-            f"config.matryoshka.weights={weights}: expected a number of at least 0 for each of "
+            f"config.matryoshka.weights={weights}: expected a number for each of "
             f"config.matryoshka.sizes={sizes}, or ()"
         )
     return {**dict(zip(sizes, weights, strict=True)), embed_dim: 1.0} if sizes else None

@@ -30,9 +30,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# A larger fraction would mean that a pair like the average one is wrong.
-_HIGHEST_NOISE = 0.5
-
 
 def right_probabilities(
     image_emb: Float[Array, "N d"], text_emb: Float[Array, "N d"], noise_share: float
@@ -43,7 +40,7 @@ def right_probabilities(
 
     Args:
         image_emb, text_emb: L2-normalised, global.
-        noise_share: e, above 0 and up to 0.5.
+        noise_share: e, above 0; above 0.5 a pair like the average one would be a wrong one.
     """
     dtype = jnp.promote_types(image_emb.dtype, jnp.float32)
     images, texts = (jax.lax.stop_gradient(x).astype(dtype) for x in (image_emb, text_emb))
@@ -59,15 +56,6 @@ def right_probabilities(
     slope = distance / jnp.maximum(variance, jnp.finfo(dtype).tiny)
     log_odds = math.log((1 - noise_share) / noise_share)
     return jax.nn.sigmoid(log_odds + slope * (similarities - wrong - distance / 2))
-
-
-def check_noise_share(value: float) -> None:
-    """Raises ValueError for a fraction out of range."""
-    if not 0 <= value <= _HIGHEST_NOISE:
-        raise ValueError(
-            f"noise_share: expected a number in [0, {_HIGHEST_NOISE}], 0 for no weights, got "
-            f"{value}"
-        )
 
 
 def _matmul(one: jax.Array, other: jax.Array) -> jax.Array:

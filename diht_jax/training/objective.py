@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Integer, Shaped
 
 from diht_jax import sharding
 from diht_jax.extras.matryoshka import loss_of_sizes, weighted_sizes
-from diht_jax.extras.noisy_pairs import check_noise_share, right_probabilities
+from diht_jax.extras.noisy_pairs import right_probabilities
 from diht_jax.losses.contrastive import sharded_loss
 from diht_jax.losses.fastclip import Means, fastclip_loss, gamma_at
 from diht_jax.losses.objective import Objective, Parameters, Term
@@ -143,8 +143,6 @@ def checked_loss(section: ml_collections.ConfigDict) -> type[Objective]:
     loss = LOSSES[section.kind]
     settings = {key: section[key] for key in loss.settings}
     try:
-        if section.noise_share:
-            check_noise_share(section.noise_share)
         loss.create(**settings, **loss.parameters)
     except ValueError as error:
         raise ValueError(f"config.loss.{error}") from error
