@@ -24,7 +24,7 @@ from diht_jax.evaluation.results import (
     percentile_interval,
     suite_means,
 )
-from diht_jax.evaluation.suite import Number
+from diht_jax.evaluation.suite import TASKS_BY_NAME, Number
 from diht_jax.terminal import format_table
 
 # Names of the results of a comparison; a table has room for these.
@@ -93,7 +93,7 @@ def _compare_metrics(task: str, results: Sequence[dict[str, Any]]) -> list[list[
                 continue
             samples = paired_differences(results[0], result, name)
             cells += _difference_cells(metric.unit, values[name] - measured[0][name], samples)
-        rows.append(["" if rows else task, metric.label or name, *cells])
+        rows.append(["" if rows else task, metric.label, *cells])
     return rows
 
 
@@ -162,8 +162,7 @@ def published_results(model: str) -> dict[str, Any]:
     """The published numbers of one of `PUBLISHED_PERCENT`, in the form of a results file."""
     results: dict[str, dict[str, Any]] = {}
     for (task, metric), percent in zip(_PUBLISHED_METRICS, PUBLISHED_PERCENT[model], strict=True):
-        result = results.setdefault(
-            task, {"task": task, "metrics": {}, "protocol": {}, "counts": {}}
-        )
-        result["metrics"][metric] = percent / 100
+        kind = TASKS_BY_NAME[task].kind
+        empty = {"task": task, "kind": kind, "metrics": {}, "protocol": {}, "counts": {}}
+        results.setdefault(task, empty)["metrics"][metric] = percent / 100
     return {"model": f"{model}, as published", "results": list(results.values())}

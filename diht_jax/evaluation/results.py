@@ -133,7 +133,7 @@ def result_rows(results: dict[str, Any]) -> list[tuple[str, str, str, str, str]]
             metric = metric_of(result, name)
             unit, bounds = metric.unit, intervals.get(name, ())
             interval = " to ".join(format_value(unit, x).removesuffix("%") for x in bounds)
-            shown = (metric.label or name, format_value(unit, value), interval)
+            shown = (metric.label, format_value(unit, value), interval)
             rows.append((task, *shown, about))
             task = about = ""
     for mean in suite_means([by_task]):
@@ -170,18 +170,15 @@ def describe_model(results: dict[str, Any]) -> str:
 def metric_of(result: Mapping[str, Any], name: str) -> Metric:
     """The unit and the label of a metric of one task's result.
 
-    The unit is the one that the file states, the label that of the protocol. Metrics that this
+    The unit is the one that the file states, the label that of the task's kind. Metrics that this
     version does not know are scores under their own name.
     """
     # Here, since it imports JAX, and the command's --help should not have to wait for that.
     from diht_jax.evaluation.protocols.base import Metric
     from diht_jax.evaluation.protocols.registry import PROTOCOLS
 
-    known = Metric("score")
-    for protocol in (PROTOCOLS.get(result.get("kind", "")), *PROTOCOLS.values()):
-        if protocol is not None and name in protocol.metrics:
-            known = protocol.metrics[name]
-            break
+    protocol = PROTOCOLS.get(result.get("kind", ""))
+    known = (protocol.metrics if protocol else {}).get(name, Metric("score"))
     return Metric(result.get("units", {}).get(name, known.unit), known.label or name)
 
 

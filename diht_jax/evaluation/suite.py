@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import pathlib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 CLASSIFICATION, MULTILABEL, RETRIEVAL = "classification", "multilabel", "retrieval"
@@ -36,7 +36,7 @@ class SuiteEntry:
         split: what of the data set is evaluated.
         kind: of `protocols.registry.PROTOCOLS`.
         source: of `sources.registry`, or `NO_SOURCE`.
-        form: how users give a source, what follows `NAME=`, where there is none; by default the
+        form: how users give a source, what follows `NAME=`, where there is none; where empty, the
             folder of DataComp's download.
         metrics: the first is the one that DiHT, or DataComp, reports.
         numbers: how many of the 29 it gives; 0 outside of the suite.
@@ -52,11 +52,11 @@ class SuiteEntry:
     kind: str = CLASSIFICATION
     source: str = NO_SOURCE
     form: str = ""
-    metrics: tuple[str, ...] = ("top1", "top5", "mean_per_class")
+    metrics: Sequence[str] = ("top1", "top5", "mean_per_class")
     numbers: int = 0
     datacomp: str = ""
-    templates: str | tuple[str, ...] | None = None
-    class_names: str | tuple[str, ...] | None = None
+    templates: str | Sequence[str] | None = None
+    class_names: str | Sequence[str] | None = None
     tfds_class_names: str | None = None
     source_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -68,24 +68,10 @@ def datacomp_folder(key: str) -> str:
     return _OTHER_FOLDERS.get(key, made)
 
 
-def _make_entry(fields: Mapping[str, Any]) -> SuiteEntry:
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
-    }
-    entry = SuiteEntry(**values)
-    if entry.form or entry.source:
-        return entry
-    folder = datacomp_folder(entry.datacomp)
-    form = f"clip_benchmark:DIR, DIR being {folder} in CLIP_benchmark's layout"
-    return dataclasses.replace(entry, form=form)
-
-
 _tables = tomllib.loads(pathlib.Path(__file__).with_name("tasks.toml").read_text("utf-8"))
-SUITE: dict[str, SuiteEntry] = {
-    name: _make_entry(fields) for name, fields in _tables["suite"].items()
-}
-TASKS_BY_NAME: dict[str, SuiteEntry] = SUITE | {
-    name: _make_entry(fields) for name, fields in _tables["benchmarks"].items()
+SUITE = {name: SuiteEntry(**fields) for name, fields in _tables["suite"].items()}
+TASKS_BY_NAME = SUITE | {
+    name: SuiteEntry(**fields) for name, fields in _tables["benchmarks"].items()
 }
 # DataComp's key -> the task here.
 DATACOMP: dict[str, str] = {
@@ -93,10 +79,10 @@ DATACOMP: dict[str, str] = {
 }
 
 # A number of a suite: the mean of some metrics of a task.
-Number = tuple[str, tuple[str, ...]]
+Number = tuple[str, Sequence[str]]
 
 
-def main_metrics(task: str) -> tuple[str, ...]:
+def main_metrics(task: str) -> Sequence[str]:
     """The metrics of a task whose mean is its number for DataComp (and for CLIP_benchmark)."""
     entry = TASKS_BY_NAME[task]
     return entry.metrics if entry.kind == RETRIEVAL else entry.metrics[:1]

@@ -269,10 +269,12 @@ def _make_task(request: _Request, defaults: Mapping[str, Any]) -> Task:
     name, source = request.name, request.source
     entry = TASKS_BY_NAME[name] if request.kind is None else None
     if entry is not None and not source:
-        typed = f"'{name}={entry.form}'" if request.is_text else entry.form
+        folder = datacomp_folder(entry.datacomp)
+        form = entry.form or f"clip_benchmark:DIR, DIR being {folder} in CLIP_benchmark's layout"
         raise ValueError(
             f"task '{name}' has no source of its own, since it is not read from TFDS; it is "
-            f"measured on {entry.split}. Give that as {typed}"
+            f"measured on {entry.split}. Give that as "
+            + (f"'{name}={form}'" if request.is_text else form)
         )
     kind = str(request.kind) if entry is None else entry.kind
     protocol = PROTOCOLS[kind]

@@ -20,10 +20,13 @@ from diht_jax.evaluation.results import (
     write_results,
 )
 
+_KINDS = {"top1": "classification", "t2i_r1": "retrieval", "accuracy": "vqa", "depth": "binary"}
+
 
 def _entry(task, metrics, images=100, dropped=(), **more):
+    measured = {"kind": _KINDS[next(iter(metrics))], "metrics": metrics, "protocol": {"ties": "x"}}
     counts = {"images": images, "dropped": dict(dropped)}
-    return {"task": task, "metrics": metrics, "counts": counts, "protocol": {"ties": "x"}, **more}
+    return {"task": task, **measured, "counts": counts, **more}
 
 
 def _results(model, top1, r1, *, images=1000, extra=()):

@@ -81,7 +81,7 @@ class Metric(NamedTuple):
     # "share" of 1, shown in percent; "score", a number of any size, shown as it is; "rank", counted
     # from 1, of which less is better.
     unit: Unit
-    label: str | None = None  # what people call it; the name where None
+    label: str = ""  # what people call it; the name where empty
 
     @property
     def lower_is_better(self) -> bool:
