@@ -42,13 +42,12 @@ from diht_jax.records.samples import (
     with_captions,
 )
 from diht_jax.records.schema import Record, encode_record
-from diht_jax.records.shard_files import DamagedRecordError, TFRecordError
+from diht_jax.records.shard_files import is_of_one_record
 from diht_jax.records.sharded import ShardedRecords
 from diht_jax.records.train_data import find_inputs, fingerprint_records
 from diht_jax.records.vocabulary import STATS_KEY, find_vocabulary, write_vocabulary
 from diht_jax.storage.files import read_object, remove_temporary_files, write_bytes
 from diht_jax.storage.locks import lock_folder
-from diht_jax.storage.stores import StorageError
 from diht_jax.terminal import ProgressBar
 
 SETTINGS_FILE = "captions.json"
@@ -223,9 +222,7 @@ def _read_records(
             record = source.decode(source[index])
             caption_kinds(record)  # raises where captions or kinds are damaged
         except ValueError as error:
-            if isinstance(error, TFRecordError | StorageError) and not isinstance(
-                error, DamagedRecordError
-            ):
+            if not is_of_one_record(error):
                 raise
             reason = error.skipped.reason if isinstance(error, SampleError) else "damaged"
             if not left_out[reason]:

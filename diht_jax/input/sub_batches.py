@@ -28,7 +28,7 @@ import numpy as np
 
 from diht_jax.input.mixing import Mixture
 from diht_jax.input.workers import start_worker
-from diht_jax.records.shard_files import DamagedRecordError, TFRecordError
+from diht_jax.records.shard_files import TFRecordError, is_of_one_record
 from diht_jax.storage.stores import StorageError
 
 # In a batch, for each row: bad records that were skipped to find this one.
@@ -159,7 +159,7 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
             try:
                 return self.decode(tried), tried
             except ValueError as error:
-                if not self.skips or not _is_of_one_record(error):
+                if not self.skips or not is_of_one_record(error):
                     raise
                 last = error
         raise ValueError(
@@ -194,7 +194,7 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
                 try:
                     plans[index] = self._plan(index, fetch=True)
                 except ValueError as error:
-                    if not _is_of_one_record(error):
+                    if not is_of_one_record(error):
                         raise
             for index in group:
                 try:
@@ -233,12 +233,6 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
 
 
 _kept = threading.local()
-
-
-def _is_of_one_record(error: ValueError) -> bool:
-    """False for the error of a whole shard, or of the disk or store that it is in."""
-    is_whole_shard = isinstance(error, TFRecordError | StorageError)
-    return not is_whole_shard or isinstance(error, DamagedRecordError)
 
 
 def find_crashing_index(examples: SubBatches, indices: Iterable[int]) -> int | None:

@@ -29,7 +29,7 @@ import numpy as np
 
 from diht_jax.storage import files
 from diht_jax.storage.files import read_bytes, write_bytes
-from diht_jax.storage.stores import is_remote, open_file, open_local, retry
+from diht_jax.storage.stores import StorageError, is_remote, open_file, open_local, retry
 
 # By kind, as `config.output_format` names it; of a folder with several the first one is read.
 SUFFIXES = {"tfrecord": ".tfrecord", "array_record": ".array_record", "webdataset": ".tar"}
@@ -54,6 +54,12 @@ class TFRecordError(ValueError):
 
 class DamagedRecordError(TFRecordError):
     """One record is damaged; those around it can be read."""
+
+
+def is_of_one_record(error: ValueError) -> bool:
+    """False for the error of a whole shard, or of the disk or store that it is in."""
+    is_whole_shard = isinstance(error, TFRecordError | StorageError)
+    return not is_whole_shard or isinstance(error, DamagedRecordError)
 
 
 def kind_of(path: str) -> str | None:
