@@ -21,7 +21,7 @@ from diht_jax.evaluation.protocols.class_names import name_index, raw_label, res
 from diht_jax.evaluation.protocols.retrieval import captions_of
 from diht_jax.evaluation.sources.benchmark_folder import DEFAULT_SPLIT
 from diht_jax.evaluation.suite import CLASSIFICATION, RETRIEVAL
-from diht_jax.evaluation.tasks import read_entries
+from diht_jax.evaluation.task_parsing import open_source
 from diht_jax.input.transforms import ImageError, decode_rgb
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
@@ -62,7 +62,7 @@ def write_folder(task: Task, folder: pathlib.Path, *, limit: int | None = None) 
     counts: Counter[str] = Counter(images=0)
     notes = _Notes(task)
     with tarfile.open(folder / DEFAULT_SPLIT / "0.tar", "w") as tar:
-        for entry in read_entries(task):
+        for entry in open_source(task).entries():
             if counts["images"] == limit:
                 break
             try:

@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.clip_benchmark_folder import plain_picture
 from diht_jax.evaluation.protocols import base
 from diht_jax.evaluation.sources.labels import VOC_CLASSES
-from diht_jax.evaluation.sources.registry import read_source
+from diht_jax.evaluation.sources.registry import open_units
 from diht_jax.evaluation.suite import CLASSIFICATION, MULTILABEL, RETRIEVAL, TASKS_BY_NAME
 from diht_jax.input.transforms import decode_rgb
 from diht_jax.readers.base import Skipped
@@ -172,7 +172,7 @@ def _pictures(tar: pathlib.Path) -> Iterator[tuple[Pair, dict[str, bytes]]]:
     Between others there is a tie, which CLIP_benchmark leaves to chance.
     """
     seen: set[str] = set()
-    for pair in read_source(str(tar), {}):
+    for pair in open_units(str(tar), {}).entries():
         if isinstance(pair, Skipped):
             continue
         image = decode_rgb(pair.image)

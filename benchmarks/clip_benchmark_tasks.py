@@ -33,8 +33,7 @@ from diht_jax.evaluation.embedding.encoding import Encoder
 from diht_jax.evaluation.protocols.base import Measured
 from diht_jax.evaluation.protocols.registry import PROTOCOLS
 from diht_jax.evaluation.suite import CLASSIFICATION, MULTILABEL, RETRIEVAL
-from diht_jax.evaluation.task_parsing import parse_tasks
-from diht_jax.evaluation.tasks import read_entries
+from diht_jax.evaluation.task_parsing import open_source, parse_tasks
 from diht_jax.export import export_model
 from diht_jax.terminal import format_table
 
@@ -117,7 +116,7 @@ def compare_task(model: Any, name: str, output: pathlib.Path) -> dict[str, Any]:
     )
     with np.load(output / f"{name}.npz") as file:
         theirs = dict(file)
-    measured = PROTOCOLS[task.kind].run(task, Encoder(model, read_entries(task)))
+    measured = PROTOCOLS[task.kind].run(task, Encoder(model, open_source(task)))
     samples, different, largest = _COMPARISONS[standin.kind](measured, theirs)
     metrics = measured.metrics
     written = json.loads((output / f"{name}.json").read_text())

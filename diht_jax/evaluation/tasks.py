@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import ml_collections
@@ -28,7 +28,7 @@ from diht_jax.evaluation.task_parsing import (
 )
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
-from diht_jax.records.shard_files import DamagedRecordError, TFRecordError
+from diht_jax.records.shard_files import is_of_one_record
 from diht_jax.records.train_data import (
     TrainSource,
     held_out_records,
@@ -37,7 +37,6 @@ from diht_jax.records.train_data import (
     resolve_source,
 )
 from diht_jax.storage.files import map_many
-from diht_jax.storage.stores import StorageError
 
 # Shows the examples of a task, from the task, its source, what was measured, its entry in the
 # results file, and the logit scale; returns the file that they are in, if they are in any.
@@ -157,12 +156,6 @@ def training_template(model: EmbeddingModel) -> str:
     return templates.pop() if len(templates) == 1 else data.text_template
 
 
-def read_entries(task: Task) -> Generator[Pair | Skipped]:
-    """The pairs of a task's source, with a `Skipped` and its reason for each that is unusable."""
-    for unit in open_source(task):
-        yield from unit()
-
-
 def validation_tasks(config: ml_collections.ConfigDict) -> list[Task]:
     """Retrieval on what a run holds out, with the captions as it trains on them.
 
@@ -197,9 +190,7 @@ def _open_held_out(config: ml_collections.ConfigDict, source: TrainSource) -> Un
         try:
             return records.decode(records[int(number)])
         except ValueError as error:
-            is_whole_shard = isinstance(error, TFRecordError | StorageError)
-            is_one = isinstance(error, DamagedRecordError) or not is_whole_shard
-            if config.data.on_bad_record != "skip" or not is_one:
+            if config.data.on_bad_record != "skip" or not is_of_one_record(error):
                 raise
             path, place = records.locate(int(number))
             return Skipped(f"{path}: record {place}", "bad_row", str(error))

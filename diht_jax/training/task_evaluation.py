@@ -28,12 +28,11 @@ from diht_jax.evaluation.embedding.entries import Unit
 from diht_jax.evaluation.page import read_pictures, retrieval_examples
 from diht_jax.evaluation.protocols.base import Measured
 from diht_jax.evaluation.results import describe_metrics, named_metrics
-from diht_jax.evaluation.task_parsing import check_task
+from diht_jax.evaluation.task_parsing import check_task, open_source
 from diht_jax.evaluation.tasks import (
     Task,
     evaluate_task,
     parse_config_tasks,
-    read_entries,
     validation_tasks,
 )
 from diht_jax.training.monitoring.metrics import MetricWriter, read_metrics
@@ -118,7 +117,7 @@ def log_best(config: ml_collections.ConfigDict, best: BestStep) -> None:
 def check_source_opens(task: Task) -> None:
     """Reads the first entry of a task's source."""
     try:
-        with contextlib.closing(read_entries(task)) as entries:
+        with contextlib.closing(open_source(task).entries()) as entries:
             if next(entries, None) is None:
                 raise ValueError("it has no entries")
     except Exception as error:  # which one depends on the reader and on the storage

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from diht_jax.evaluation.sources.registry import read_source
+from diht_jax.evaluation.sources.registry import open_units
 from diht_jax.records.schema import Pair
 
 SUCCESS, ERROR, SKIP = "success", "error", "skip"
@@ -127,7 +127,7 @@ def judge_source(
 
     def read() -> Any:
         found, skipped = [], {}
-        for entry in read_source(str(source), options or {}):
+        for entry in open_units(str(source), options or {}).entries():
             if not isinstance(entry, Pair):
                 skipped[entry.reason] = skipped.get(entry.reason, 0) + 1
             elif entry.key not in ignored:

@@ -9,7 +9,7 @@ import pytest
 
 from data_prep.filter import run_filter
 from diht_jax.evaluation.embedding.inputs import input_units, list_inputs
-from diht_jax.evaluation.sources.registry import read_source
+from diht_jax.evaluation.sources.registry import open_units
 from tests.data_prep.filtering.jobs import job_config, read_dropped, read_records
 from tests.make import png
 
@@ -48,7 +48,7 @@ def test_every_command_reads_the_same_pairs_by_a_relative_path(tmp_path, monkeyp
     source = source.removeprefix(f"{tmp_path}/")
     run_filter(job_config(source, tmp_path / "kept"))
     found = {"filter": read_records(tmp_path / "kept")}
-    found["evaluate"] = list(read_source(source, {}))
+    found["evaluate"] = list(open_units(source, {}).entries())
     found["embed, search"] = [e for unit in input_units(list_inputs(source)) for e in unit()]
     for command, pairs in found.items():
         assert [(pair.image, pair.caption) for pair in pairs] == expected, command

@@ -6,7 +6,8 @@ import jax
 import pytest
 
 from diht_jax.evaluate import open_tasks
-from diht_jax.evaluation.tasks import evaluate_task, read_entries, validation_tasks
+from diht_jax.evaluation.task_parsing import open_source
+from diht_jax.evaluation.tasks import evaluate_task, validation_tasks
 from diht_jax.loading import load_model
 from diht_jax.records.schema import Pair
 from diht_jax.training.loop import train
@@ -21,7 +22,7 @@ from tests import make
 
 def validation_keys(config):
     tasks = validation_tasks(config)
-    return sorted(entry.key for task in tasks for entry in read_entries(task))
+    return sorted(entry.key for task in tasks for entry in open_source(task).entries())
 
 
 @pytest.mark.parametrize("order", ["global", "blocks"])
@@ -93,7 +94,7 @@ def test_a_run_in_a_store_is_measured_on_what_it_holds_out(trained, tmp_path, mo
     shutil.copytree(workdir, stored.folder)
     stored.send()
     (task,) = open_tasks(stored.url, ["validation"])
-    assert sorted(entry.key for entry in read_entries(task)) == validation_keys(config)
+    assert sorted(entry.key for entry in open_source(task).entries()) == validation_keys(config)
 
 
 def test_a_damaged_record_that_is_held_out_costs_itself_where_training_skips_it(config, tmp_path):
@@ -106,10 +107,10 @@ def test_a_damaged_record_that_is_held_out_costs_itself_where_training_skips_it(
     path.write_bytes(data)
     (task,) = validation_tasks(config)
     with pytest.raises(ValueError, match=r"train-00000\.tfrecord: record"):
-        list(read_entries(task))
+        list(open_source(task).entries())
     config.data.on_bad_record = "skip"
     (task,) = validation_tasks(config)
-    found = [entry.key for entry in read_entries(task) if isinstance(entry, Pair)]
+    found = [entry.key for entry in open_source(task).entries() if isinstance(entry, Pair)]
     assert sorted(found) == [keys[0], *keys[2:]]
 
 

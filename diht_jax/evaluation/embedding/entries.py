@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -66,6 +66,11 @@ class Units(list[Unit]):
         """Joins them; the number of entries may be an estimate, and None where it is unknown."""
         super().__init__(units)
         self.count_entries = count
+
+    def entries(self) -> Generator[Entry]:
+        """The entries of all parts, in order."""
+        for unit in self:
+            yield from unit()
 
 
 def divide(items: Sequence[Any] | np.ndarray, read: Callable[..., Iterator[Entry]]) -> list[Unit]:

@@ -19,15 +19,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from diht_jax.evaluation.embedding.entries import Units
 from diht_jax.evaluation.sources import annotations, labels
 from diht_jax.evaluation.sources.benchmark_folder import open_benchmark_folder
 from diht_jax.readers import registry
-from diht_jax.readers.base import Skipped, SourceShard
-from diht_jax.records.schema import Pair
+from diht_jax.readers.base import SourceShard
 from diht_jax.storage.stores import input_size, is_remote
 
 BENCHMARK, ANNOTATIONS = "clip_benchmark", "annotations"
@@ -59,12 +58,6 @@ LAYOUTS: dict[str, Layout] = {
     "aro": Layout(annotations.aro_units, ("image_root",)),
 }
 OPTIONS = tuple(dict.fromkeys(name for layout in LAYOUTS.values() for name in layout.options))
-
-
-def read_source(source: str, options: Mapping[str, Any]) -> Iterator[Pair | Skipped]:
-    """Yields the pairs of a source, with a `Skipped` and its reason for each that is unusable."""
-    for unit in open_units(source, options):
-        yield from unit()
 
 
 def open_units(source: str, options: Mapping[str, Any]) -> Units:

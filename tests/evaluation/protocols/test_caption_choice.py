@@ -10,7 +10,7 @@ from PIL import Image
 from diht_jax.evaluation.embedding.encoding import Batching, Encoder
 from diht_jax.evaluation.protocols.caption_choice import questions_of, run
 from diht_jax.evaluation.sources.annotations import SUGARCREPE_SUBSETS
-from diht_jax.evaluation.sources.registry import read_source
+from diht_jax.evaluation.sources.registry import open_units
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
 from diht_jax.records.schema import Pair
@@ -225,7 +225,7 @@ def test_other_questions_in_the_metadata_name_their_record():
 
 def test_pictures_are_resampled_with_all_their_questions(sugarcrepe):
     (task,) = parse_tasks(f"sugarcrepe=sugarcrepe:{sugarcrepe}")
-    measured = run(task, Encoder(HashedModel(), read_source(task.source, {}), Batching(8)))
+    measured = run(task, Encoder(HashedModel(), open_units(task.source, {}), Batching(8)))
     result = measured.result
     only = result.picture_of_question == 1
     found = measured.measure(np.array([0, 2, 0]))

@@ -9,7 +9,7 @@ import pytest
 from diht_jax.evaluation.embedding.encoding import Batching, Encoder
 from diht_jax.evaluation.protocols.answers import normalise_answer, vqa_credit
 from diht_jax.evaluation.protocols.registry import PROTOCOLS
-from diht_jax.evaluation.sources.registry import read_source
+from diht_jax.evaluation.sources.registry import open_units
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.readers.base import Skipped
 from tests.make import HashedModel
@@ -25,14 +25,13 @@ def folder(tmp_path, photos):
 
 
 def read_annotations(path, **options):
-    return read_source(f"annotations:{path}", options)
+    return open_units(f"annotations:{path}", options).entries()
 
 
 def _measure(model, text):
     (task,) = parse_tasks([text])
-    entries = read_source(task.source, task.source_options)
-    run = PROTOCOLS[task.kind].run
-    return run(task, Encoder(model, entries, Batching(8)))
+    units = open_units(task.source, task.source_options)
+    return PROTOCOLS[task.kind].run(task, Encoder(model, units, Batching(8)))
 
 
 class _Oracle:

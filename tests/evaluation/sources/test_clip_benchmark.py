@@ -13,7 +13,7 @@ from benchmarks.clip_benchmark_folder import write_folder
 from benchmarks.clip_benchmark_standins import STANDINS, write_standin
 from benchmarks.clip_benchmark_tasks import compare_task
 from diht_jax import load_model
-from diht_jax.evaluation.sources.registry import read_source
+from diht_jax.evaluation.sources.registry import open_units
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
 from diht_jax.export import export_model
@@ -29,7 +29,7 @@ def folders(shared_data, tmp_path):
     write_folder(cifar, tmp_path / "cifar", limit=_SIZE)
     (tmp_path / "photos").mkdir()
     rows = []
-    for number, pair in enumerate(itertools.islice(read_source(source, {}), _SIZE)):
+    for number, pair in enumerate(itertools.islice(open_units(source, {}).entries(), _SIZE)):
         (tmp_path / "photos" / f"{number}.jpg").write_bytes(pair.image)
         captions = [f"picture {number}", f"{number} of it"]
         rows.append(json.dumps({"image": f"{number}.jpg", "caption": captions}))
@@ -71,7 +71,7 @@ def test_equal_to_the_sample(folders, workdir, shared_data, monkeypatch):
     confusion = np.zeros((10, 10), int)
     np.add.at(confusion, (labels.numpy(), predictions), 1)
     np.testing.assert_array_equal(ours["confusion"], confusion)
-    images = [Image.open(io.BytesIO(pair.image)) for pair in read_source(task.source, {})]
+    images = [Image.open(io.BytesIO(pair.image)) for pair in open_units(task.source, {}).entries()]
     similarities = model.encode_image(images) @ classifier.numpy()
     np.testing.assert_array_equal(similarities.argmax(axis=1), predictions)
 

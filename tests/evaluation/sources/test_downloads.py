@@ -22,7 +22,7 @@ import pytest
 from diht_jax.evaluation.protocols.class_names import name_index, raw_label, resolve_label
 from diht_jax.evaluation.sources.labels import VOC_CLASSES
 from diht_jax.evaluation.task_parsing import open_source, parse_tasks
-from diht_jax.evaluation.tasks import evaluate_task, read_entries
+from diht_jax.evaluation.tasks import evaluate_task
 from diht_jax.input.transforms import decode_rgb
 from tests.make import HashedModel, encoded, plain, write_tar
 
@@ -203,7 +203,7 @@ def run_section(tmp_path, monkeypatch):
         tasks = {task.name: task for task in _run_section(heading, tmp_path)}
         for task in tasks.values():
             open_source(task)
-        return tasks, {name: list(read_entries(task)) for name, task in tasks.items()}
+        return tasks, {name: list(open_source(task).entries()) for name, task in tasks.items()}
 
     return run
 

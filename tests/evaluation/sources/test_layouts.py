@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from diht_jax.evaluation.sources.labels import VOC_CLASSES
-from diht_jax.evaluation.sources.registry import open_units, read_source
+from diht_jax.evaluation.sources.registry import open_units
 from diht_jax.evaluation.task_parsing import parse_tasks
 from tests import make
 
@@ -87,7 +87,7 @@ def test_entries_of_a_store_are_those_of_the_folder(sets):
         for root in (str(sets), url):
             given = {name: value.format(root) for name, value in options.items()}
             count = open_units(source.format(root), given).count_entries()
-            found.append(list(read_source(source.format(root), given)))
+            found.append(list(open_units(source.format(root), given).entries()))
             assert count in (None, pairs + skipped), (source, root)
         strange = [getattr(entry, "reason", None) for entry in found[0]]
         assert strange.count(None) == pairs and len(strange) == pairs + skipped, source
@@ -95,7 +95,7 @@ def test_entries_of_a_store_are_those_of_the_folder(sets):
             # The message names the file as it lies.
             found = [[(e.key, getattr(e, "image", None)) for e in entries] for entries in found]
         assert found[0] == found[1], source
-    wasps = [pair for pair in read_source(f"{url}/classes/", {}) if "wasp" in pair.key]
+    wasps = [pair for pair in open_units(f"{url}/classes/", {}).entries() if "wasp" in pair.key]
     assert wasps[0].metadata == {"label": 2, "class_name": "wasp"}
     with pytest.raises(ValueError, match="has no option 'image_column'; it has none"):
         open_units(f"{url}/classes", {"image_column": "image"})
@@ -131,7 +131,7 @@ def test_other_files_are_named(source, files, message, tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message) as raised:
-        list(read_source(source.format(tmp_path), {}))
+        list(open_units(source.format(tmp_path), {}).entries())
     assert str(tmp_path) in str(raised.value)
 
 
@@ -152,8 +152,8 @@ def _write(root, notes, photos, files=_WORDS):
 def test_arrays_of_objects_are_skipped_and_not_unpickled(tmp_path, photos):
     notes = [("npy", make.npy([1, 0])), ("npy", make.npy([{}, 1]))]
     files = {**_WORDS, "dataset_type.txt": "multilabel\n"}
-    entries = read_source(_write(tmp_path / "x", notes, photos, files=files), {})
-    assert [getattr(entry, "reason", None) for entry in entries] == [None, "bad_row"]
+    units = open_units(_write(tmp_path / "x", notes, photos, files=files), {})
+    assert [getattr(entry, "reason", None) for entry in units.entries()] == [None, "bad_row"]
 
 
 def test_entries_without_a_usable_note_are_skipped(tmp_path, photos):
@@ -166,7 +166,7 @@ def test_entries_without_a_usable_note_are_skipped(tmp_path, photos):
         ("ant", "hot dog"),
     )
     assert task.templates == ("a {}.", "the {}.")
-    entries = list(read_source(source, {}))
+    entries = list(open_units(source, {}).entries())
     assert [entry.key for entry in entries] == ["s/0", "s/2", "s/1", "s/3"]
     assert [entries[0].metadata["label"], entries[-1].metadata["label"]] == [1, 0]
     reasons = {entry.key: getattr(entry, "reason", None) for entry in entries}
