@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import pathlib
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from diht_jax.evaluation.comparison import LETTERS
 from diht_jax.evaluation.results import describe_model, metric_of
-from diht_jax.pages.render import encode_picture
 from diht_jax.storage import files
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def draw_retrievals(examples: Mapping[str, Any]) -> bytes:
             for side in axes.spines.values():
                 side.set(color=_GREEN if tile["right"] else _RED, linewidth=3)
     figure.suptitle(examples["title"].replace("$", r"\$"), fontsize=11)
-    return encode_picture(figure)
+    return _encode(figure)
 
 
 def _new_figure(width: float, height: float) -> Figure:
@@ -181,4 +181,10 @@ def _new_figure(width: float, height: float) -> Figure:
 def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
     path = os.fspath(path)
     files.make_folder(os.path.dirname(path) or ".")
-    files.write_bytes(path, encode_picture(figure))
+    files.write_bytes(path, _encode(figure))
+
+
+def _encode(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+    return buffer.getvalue()

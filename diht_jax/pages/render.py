@@ -20,7 +20,6 @@ from diht_jax.storage import files
 if TYPE_CHECKING:
     import jinja2
     import markupsafe
-    from matplotlib.figure import Figure
     from PIL import Image
 
 TEMPLATES = pathlib.Path(__file__).parent / "templates"
@@ -47,29 +46,18 @@ def render(template: str, path: str | os.PathLike[str] | None = None, /, **data:
     return page
 
 
-def data_uri(picture: bytes | Image.Image | Figure) -> str:
-    """A picture as the address of itself, for `<img src>`.
-
-    Args:
-        picture: encoded PNG, JPEG, GIF or WebP; or a Pillow image, which becomes a JPEG; or a
-            figure of matplotlib, which becomes a PNG.
-    """
-    data = picture if isinstance(picture, bytes) else encode_picture(picture)
-    kinds = {b"\x89PNG": "png", b"GIF8": "gif", b"RIFF": "webp"}
-    kind = kinds.get(data[:4], "jpeg")
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+def data_uri(picture: bytes, kind: str = "png") -> str:
+    """An encoded picture as the address of itself, for `<img src>`."""
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 
 def thumbnail(image: Image.Image, side: int = 224) -> str:
-    """A small copy of a picture as a data URI.
-
-    Args:
-        image: RGB picture, left as it is.
-        side: most pixels of the longer side.
-    """
-    small = image.copy()
+    """A small copy of a picture, with at most `side` pixels on a side, as a data URI."""
+    small = image.convert("RGB")  # a copy
     small.thumbnail((side, side))
-    return data_uri(small)
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=88)
+    return data_uri(buffer.getvalue(), "jpeg")
 
 
 def bar(share: float, width: int = 160, css: str = "") -> markupsafe.Markup:
@@ -102,15 +90,3 @@ def _environment() -> jinja2.Environment:
     names.update(bar=bar, data_uri=data_uri)
     environment.filters.update(count="{:,}".format, percent="{:.1%}".format)
     return environment
-
-
-def encode_picture(picture: Image.Image | Figure) -> bytes:
-    """Encodes a Pillow image as JPEG, a figure of matplotlib as PNG."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    if isinstance(picture, Image.Image):
-        picture.convert("RGB").save(buffer, "JPEG", quality=88)
-    else:
-        picture.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
-    return buffer.getvalue()

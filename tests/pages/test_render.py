@@ -21,7 +21,7 @@ def test_texts_of_a_page_are_escaped_and_missing_ones_are_an_error(templates):
     (templates / "x.html").write_text(
         '{% extends "base.html" %}{% import "base.html" as parts %}{% block body %}'
         '{{ parts.table(["<b>", "n", ""], [["<u>", 7, bar(0.5, 40)]], bars=1) }}'
-        '{{ parts.grid([(none, "<caption>", "\\" onload=x")]) }}{% endblock %}'
+        '{{ parts.figure("x", "\\" onload=x", "<caption>") }}{% endblock %}'
     )
     path = templates / "new" / "folder" / "x.html"
     page = pages.render("x.html", path, title="</title> \ud83d")
