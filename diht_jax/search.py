@@ -40,7 +40,7 @@ def define_flags() -> None:
     flags.DEFINE_string("input", None, "Folder of pictures, tar, or another source.")
     flags.DEFINE_alias("images", "input")
     flags.DEFINE_string("output", None, "Page (HTML) of the matches; unset: they are printed.")
-    flags.DEFINE_integer("num_matches", 8, "Pictures a query.")
+    flags.DEFINE_integer("num_matches", 8, "Pictures a query.", lower_bound=1)
     flags.DEFINE_alias("count", "num_matches")
     flags.DEFINE_string("index", None, "Folder of an index, which is made or brought up to date.")
     flags.DEFINE_enum("dtype", "float16", ("float16", "int8"), "Of the embeddings in an index.")
@@ -72,7 +72,7 @@ def main(queries: list[str]) -> None:
         raise ValueError("--index: expected queries, --serve, or --input to bring it up to date")
     # What is missing should not have to wait for the model, nor for the pictures.
     shards = list_inputs(given.input, needs_caption=False) if given.input else []
-    texts = fill_queries(queries, given.caption_template, given.num_matches) if queries else {}
+    texts = fill_queries(queries, given.caption_template) if queries else {}
     if given.index and (queries or given.serve):
         import_usearch()
     index = None if shards else PictureIndex(given.index)

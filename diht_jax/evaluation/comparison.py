@@ -123,8 +123,6 @@ def _mean_samples(
         if len(paired) < len(found):
             return None
         differences.append(np.mean(paired, axis=0))
-    if any(len(samples) != len(differences[0]) for samples in differences):
-        return None
     return np.mean(differences, axis=0)
 
 

@@ -62,7 +62,7 @@ def search_pictures(
     Raises:
         ValueError: no query, a blank one, a bad template, or no readable picture.
     """
-    texts = fill_queries(queries, template, count)
+    texts = fill_queries(queries, template)
     encoder = Encoder(model, input_units(shards), batching, name="pictures")
     encoded = encoder.images(lambda pair: (pair.key, pair.caption))
     text_emb = check_finite(
@@ -78,18 +78,14 @@ def search_pictures(
     return matches, encoded
 
 
-def fill_queries(queries: Sequence[str], template: str, count: int) -> dict[str, str]:
+def fill_queries(queries: Sequence[str], template: str) -> dict[str, str]:
     """Each query once, with the text that is embedded for it.
 
     Raises:
-        ValueError: no query, a blank one, a bad template, or no match requested.
+        ValueError: no query, a blank one, or a bad template.
     """
-    blank = [query for query in queries if not query.strip()]
-    if not queries or blank or count < 1:
-        raise ValueError(
-            f"expected at least one query with words in it and a count from 1, got "
-            f"{list(queries)} and {count}"
-        )
+    if not queries or not all(map(str.strip, queries)):
+        raise ValueError(f"expected at least one query with words in it, got {list(queries)}")
     return {query: fill_caption_template(template, query) for query in queries}
 
 

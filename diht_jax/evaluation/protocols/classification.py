@@ -45,7 +45,6 @@ from diht_jax.evaluation.protocols.base import (
     Task,
     check_templates,
     choice,
-    parse_text,
 )
 from diht_jax.evaluation.protocols.class_names import (
     Classes,
@@ -357,11 +356,6 @@ def _normalize(x: np.ndarray) -> np.ndarray:
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def _parse_group(value: Any) -> str:
-    is_position = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    return str(value) if is_position else parse_text(value)
-
-
 PROTOCOL = Protocol(
     run=run,
     metrics={
@@ -377,7 +371,7 @@ PROTOCOL = Protocol(
         "templates": TEMPLATES,
         "label": LABEL,
         "candidates": choice("candidates", "all", "with_images"),
-        "group": Option(_parse_group),
+        "group": Option(str),  # a position may be a number
         "f1": choice("f1", "macro"),
     },
 )
