@@ -36,9 +36,6 @@ TIES = {
     "right": "the right caption is the answer where a wrong one is as similar",
 }
 
-# Rows of two float32 arrays that are multiplied at once.
-_BLOCK = 16_384
-
 
 class Question(NamedTuple):
     """Captions of which one is right."""
@@ -49,23 +46,14 @@ class Question(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class CaptionChoiceResult:
-    """The choices on q questions.
-
-    Attributes:
-        questions: q of them.
-        image_of_question: int [q], index among the images.
-        picture_of_question: int [q], from 0; a picture may be cut into several images.
-        similarities: q arrays, one number for each caption.
-        is_right: bool [q].
-        groups: name -> bool [q], in alphabetical order.
-    """
+    """The choices on q questions."""
 
     questions: list[Question]
-    image_of_question: np.ndarray
-    picture_of_question: np.ndarray
-    similarities: list[np.ndarray]
-    is_right: np.ndarray
-    groups: dict[str, np.ndarray]
+    image_of_question: np.ndarray  # int [q], index among the images
+    picture_of_question: np.ndarray  # int [q]; a picture may be cut into several images
+    similarities: list[np.ndarray]  # q arrays, one number for each caption
+    is_right: np.ndarray  # bool [q]
+    groups: dict[str, np.ndarray]  # name -> bool [q], in alphabetical order
 
     def measure(self, counts: np.ndarray) -> dict[str, float]:
         """The metrics if picture i, with its questions, had been there `counts[i]` times."""
@@ -107,14 +95,11 @@ def run(task: Task, encoder: Encoder) -> Measured:
     sizes = [len(question.captions) for question in questions]
     distinct, index_of_text = _distinct_texts(encoder.model, texts)
     text_emb = encoder.texts(distinct)
-    # Each is summed in the same order, in blocks of rows.
-    blocks = [slice(start, start + _BLOCK) for start in range(0, len(texts), _BLOCK)]
-    image_of_text = np.repeat(images, sizes)
-    flat = [
-        (encoded.image_emb[image_of_text[part]] * text_emb[index_of_text[part]]).sum(axis=1)
-        for part in blocks
+    # Summed row by row in one order, so that equal texts are equally similar.
+    similarities = [
+        (encoded.image_emb[image] * text_emb[own]).sum(axis=1)
+        for image, own in zip(images, np.split(index_of_text, np.cumsum(sizes)[:-1]), strict=True)
     ]
-    similarities = np.split(np.concatenate(flat), np.cumsum(sizes)[:-1])
     own = np.array([row[0] for row in similarities])
     best_wrong = np.array([row[1:].max() for row in similarities])
     groups = np.array([question.group or "" for question in questions])
