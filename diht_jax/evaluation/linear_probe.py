@@ -34,15 +34,10 @@ class ProbeSettings(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LabelledEmbeddings:
-    """Embeddings with their labels.
+    """Embeddings with their labels."""
 
-    Attributes:
-        image_emb: float32 [n, d].
-        labels: int32 [n].
-    """
-
-    image_emb: np.ndarray
-    labels: np.ndarray
+    image_emb: np.ndarray  # float32 [n, d]
+    labels: np.ndarray  # int32 [n]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -98,12 +93,12 @@ def fit_probes(
     assert len({len(draw) for draw in draws}) == 1 and len(draws[0]) and len(validation)
     mesh = sharding.create_mesh(data=-1, fsdp=1, devices=jax.local_devices())
     num_classes = start.shape[1]
-    train, block = _stack_blocks(draws, num_classes)
-    held_out, held_out_block = _stack_blocks([validation], num_classes)
+    train, held_out = _stack_blocks(draws, num_classes), _stack_blocks([validation], num_classes)
     fixed = jax.device_put(
         (train, held_out, np.asarray(start, np.float32)), sharding.replicated(mesh)
     )
-    per_setting = len(draws) * num_classes * max(block, held_out_block)
+    block = max(labels.shape[2] for _, labels, _ in (train, held_out))
+    per_setting = len(draws) * num_classes * block
     chunk = mesh.size * max(1, min(_LOGITS_AT_ONCE // per_setting, -(-len(settings) // mesh.size)))
     accuracy = []
     best: list[tuple[float, Any, Any]] = [(-1.0, None, None)] * len(draws)
@@ -129,14 +124,14 @@ def fit_probes(
 
 def probe_accuracy(examples: LabelledEmbeddings, weights: np.ndarray, bias: np.ndarray) -> float:
     """Share of the examples whose class has the largest of the logits with [d, C] and [C]."""
-    blocks, _ = _stack_blocks([examples], weights.shape[1])
-    return int(_count_hits(*(x[0] for x in blocks), weights, bias)) / len(examples)
+    blocks = (x[0] for x in _stack_blocks([examples], weights.shape[1]))
+    return int(_count_hits(*blocks, weights, bias)) / len(examples)
 
 
 def _stack_blocks(
     draws: Sequence[LabelledEmbeddings], num_classes: int
-) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], int]:
-    """[D, blocks, block, d] embeddings, [D, blocks, block] labels and mask; and the block size."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """[D, blocks, block, d] embeddings, [D, blocks, block] labels and mask."""
     size = len(draws[0])
     most = max(1, _LOGITS_AT_ONCE // (8 * num_classes * len(draws)))
     count = -(-size // min(most, _MOST_EXAMPLES_A_BLOCK))
@@ -152,7 +147,7 @@ def _stack_blocks(
         stack([draw.image_emb for draw in draws], np.float32),
         stack([draw.labels for draw in draws], np.int32),
         stack([np.ones(size) for _ in draws], np.float32),
-    ), block
+    )
 
 
 @functools.partial(jax.jit, static_argnames="num_steps")
