@@ -15,7 +15,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from PIL import Image
 
-from diht_jax.input.transforms import MAX_PIXELS, ImageError, decode_rgb
+from diht_jax.input.transforms import decode_rgb
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
 
@@ -35,28 +35,15 @@ _LONGEST_WORK_MS = 7 * 24 * 60 * 60 * 1000
 
 @dataclasses.dataclass(frozen=True)
 class CroppedPair(Pair):
-    """A pair on a part of a picture.
-
-    Attributes:
-        box: the part; what of it is outside of the picture is black.
-    """
+    """A pair on a part of a picture; what of its box is outside of the picture is black."""
 
     box: Box = dataclasses.field(kw_only=True)
 
 
 def decode_picture(pair: Pair) -> Image.Image:
-    """The picture of a pair as `decode_rgb` gives it, cut to its box where it has one.
-
-    Raises:
-        ImageError: as `decode_rgb`; "too_large" for a box, too.
-    """
+    """The picture of a pair as `decode_rgb` gives it, cut to its box where it has one."""
     picture = decode_rgb(pair.image)
-    if not isinstance(pair, CroppedPair):
-        return picture
-    left, top, right, bottom = pair.box
-    if (right - left) * (bottom - top) > MAX_PIXELS:
-        raise ImageError("too_large", f"box {pair.box}: at most {MAX_PIXELS} pixels are cut out")
-    return picture.crop(pair.box)
+    return picture.crop(pair.box) if isinstance(pair, CroppedPair) else picture
 
 
 class Units(list[Unit]):
@@ -82,8 +69,7 @@ def divide(items: Sequence[Any] | np.ndarray, read: Callable[..., Iterator[Entry
 def read_again(units: Sequence[Unit], orders: Iterable[Order]) -> dict[Order, Pair]:
     """Reads chosen entries; only the units that hold them are opened, up to the last of each.
 
-    Raises:
-        ValueError: the source has changed, so that one cannot be used any more.
+    Where the source has changed, so that one cannot be used any more, there is a ValueError.
     """
     wanted: dict[int, set[Order]] = {}
     for order in orders:
@@ -106,16 +92,11 @@ def read_again(units: Sequence[Unit], orders: Iterable[Order]) -> dict[Order, Pa
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """The processes of a job that embed together, each its share on devices of its own.
+    """The processes of a job that embed together, each its share on devices of its own."""
 
-    Attributes:
-        index: of this process.
-        count: of processes.
-        exchange: gives the value of every process, in their order; all call it alike.
-    """
-
-    index: int = 0
+    index: int = 0  # of this process
     count: int = 1
+    # Gives the value of every process, in their order; all call it alike.
     exchange: Callable[[Any], list[Any]] = lambda value: [value]
 
     @classmethod
