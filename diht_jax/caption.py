@@ -35,12 +35,7 @@ from diht_jax.records.catalog import find_shards
 from diht_jax.records.dataset_index import INDEX_NAME
 from diht_jax.records.dataset_info import STATS_SUFFIX
 from diht_jax.records.formats import open_source, open_writer
-from diht_jax.records.samples import (
-    SampleError,
-    caption_kinds,
-    check_kind,
-    with_captions,
-)
+from diht_jax.records.samples import SampleError, caption_kinds, check_kind, with_captions
 from diht_jax.records.schema import Record, encode_record
 from diht_jax.records.shard_files import is_of_one_record
 from diht_jax.records.sharded import ShardedRecords
@@ -57,15 +52,10 @@ _AT_ONCE = 1024
 
 @dataclasses.dataclass(frozen=True)
 class CaptionOptions:
-    """Settings of the captions to write; `LoadedModel.caption` describes the last four.
+    """Settings of the captions to write; `LoadedModel.caption` describes the last four."""
 
-    Attributes:
-        kind: of the new captions, as `config.data.caption_weights` names it.
-        num_captions: of each picture; equal ones are kept once.
-    """
-
-    kind: str = "synthetic"
-    num_captions: int = 1
+    kind: str = "synthetic"  # as `config.data.caption_weights` names it
+    num_captions: int = 1  # of each picture; equal ones are kept once
     max_tokens: int | None = None
     top_k: int | None = None
     temperature: float = 1.0
@@ -131,9 +121,8 @@ def caption_shards(
     Args:
         model: a `LoadedModel` with a caption decoder.
         shards: paths or URLs; their names are those of the new shards.
-        output, options: where and how captions are written.
+        output: their folder.
         task_index, num_tasks: every `num_tasks`-th shard from this number on is written.
-        num_threads: that decode pictures.
 
     Raises:
         ValueError: the model has no decoder, two shards have one name, a shard of the input is in
@@ -213,8 +202,7 @@ def _read_records(
 ) -> list[Record]:
     """The records that are pairs; counts the others by reason, and logs the first of each reason.
 
-    Raises:
-        TFRecordError, StorageError: a whole shard is damaged, or cannot be read.
+    The error of a whole shard is raised.
     """
     records = []
     for index in indices:
@@ -254,12 +242,8 @@ def _describe_shards(
 def _copy_vocabulary(shards: Sequence[str], output: pathlib.Path) -> dict[str, Any]:
     """Writes what the concept labels within records mean next to the new shards.
 
-    Args:
-        shards: of the input. Labels in files next to them are of these shards alone.
-        output: folder, which gets the vocabulary.
-
-    Returns:
-        The counts of the new shards' statistics, which name the vocabulary, if there is one.
+    Labels in files next to `shards` are of these alone. Returns the counts of the new shards'
+    statistics, which name the vocabulary, if there is one.
     """
     by_folder = collections.defaultdict(list)
     for shard in shards:

@@ -120,10 +120,7 @@ def open_tasks(model: str, texts: Sequence[str], step: int | None = None) -> lis
 def compare(files: Sequence[str], chart: str | None = None, *, draw: bool = True) -> None:
     """Prints two or more results files side by side, and draws them as bars.
 
-    Args:
-        files: their paths.
-        chart: PNG to write; next to the last file where None.
-        draw: whether to draw at all.
+    The chart is a PNG, next to the last file where it has no other path.
     """
     if not 2 <= len(files) <= len(LETTERS):
         raise ValueError(

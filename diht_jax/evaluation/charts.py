@@ -35,10 +35,8 @@ _METHODS = {
 def draw_comparison(results: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> None:
     """Draws a bar for each result, and its interval, for every share that all of them have.
 
-    Metrics of other units are left out: they do not fit on an axis in percent.
-
-    Raises:
-        ValueError: they have no task with a common metric that is a share.
+    Metrics of other units are left out: they do not fit on an axis in percent. Results without a
+    common share are a ValueError.
     """
     first, *others = [{result["task"]: result for result in r["results"]} for r in results]
     rows = [

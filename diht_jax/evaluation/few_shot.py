@@ -48,32 +48,25 @@ PROMPT_INIT, SCRATCH, PENALTY = "prompt_init", "scratch", "prompt_penalty"
 
 @dataclasses.dataclass(frozen=True)
 class FewShotOptions:
-    """The protocol.
+    """The protocol."""
 
-    Attributes:
-        shots: training images a class; "all" for all of them (one draw).
-        num_draws: how often the shots are drawn. The k shots of a draw are among its 2k shots.
-        seed: of the draws and of the split.
-        validation_fraction: of the training images, class by class, held out to choose settings
-            on, where there is no validation source.
-        validation_per_class: most held-out images a class; None for no limit.
-        radii: the grid of ||W||_2, as fractions of the norm of the zero-shot classifier.
-        bias_radii: the grid of ||b||_2, in logits.
-        weight_decays: the grid of the probe from scratch, and of the penalty towards the prompts.
-        num_steps: gradient steps of a fit.
-        alphas: WiSE-FT of the classifier (arXiv 2109.01903): weights of the fitted classifier in
-            its mean with the zero-shot one, each measured; empty for none.
-    """
-
+    # Training images a class; "all" for all of them, which is one draw.
     shots: tuple[int | str, ...] = (1, 2, 4, 8, 16, ALL)
-    num_draws: int = 5
-    seed: int = 0
+    num_draws: int = 5  # how often they are drawn; the k shots of a draw are among its 2k shots
+    seed: int = 0  # of the draws and of the split
+    # Of the training images, class by class, held out to choose settings on, where there is no
+    # validation source; and the most of a class, None for no limit.
     validation_fraction: float = 0.2
     validation_per_class: int | None = None
+    # The grid of ||W||_2, as fractions of the norm of the zero-shot classifier; and of ||b||_2, in
+    # logits.
     radii: tuple[float, ...] = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
     bias_radii: tuple[float, ...] = (0.0, 0.3, 1.0, 3.0)
+    # The grid of the probe from scratch, and of the penalty towards the prompts.
     weight_decays: tuple[float, ...] = tuple(10.0 ** (x / 2) for x in range(2, -15, -1))
-    num_steps: int = 500
+    num_steps: int = 500  # gradient steps of a fit
+    # WiSE-FT of the classifier (arXiv 2109.01903): weights of the fitted classifier in its mean
+    # with the zero-shot one, each measured.
     alphas: tuple[float, ...] = ()
 
 
@@ -101,7 +94,6 @@ def evaluate_few_shot(
         train: classification task that shots are drawn from.
         test: one to measure on; its class names, templates and label field count.
         validation: settings are chosen on it; by default a part of `train` is held out.
-        options, batching: the defaults where None.
 
     Returns:
         JSON-able: `protocol`, `counts`, `zero_shot` and, for each number of shots, `results`; see
@@ -236,10 +228,7 @@ def split_by_class(
 ) -> tuple[LabelledEmbeddings, LabelledEmbeddings]:
     """Divides examples into what shots are drawn from and the validation split.
 
-    Every class that occurs has at least one example in both.
-
-    Raises:
-        ValueError: a class with a single example.
+    Every class has at least one example in both; a class with a single one is a ValueError.
     """
     rng = np.random.default_rng(options.seed)
     kept, held_out = [], []
@@ -307,9 +296,7 @@ def format_few_shot(result: dict[str, Any]) -> str:
 
 
 def _embed(
-    model: EmbeddingModel,
-    tasks: Sequence[Task],
-    batching: Batching,
+    model: EmbeddingModel, tasks: Sequence[Task], batching: Batching
 ) -> tuple[list[LabelledEmbeddings], Measured]:
     """All sources in one pass, so that they share their classes; the last task has the prompts."""
     prompts = dataclasses.replace(tasks[-1], options={})  # all classes compete

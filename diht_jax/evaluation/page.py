@@ -55,8 +55,7 @@ class ResultsPage:
         """Adds the examples of a task; returns the page's path where its kind has any.
 
         The units of its source that hold the chosen pictures are read once more; a source for which
-        that fails costs the examples, not the numbers. The logit scale turns cosine similarities
-        into the probabilities of classes.
+        that fails costs the examples, not the numbers.
         """
         if task.kind not in EXAMPLES:
             return None

@@ -82,8 +82,7 @@ def check_output(path: pathlib.Path, drawn: pathlib.Path | None) -> None:
 def read_results(path: str | pathlib.Path) -> dict[str, Any]:
     """Reads what `write_results` wrote; a file without a checksum is taken as it is.
 
-    Raises:
-        ValueError: no such file, not such a file, or one that was changed.
+    A ValueError names a file that is missing, is no such file, or was changed.
     """
     try:
         text = pathlib.Path(path).read_bytes()

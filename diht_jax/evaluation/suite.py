@@ -30,36 +30,25 @@ _OTHER_FOLDERS = {
 
 @dataclasses.dataclass(frozen=True)
 class SuiteEntry:
-    """A task by name.
+    """A task by name."""
 
-    Attributes:
-        split: what of the data set is evaluated.
-        kind: of `protocols.registry.PROTOCOLS`.
-        source: of `sources.registry`, or `NO_SOURCE`.
-        form: how users give a source, what follows `NAME=`, where there is none; where empty, the
-            folder of DataComp's download.
-        metrics: the first is the one that DiHT, or DataComp, reports.
-        numbers: how many of the 29 it gives; 0 outside of the suite.
-        datacomp: its key in DataComp's `tasklist.yml`, such as "vtab/dtd".
-        templates: of the prompts, as `base.parse_templates` takes them; the kind's own where None.
-        class_names: as `base.read_class_names` takes them; they come with the data where None.
-        tfds_class_names: better ones for a TFDS source, in the order of its labels.
-        source_options: of the source.
-        options: of the protocol, where they differ from its own.
-    """
-
-    split: str
-    kind: str = CLASSIFICATION
-    source: str = NO_SOURCE
+    split: str  # what of the data set is evaluated
+    kind: str = CLASSIFICATION  # of `protocols.registry.PROTOCOLS`
+    source: str = NO_SOURCE  # of `sources.registry`
+    # How users give a source, what follows `NAME=`, where there is none; where empty, the folder of
+    # DataComp's download.
     form: str = ""
+    # The first is the one that DiHT, or DataComp, reports.
     metrics: Sequence[str] = ("top1", "top5", "mean_per_class")
-    numbers: int = 0
-    datacomp: str = ""
+    numbers: int = 0  # how many of the 29 it gives
+    datacomp: str = ""  # its key in DataComp's `tasklist.yml`, such as "vtab/dtd"
+    # As `base.parse_templates` takes them; the kind's own where None.
     templates: str | Sequence[str] | None = None
+    # As `base.read_class_names` takes them; they come with the data where None.
     class_names: str | Sequence[str] | None = None
-    tfds_class_names: str | None = None
+    tfds_class_names: str | None = None  # better ones for a TFDS source, in the order of its labels
     source_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the protocol
 
 
 def datacomp_folder(key: str) -> str:
@@ -69,8 +58,10 @@ def datacomp_folder(key: str) -> str:
 
 
 _tables = tomllib.loads(pathlib.Path(__file__).with_name("tasks.toml").read_text("utf-8"))
-SUITE = {name: SuiteEntry(**fields) for name, fields in _tables["suite"].items()}
-TASKS_BY_NAME = SUITE | {
+SUITE: dict[str, SuiteEntry] = {
+    name: SuiteEntry(**fields) for name, fields in _tables["suite"].items()
+}
+TASKS_BY_NAME: dict[str, SuiteEntry] = SUITE | {
     name: SuiteEntry(**fields) for name, fields in _tables["benchmarks"].items()
 }
 # DataComp's key -> the task here.

@@ -162,9 +162,6 @@ def validation_tasks(config: ml_collections.ConfigDict) -> list[Task]:
     Returns:
         One task for each source, called "validation", of several sources "validation_NAME"; none
         where nothing is held out.
-
-    Raises:
-        ValueError: `config.data.train` is wrong.
     """
     data = config.data
     if not data.get("validation_share"):

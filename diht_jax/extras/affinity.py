@@ -40,16 +40,11 @@ _MOST_SIMILARITIES = 1 << 24
 
 
 class TeacherEmbeddings(NamedTuple):
-    """One teacher's embeddings of the pairs.
+    """One teacher's embeddings of the pairs; rows of zeros where it has not embedded one."""
 
-    Attributes:
-        image_emb, text_emb: of any length; rows of zeros where it has not embedded the pair.
-        temperature: divides its similarities.
-    """
-
-    image_emb: Num[Array, "b D"]
+    image_emb: Num[Array, "b D"]  # of any length
     text_emb: Num[Array, "b D"]
-    temperature: Float[Array, ""] | float
+    temperature: Float[Array, ""] | float  # divides its similarities
 
 
 class _Rows(NamedTuple):
@@ -119,12 +114,7 @@ def sharded_affinity_loss(
     *,
     mesh: Mesh,
 ) -> Float[Array, ""]:
-    """`affinity_loss` of a global batch on a mesh, replicated.
-
-    Args:
-        image_emb, text_emb, logit_scale, teachers: see `affinity_loss`; global.
-        mesh: of `sharding.create_mesh`.
-    """
+    """`affinity_loss` of a global batch on a mesh of `sharding.create_mesh`, replicated."""
     rows, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
     specs: Any = (rows, rows, whole)  # in the places of arrays
     of_teacher = TeacherEmbeddings(*specs)

@@ -100,14 +100,7 @@ Cache = list[dict[str, jax.Array]]
 class CrossAttention(nnx.Module):
     """Multi-head attention of the caption's tokens to the picture's."""
 
-    def __init__(
-        self,
-        width: int,
-        image_width: int,
-        heads: int,
-        init: BlockInit,
-        **dtypes: Any,
-    ):
+    def __init__(self, width: int, image_width: int, heads: int, init: BlockInit, **dtypes: Any):
         self.heads = heads
         # Keys and values come from vectors of another width, and keep their scale.
         image_init = normal_init(image_width**-0.5)
@@ -135,12 +128,7 @@ class CrossAttention(nnx.Module):
 class DecoderBlock(nnx.Module):
     """x + attention(norm(x)), then x + cross_attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(
-        self,
-        arch: Architecture,
-        init: BlockInit,
-        **dtypes: Any,
-    ):
+    def __init__(self, arch: Architecture, init: BlockInit, **dtypes: Any):
         width, heads, epsilon = arch.text_width, arch.text_heads, arch.layer_norm_epsilon
         self.attention_norm = layer_norm(width, epsilon=epsilon, **dtypes)
         self.attention = Attention(width, heads, init, causal=True, implementation="xla", **dtypes)
@@ -193,16 +181,10 @@ class CaptionDecoder(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """Builds the decoder, of the text tower's width, with its initialisation.
+        """Builds the decoder, with the text tower's width, heads, context length and vocabulary.
 
-        Args:
-            arch: of the dual encoder; width, heads, context length and vocabulary are those of its
-                text tower.
-            layers: blocks.
-            remat: what the backward pass computes again, a name of `layers.POLICIES`.
-            dtype: of the computation; logits are float32.
-            param_dtype: of the stored parameters.
-            rngs: needs the stream `params`.
+        `remat` is a name of `layers.POLICIES`. `dtype` is that of the computation, but logits are
+        float32. `rngs` needs the stream `params`.
         """
         width = arch.text_width
         dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -226,12 +208,8 @@ class CaptionDecoder(nnx.Module):
     def __call__(self, tokens: jax.Array, image_tokens: jax.Array) -> jax.Array:
         """Features of which `output_kernel` makes the logits of each next token of a caption.
 
-        Args:
-            tokens: int32 [b, t] with t up to the context length.
-            image_tokens: float [b, s, image_width], of `VisionTransformer.tokens`.
-
-        Returns:
-            [b, t, width] in the compute dtype; that of a position knows the tokens up to it.
+        Of tokens int32 [b, t], t up to the context length, and `VisionTransformer.tokens`
+        [b, s, image_width]; returns [b, t, width], where a position knows the tokens up to it.
         """
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         x, image_tokens = x.astype(self.dtype), image_tokens.astype(self.dtype)
@@ -264,13 +242,8 @@ class CaptionDecoder(nnx.Module):
     def step(self, tokens: jax.Array, position: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """The logits of the next token, from one token and the cache of those before it.
 
-        Args:
-            tokens: int32 [b], those at `position`.
-            position: int32 scalar.
-            cache: of `start`, or of the step before.
-
-        Returns:
-            float32 [b, vocabulary], and the cache with this position.
+        Of the tokens int32 [b] at `position`; returns float32 [b, vocabulary], and the cache with
+        this position.
         """
         x = self.token_embedding(tokens[:, None]) + self.positional_embedding[position]
         x, after = x.astype(self.dtype), []
@@ -289,13 +262,7 @@ def merge_decoder(
     """The decoder with these parameters, whose number of blocks is theirs."""
     layers = len(params["blocks"])
     abstract = nnx.eval_shape(
-        lambda: CaptionDecoder(
-            arch,
-            layers,
-            remat=remat,
-            dtype=dtype,
-            rngs=ParameterKeys(0),
-        )
+        lambda: CaptionDecoder(arch, layers, remat=remat, dtype=dtype, rngs=ParameterKeys(0))
     )
     return nnx.merge(nnx.split(abstract, nnx.Param)[0], nnx.restore_int_paths(params))
 

@@ -32,9 +32,6 @@ def render(template: str, path: str | os.PathLike[str] | None = None, /, **data:
         template: file name in `templates/`.
         path: local path or URL of the page; its folder is made when missing.
         **data: variables of the template; one that it uses and that is missing is an error.
-
-    Returns:
-        The page.
     """
     # `is_page` tells the frame from an import of the macros next to it, which have no variables.
     page = _environment().get_template(template).render(is_page=True, **data)
@@ -61,13 +58,7 @@ def thumbnail(image: Image.Image, side: int = 224) -> str:
 
 
 def bar(share: float, width: int = 160, css: str = "") -> markupsafe.Markup:
-    """A horizontal bar, half as long on a narrow screen.
-
-    Args:
-        share: filled part, from 0 to 1.
-        width: pixels of a share of 1.
-        css: further classes, such as the colour.
-    """
+    """A horizontal bar, half as long on a narrow screen; `width` is the pixels of a share of 1."""
     from markupsafe import Markup
 
     style = f"width:calc({width * share:.1f} * var(--unit))"

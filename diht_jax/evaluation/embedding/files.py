@@ -42,29 +42,17 @@ SETTINGS_FILE = "embeddings.json"
 
 @dataclasses.dataclass(frozen=True)
 class EmbedOptions:
-    """Options of `embed_source`.
+    """Options of `embed_source`."""
 
-    Attributes:
-        format: of `FORMATS`.
-        modalities: of `MODALITIES`, which embeddings to write.
-        dtype: of the embeddings in the files, of `DTYPES`.
-        caption_template: text that is embedded for a caption.
-        shard_size: most entries of the source a file; what an interruption can cost.
-        batch_size: examples embedded at once, over all devices.
-        num_threads: decoding threads; None is one per core.
-        task_index: number of this process; it takes its share (`inputs.shares_of`).
-        num_tasks: of processes.
-    """
-
-    format: str = "npz"
-    modalities: Sequence[str] = MODALITIES
-    dtype: str = "float32"
-    caption_template: str = "{caption}"
-    shard_size: int = 10_000
-    batch_size: int = 256
-    num_threads: int | None = None
-    task_index: int = 0
-    num_tasks: int = 1
+    format: str = "npz"  # of `FORMATS`
+    modalities: Sequence[str] = MODALITIES  # which embeddings to write
+    dtype: str = "float32"  # of the embeddings in the files, of `DTYPES`
+    caption_template: str = "{caption}"  # text that is embedded for a caption
+    shard_size: int = 10_000  # most entries of the source a file; what an interruption can cost
+    batch_size: int = 256  # examples embedded at once, over all devices
+    num_threads: int | None = None  # that decode; None is one per core
+    task_index: int = 0  # number of this process, which takes its share (`inputs.shares_of`)
+    num_tasks: int = 1  # processes
 
     def __post_init__(self):
         fill_caption_template(self.caption_template, "")
@@ -86,7 +74,6 @@ def embed_source(
         model: a `LoadedModel`.
         source: of `readers.list_shards`, or a folder of pictures.
         output: directory, or its URL in a store; is made, and may hold a part of the same work.
-        options: how to write.
 
     Returns:
         {"pairs", "dropped": {reason: count}, "files"} of this task, earlier calls included.
@@ -245,10 +232,7 @@ def check_settings(
 ) -> None:
     """Writes what must be the same for a directory to be gone on with, or compares it.
 
-    Messages say what the directory holds, and the flag that names it.
-
-    Raises:
-        ValueError: it holds work of other settings, or a damaged file.
+    A ValueError names the settings that differ, `what` the directory holds, and its flag.
     """
     output = os.fspath(output)
     files.make_folder(output)
@@ -269,16 +253,12 @@ def check_settings(
 def read_object(path: str | os.PathLike[str], remedy: str) -> dict[str, Any] | None:
     """Reads a JSON object that was written with a checksum; None where there is no file.
 
-    Raises:
-        ValueError: the file is damaged, or of a version that wrote no checksum; says the remedy.
+    A damaged file is a ValueError, which says the remedy.
     """
     try:
         values = files.parse_checked_object(files.read_bytes(path), needs_checksum=True)
     except FileNotFoundError:
         return None
     if values is None:
-        raise ValueError(
-            f"{path}: damaged or of an older version, since its checksum is wrong or missing; "
-            f"{remedy}"
-        )
+        raise ValueError(f"{path}: damaged, since its checksum is wrong or missing; {remedy}")
     return values

@@ -76,9 +76,7 @@ def update_index(
         shards: of `inputs.list_inputs`.
         folder: of the index; is made.
         dtype: of the stored embeddings, "float16" or "int8".
-        batching: the defaults where None.
         thumbnails: keep a small picture of each entry; those of a folder are read from there.
-        processes: of the job.
 
     Returns:
         What all processes together did.

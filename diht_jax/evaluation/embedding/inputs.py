@@ -28,12 +28,7 @@ PICTURES = "pictures"
 
 
 def list_inputs(source: str | Sequence[str], *, needs_caption: bool = True) -> list[SourceShard]:
-    """Lists the shards of a source; a folder of pictures, even among other files, is one.
-
-    Args:
-        source: of `readers.list_shards`, or a folder of pictures.
-        needs_caption: see `SourceShard.needs_caption`.
-    """
+    """Lists the shards of a source; a folder of pictures, even among other files, is one."""
     names, pictures = set(), set()
     if is_folder := isinstance(source, str) and os.path.isdir(source):
         files = filter(os.path.isfile, os.scandir(source))

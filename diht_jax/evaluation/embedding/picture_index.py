@@ -95,11 +95,7 @@ class PictureIndex:
             )
 
     def search(self, text_emb: np.ndarray, count: int) -> list[list[Match]]:
-        """The pictures nearest to each query [q, d], the best first; all pictures are compared.
-
-        Raises:
-            ValueError: usearch is not installed.
-        """
+        """The pictures nearest to each query [q, d], the best first; all pictures are compared."""
         queries = np.asarray(text_emb, np.float32)
         found: list[list[tuple[float, int, int]]] = [[] for _ in queries]
         for number, part in self._parts.items():
@@ -136,12 +132,7 @@ class PictureIndex:
 
 
 class Part:
-    """The files of one part.
-
-    Attributes:
-        rows: table of key, caption, image_emb, and end and CRC-32 of the thumbnail.
-        manifest: what the part was made of, see `index_update`.
-    """
+    """The files of one part: its `rows`, those of `make_rows`, and the thumbnails."""
 
     def __init__(self, folder: pathlib.Path, manifest: dict[str, Any]):
         """Opens the Arrow file; raises ValueError where it is damaged."""
@@ -209,8 +200,7 @@ def import_usearch() -> None:
 def read_manifests(folder: pathlib.Path, settings: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """Reads what the parts of an index were made of, by number.
 
-    Raises:
-        ValueError: a file is damaged, or of an index of other settings.
+    A file that is damaged, or of an index of other settings, is a ValueError.
     """
     manifests = {}
     for path in sorted(folder.glob("[0-9]*.json")):
@@ -250,8 +240,7 @@ def write_part(
 ) -> dict[str, Any]:
     """Writes the files of a part, and its manifest last; returns that.
 
-    Rows are those of `make_rows`, thumbnails in their order; the manifest says what the part was
-    made of, and the settings are those of the index.
+    Thumbnails are in the order of the rows; the manifest says what the part was made of.
     """
     arrays = [column.combine_chunks() for column in rows.columns]
     sink = pyarrow.BufferOutputStream()

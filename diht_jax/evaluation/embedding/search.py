@@ -58,9 +58,6 @@ def search_pictures(
     Returns:
         Query -> its matches, the best first, and of equal similarity in the order of the source;
         and the pictures.
-
-    Raises:
-        ValueError: no query, a blank one, a bad template, or no readable picture.
     """
     texts = fill_queries(queries, template)
     encoder = Encoder(model, input_units(shards), batching, name="pictures")
@@ -79,11 +76,7 @@ def search_pictures(
 
 
 def fill_queries(queries: Sequence[str], template: str) -> dict[str, str]:
-    """Each query once, with the text that is embedded for it.
-
-    Raises:
-        ValueError: no query, a blank one, or a bad template.
-    """
+    """Each query once, with the text that is embedded for it; a blank one is a ValueError."""
     if not queries or not all(map(str.strip, queries)):
         raise ValueError(f"expected at least one query with words in it, got {list(queries)}")
     return {query: fill_caption_template(template, query) for query in queries}
@@ -94,8 +87,7 @@ def load_pictures(
 ) -> dict[Place, Image.Image]:
     """Reads the pictures of matches by their places; only the parts that hold them are opened.
 
-    Raises:
-        ValueError: the source has changed, so that another picture is there.
+    Where the source has changed, so that another picture is there, there is a ValueError.
     """
     key_of = {match.place: match.key for match in matches}
     found = read_again(input_units(source), key_of)
@@ -156,10 +148,7 @@ def make_server(
     """A server of the page; its `serve_forever` answers until it is stopped.
 
     One thread at a time calls `encode_text`. The default host is reached from this machine alone;
-    port 0 is any that is free, see `server_port`.
-
-    Raises:
-        ValueError: the port cannot be had.
+    port 0 is any that is free, see `server_port`; one that cannot be had is a ValueError.
     """
     encoding = threading.Lock()
 

@@ -31,33 +31,24 @@ _ALIASES = {"cifar10": "clip_benchmark:cifar10", "imagenet": "clip_benchmark:ima
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One evaluation: a source of data and how it is measured.
+    """One evaluation: a source of data and how it is measured."""
 
-    Attributes:
-        name: names the results; unique within a run.
-        kind: of `registry.PROTOCOLS`.
-        source: what `sources.registry.open_units` takes.
-        source_options: its options, such as {"data_dir": ..., "image_column": ...}.
-        class_names: one per integer label; None finds them in the data of a classification. For
-            "vqa" the candidate answers.
-        templates: prompts, each with one "{}" for the class name; for "entailment" one for each
-            relation, with "{}" for the hypothesis.
-        label_field: metadata field of the label, where it is not "label".
-        caption_template: prompt with "{caption}" around a caption; None is the one that the model
-            was trained with.
-        options: of the protocol alone, by name; those that are not given are missing.
-        open: opens the source, where it is none of `sources.registry`.
-    """
-
-    name: str
-    kind: str
-    source: str
+    name: str  # of the results; unique within a run
+    kind: str  # of `registry.PROTOCOLS`
+    source: str  # what `sources.registry.open_units` takes, with its options
     source_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    # One per integer label; None finds them in the data of a classification. For "vqa" the
+    # candidate answers.
     class_names: tuple[str, ...] | None = None
+    # Prompts, each with one "{}" for the class name; for "entailment" one for each relation, with
+    # "{}" for the hypothesis.
     templates: tuple[str, ...] = PLAIN_TEMPLATES
-    label_field: str | None = None
+    label_field: str | None = None  # metadata field of the label, where it is not "label"
+    # Prompt with "{caption}" around a caption; None is the one that the model was trained with.
     caption_template: str | None = None
+    # Of the protocol alone, by name; those that are not given are missing.
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # Opens the source, where it is none of `sources.registry`.
     open: Callable[[], Units] | None = None
 
     def __post_init__(self):
@@ -127,10 +118,8 @@ def parse_templates(value: str | Sequence[str]) -> tuple[str, ...]:
 def fill_caption_template(template: str, caption: str) -> str:
     """The template with the caption instead of "{caption}"; braces in the caption stay.
 
-    The caption goes in as it is (a full stop at its end is kept), as in the official code.
-
-    Raises:
-        ValueError: the template does not hold "{caption}" exactly once.
+    The caption goes in as it is (a full stop at its end is kept), as in the official code. A
+    template that does not hold "{caption}" exactly once is a ValueError.
     """
     if template.count(CAPTION_SLOT) != 1:
         raise ValueError(
@@ -225,26 +214,16 @@ CAPTION_TEMPLATE = Option(parse_text, "caption_template")
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Result of a protocol on a task.
+    """Result of a protocol on a task."""
 
-    Attributes:
-        encoded: the images.
-        num_items: number of independent items to resample, such as images.
-        measure: the metrics if item i had been there `counts[i]` times, int [num_items]; with ones
-            the result.
-        protocol: for the results file, how it was measured (prompts, ties).
-        counts: for the results file; "images" at the least.
-        details: other entries of the results file.
-        result: what `evaluation/page.py` draws examples of; None for no examples.
-    """
-
-    encoded: EncodedImages
-    num_items: int
+    encoded: EncodedImages  # the images
+    num_items: int  # independent items to resample, such as images
+    # The metrics if item i had been there `counts[i]` times, int [num_items].
     measure: Callable[[np.ndarray], dict[str, float]]
-    protocol: dict[str, Any]
-    counts: dict[str, int]
-    details: dict[str, Any] = dataclasses.field(default_factory=dict)
-    result: Any = None
+    protocol: dict[str, Any]  # for the results file, how it was measured (prompts, ties)
+    counts: dict[str, int]  # for the results file; "images" at the least
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)  # its other entries
+    result: Any = None  # what `evaluation/page.py` draws examples of; None for no examples
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -254,25 +233,19 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """The parsing, checks, measurement and metrics of tasks of one kind.
+    """The parsing, checks, measurement and metrics of tasks of one kind."""
 
-    Attributes:
-        run: measures a task with an encoder of its source; what that lacks for the protocol is a
-            ValueError.
-        metrics: all that `run` may give, in the order of the tables.
-        options: by the name that users type.
-        defaults: values of `Task`'s fields where they differ from its own.
-        check: raises ValueError where a task lacks what the protocol needs; the message is put
-            behind the task's name. None where no task does.
-        reader: of `sources.registry`, where the kind leaves no choice.
-    """
-
+    # Measures a task with an encoder of its source; what that lacks is a ValueError.
     run: Callable[[Task, Encoder], Measured]
-    metrics: Mapping[str, Metric]
+    metrics: Mapping[str, Metric]  # all that `run` may give, in the order of the tables
+    # By the name that users type.
     options: Mapping[str, Option] = dataclasses.field(default_factory=dict)
+    # Values of `Task`'s fields where they differ from its own.
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # Raises ValueError where a task lacks what the protocol needs; the task's name is put before
+    # the message.
     check: Callable[[Task], None] | None = None
-    reader: str | None = None
+    reader: str | None = None  # of `sources.registry`, where the kind leaves no choice
 
 
 def check_has_class_names(task: Task, what: str = "class names") -> None:

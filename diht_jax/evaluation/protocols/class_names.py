@@ -36,8 +36,7 @@ class Classes(NamedTuple):
 def raw_label(pair: Pair, field: str | None = None) -> RawLabel:
     """Reads the label of a pair, maybe from another metadata field than "label".
 
-    Raises:
-        ValueError: the field is missing, or the label is neither an integer nor a string.
+    Where that is missing, or its label neither an integer nor a text, there is a ValueError.
     """
     name = field or "label"
     label = pair.metadata.get(name)
@@ -67,7 +66,7 @@ def resolve_labels(
 ) -> list[int]:
     """The integer labels that a field of a pair lists; none where the pair lacks the field.
 
-    Args and errors: as `resolve_label`; the field is no list.
+    Errors are those of `resolve_label`, and a field that is no list.
     """
     listed = pair.metadata.get(field, ())
     if not isinstance(listed, list | tuple):
@@ -119,10 +118,8 @@ def resolve_label(raw: RawLabel, names: Sequence[str], index: dict[str, int | No
 def read_group(pair: Pair, field: str) -> int | str:
     """The group of an image: a field of its metadata, or the number at a position of its KEY.npy.
 
-    In CLIP_benchmark's layout `metadata["numbers"]` are those of KEY.npy; positions are from 0.
-
-    Raises:
-        ValueError: the image has no such field, or one that is no text and no whole number.
+    In CLIP_benchmark's layout `metadata["numbers"]` are those of KEY.npy; positions are from 0. An
+    image without the field, or with one that is no text and no whole number, is a ValueError.
     """
     if field.isdecimal():
         numbers = pair.metadata.get("numbers", ())

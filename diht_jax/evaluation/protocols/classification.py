@@ -65,27 +65,16 @@ _MOST_CONFUSION_CLASSES = 50
 
 @dataclasses.dataclass(frozen=True)
 class ClassificationResult:
-    """The classes of n images, as they are and as they were found; C classes.
-
-    Attributes:
-        classes: names and labels.
-        templates: the ones used.
-        classifier: float32 [C, d].
-        predictions: int32 [n], the first class.
-        ranks: int32 [n], the rank of the right class, 0 when it is the first.
-        splits: number of a test split -> bool [n], its images; empty where there are none.
-        groups: name of a group -> bool [n], its images; empty where they are not asked for.
-        with_f1: whether the macro F1 is one of the metrics.
-    """
+    """The classes of n images, as they are and as they were found; C classes."""
 
     classes: Classes
     templates: tuple[str, ...]
-    classifier: np.ndarray
-    predictions: np.ndarray
-    ranks: np.ndarray
-    splits: dict[int, np.ndarray]
-    groups: dict[int | str, np.ndarray]
-    with_f1: bool
+    classifier: np.ndarray  # float32 [C, d]
+    predictions: np.ndarray  # int32 [n], the first class
+    ranks: np.ndarray  # int32 [n], the rank of the right class, 0 when it is the first
+    splits: dict[int, np.ndarray]  # of a test split -> bool [n], its images; maybe empty
+    groups: dict[int | str, np.ndarray]  # likewise; empty where they are not asked for
+    with_f1: bool  # whether the macro F1 is one of the metrics
 
     def measure(self, counts: np.ndarray) -> dict[str, float]:
         """The metrics if image i had been there `counts[i]` times; int [n]."""

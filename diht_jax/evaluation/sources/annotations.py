@@ -49,11 +49,7 @@ _CAPTION_FIELDS = (*CAPTION_NAMES, "sentence", "question")
 
 
 def read_rows(path: str, what: str = "a JSON list of objects") -> list[dict[str, Any]]:
-    """Reads the rows of a `.json` list or a `.jsonl` file.
-
-    Raises:
-        ValueError: no such file, not JSON, or a row that is no object; names file and row.
-    """
+    """Reads the rows of a `.json` list or a `.jsonl` file; a ValueError names file and row."""
     if path.endswith(".jsonl"):
         rows = []
         # Not `splitlines`: JSON texts may hold other characters that it takes for line breaks.

@@ -20,9 +20,8 @@ from diht_jax.storage.stores import StorageError, is_remote
 def read_text(path: str, what: str = "a text file") -> str:
     """Reads a UTF-8 text file, local or in a store, without a byte order mark.
 
-    Raises:
-        ValueError: there is none, or it is no such text; says `what` is expected.
-        StorageError: it cannot be read, now and after some attempts.
+    A file that is missing or no such text is a ValueError, which says `what` is expected; a
+    StorageError means that it cannot be read, now and after some attempts.
     """
     try:
         return read_bytes(path).decode("utf-8-sig")
@@ -35,11 +34,7 @@ def read_text(path: str, what: str = "a text file") -> str:
 
 
 def read_json(path: str, kind: type, what: str) -> Any:
-    """Reads a JSON file, local or in a store, whose value is of a kind, `list` or `dict`.
-
-    Raises:
-        ValueError: no such file, or another value; says `what` is expected.
-    """
+    """Reads a JSON file whose value is of a kind, `list` or `dict`; errors as `read_text`."""
     try:
         value = json.loads(read_text(path, what))
     except (json.JSONDecodeError, RecursionError) as error:
@@ -50,11 +45,7 @@ def read_json(path: str, kind: type, what: str) -> Any:
 
 
 def read_csv(path: str, what: str, reader: Callable[..., Any] = csv.DictReader) -> list[Any]:
-    """Reads the rows of a csv file, local or in a store, by one of Python's readers.
-
-    Raises:
-        ValueError: no such file, which says `what` is expected, or no csv.
-    """
+    """Reads the rows of a csv file by one of Python's readers; errors as `read_text`."""
     try:
         return list(reader(io.StringIO(read_text(path, what))))
     except csv.Error as error:

@@ -24,13 +24,7 @@ import re
 from typing import Any
 
 from diht_jax.evaluation.embedding.entries import Units
-from diht_jax.evaluation.sources.files import (
-    Item,
-    picture_units,
-    read_csv,
-    read_json,
-    read_text,
-)
+from diht_jax.evaluation.sources.files import Item, picture_units, read_csv, read_json, read_text
 from diht_jax.readers import registry
 from diht_jax.readers.base import (
     FOLDER_EXTENSIONS,
@@ -150,11 +144,8 @@ def stored_class_units(url: str) -> Units | None:
     """The pictures of a folder of classes in a store: the entries of `readers.image_folder`.
 
     The sorted sub-folders are the classes, numbered from 0; the order of the pictures is that of a
-    local folder. None where the URL does not name such a folder: a reader knows it or a file in it,
-    or no sub-folder has a picture.
-
-    Raises:
-        FolderLayoutError: pictures are deeper than one level, or the sub-folders are splits.
+    local folder, as are errors. None where the URL does not name such a folder: a reader knows it
+    or a file in it, or no sub-folder has a picture.
     """
     root = url.rstrip("/")
     if _is_read_otherwise(url) or any(

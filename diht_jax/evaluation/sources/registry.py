@@ -1,18 +1,9 @@
 """The way in to evaluation data: what `diht_jax.readers` reads, and layouts of benchmarks.
 
-In addition to the texts of `diht_jax.readers`:
-
-    clip_benchmark:DIR[:SPLIT]   CLIP_benchmark's layout (`benchmark_folder`); SPLIT is "test"
-    annotations:FILE             ALBEF's JSON, Localized Narratives (`annotations`)
-    winoground:FILE              Winoground's examples.jsonl (`annotations`)
-    winogavil:FILE               WinoGAViL's winogavil_dataset.csv (`annotations`)
-    list:FILE                    a list of pictures in folders of classes (`labels`)
-    objectnet:DIR                ObjectNet's classes that are ImageNet's, too (`labels`)
-    voc:DIR, open_images:DIR     several labels an image (`labels`)
-    sugarcrepe:PATH, aro:FILE    captions of which one is right (`annotations`)
-
-These hold labels, questions, choices or pairs of pairs, which are nothing to train on. FILE and DIR
-may be URLs, and so may a folder of classes. Parquet files need no captions here.
+In addition to the texts of `diht_jax.readers` there are those of `LAYOUTS`, such as
+"clip_benchmark:DIR" and "voc:DIR", which docs/reference/tasks.md describes. They hold labels,
+questions, choices or pairs of pairs, which are nothing to train on. Files and folders may be URLs,
+and so may a folder of classes. Parquet files need no captions here.
 """
 
 from __future__ import annotations
@@ -66,7 +57,7 @@ def open_units(source: str, options: Mapping[str, Any]) -> Units:
     Reads no image.
 
     Args:
-        source: one of the texts above, or of `readers.list_shards`.
+        source: "LAYOUT:PATH", or a text of `readers.list_shards`.
         options: of the source.
 
     Raises:
@@ -112,8 +103,7 @@ def count_shards(shards: Sequence[SourceShard]) -> int | None:
 def words_of_source(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a task that come with data in one of `LAYOUTS`: `kind`, `class_names`, `templates`.
 
-    Raises:
-        ValueError: the source cannot be read, or has no such option.
+    Errors are those of `open_units`.
     """
     kind, _, rest = source.partition(":")
     _refuse_options(source, options, LAYOUTS[kind].options)
