@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 
 from diht_jax.evaluation.embedding.encoding import EncodedImages
-from diht_jax.evaluation.embedding.entries import Order, Unit, decode_picture, read_again
+from diht_jax.evaluation.embedding.entries import Unit, decode_picture, read_again
 from diht_jax.evaluation.protocols.base import CAPTION_SLOT, Measured, Task
 from diht_jax.evaluation.protocols.caption_choice import CaptionChoiceResult
 from diht_jax.evaluation.protocols.classification import ClassificationResult
@@ -252,11 +252,9 @@ def read_pictures(
 
     The parts of the source that hold them are read once more, instead of keeping all pictures.
     """
-    orders = {int(row): encoded.orders[row] for row in rows}
-    pictures: dict[Order, Any] = {}
-    for order, entry in read_again(units, orders.values()).items():
-        pictures[order] = convert(decode_picture(entry))
-    return {row: pictures[order] for row, order in orders.items()}
+    order_of = {row: encoded.orders[row] for row in rows}
+    found = read_again(units, order_of.values())
+    return {row: convert(decode_picture(found[order])) for row, order in order_of.items()}
 
 
 def _short_source(task: Task) -> str:
