@@ -23,13 +23,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from diht_jax.evaluation.embedding.encoding import (
-    Batching,
-    EmbeddingModel,
-    EncodedImages,
-    Encoder,
-    check_finite,
-)
+from diht_jax.evaluation.embedding.encoding import Batching, EmbeddingModel, EncodedImages, Encoder
 from diht_jax.evaluation.embedding.entries import read_again
 from diht_jax.evaluation.embedding.inputs import input_units
 from diht_jax.evaluation.embedding.picture_index import Match, PictureIndex, Place
@@ -62,9 +56,7 @@ def search_pictures(
     texts = fill_queries(queries, template)
     encoder = Encoder(model, input_units(shards), batching, name="pictures")
     encoded = encoder.images(lambda pair: (pair.key, pair.caption))
-    text_emb = check_finite(
-        np.asarray(model.encode_text(list(texts.values())), np.float32), "text embeddings"
-    )
+    text_emb = encoder.texts(list(texts.values()))
     matches = {}
     for query, row in zip(texts, text_emb @ encoded.image_emb.T, strict=True):
         order = np.argsort(-row, kind="stable")[:count]
