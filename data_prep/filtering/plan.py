@@ -46,7 +46,7 @@ from data_prep.steps.registry import active_steps, ordered_steps
 from diht_jax.readers.base import SourceShard
 from diht_jax.records import dataset_info
 from diht_jax.records.dataset_index import INDEX_NAME
-from diht_jax.records.formats import FORMATS
+from diht_jax.records.shard_files import SUFFIXES
 from diht_jax.storage import files
 
 # What describes the whole output.
@@ -141,7 +141,7 @@ def _plan_parts(
     So an input that is added, removed or replaced concerns its own part.
     """
     files.make_folder(folder)
-    suffix = FORMATS[config.output_format if is_output else "tfrecord"].suffix
+    suffix = SUFFIXES[config.output_format if is_output else "tfrecord"]
     prefix = resharding.name_prefix(config)
     names, entries = [], []
     for digest, found in zip(hash_inputs(inputs), inputs, strict=True):
@@ -356,8 +356,7 @@ def _check_records(job: Job, done: Mapping[str, Any]) -> None:
     Records of other formats are found again in the output, see `resharding`.
     """
     merged = files.read_object(files.join(job.folder, shards.MERGED_STATS)) or {}
-    written = FORMATS.get(merged.get("output_format"))  # none in statistics of something else
-    if merged.get("output_id") == job.output_id or written is None or written.suffix != ".tar":
+    if merged.get("output_id") == job.output_id or merged.get("output_format") != "webdataset":
         return
     present = set(files.list_names(job.parts_folder))
     lost = [output for output in done if os.path.basename(output) not in present]

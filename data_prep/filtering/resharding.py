@@ -34,8 +34,8 @@ from data_prep.jobs.failures import damaged_outputs, has_output, open_sizes
 from data_prep.jobs.shards import STATS_SUFFIX
 from diht_jax.input import transforms
 from diht_jax.records import schema
-from diht_jax.records.formats import FORMATS, open_source, open_writer
-from diht_jax.records.shard_files import INDEX_SUFFIX, RecordSink, kind_of, shard_name
+from diht_jax.records.formats import open_source, open_writer
+from diht_jax.records.shard_files import INDEX_SUFFIX, SUFFIXES, RecordSink, kind_of, shard_name
 from diht_jax.records.tar_records import image_extension
 from diht_jax.records.vocabulary import KINDS
 from diht_jax.storage import files
@@ -115,7 +115,7 @@ def plan_shards(
             if start < stop:
                 slices.append(Slice(task.output, start, stop, _hash_part(stats)))
                 taken.append([_identify(stats), start, stop])
-        suffix = FORMATS[config.output_format].suffix
+        suffix = SUFFIXES[config.output_format]
         name = shard_name(config.dataset_name, config.split, number, count, suffix)
         plan_hash = shards.hash_config(
             {

@@ -17,9 +17,9 @@ from data_prep.jobs import shards
 from data_prep.jobs.failures import allowed_number
 from diht_jax.readers.registry import SourceShard
 from diht_jax.records.catalog import find_kind, find_shards
-from diht_jax.records.formats import FORMATS, open_source
+from diht_jax.records.formats import open_source
 from diht_jax.records.labels.shards import ShardIdentity, label_shard_name
-from diht_jax.records.shard_files import shard_name
+from diht_jax.records.shard_files import SUFFIXES, shard_name
 from diht_jax.records.train_data import fingerprint_records
 from diht_jax.storage import files
 from diht_jax.storage.stores import StorageError
@@ -140,7 +140,7 @@ def plan_outputs(
     if merged is None:
         names = _name_outputs(inputs)
     else:
-        count, suffix = len(inputs), FORMATS[merged.output_format].suffix
+        count, suffix = len(inputs), SUFFIXES[merged.output_format]
         numbered = functools.partial(shard_name, merged.dataset_name, merged.split)
         names = [numbered(number, count, suffix) for number in range(count)]
         present = sources.read_shards(folder, merged.output_format)

@@ -28,7 +28,6 @@ import numpy as np
 from absl import flags, logging
 
 from diht_jax import command_line
-from diht_jax.records import formats, tar_records
 from diht_jax.records.catalog import describe_stale
 from diht_jax.records.dataset_index import (
     ANCHOR_RECORDS,
@@ -41,7 +40,8 @@ from diht_jax.records.dataset_index import (
     encode_preamble,
     read_index,
 )
-from diht_jax.records.shard_files import INDEX_SUFFIX, TFRecordError, kind_of
+from diht_jax.records.formats import FORMATS
+from diht_jax.records.shard_files import INDEX_SUFFIX, ShardIndex, TFRecordError, kind_of
 from diht_jax.records.sharded import read_ends
 from diht_jax.records.vocabulary import folder_vocabulary
 from diht_jax.storage.files import find_inputs, local_output, upload
@@ -51,11 +51,6 @@ from diht_jax.terminal import ProgressBar, print_escaped
 
 _WORK = f".{INDEX_NAME}.parts"  # within a local folder
 _NAMES_SHOWN = 3
-_INDICES = {
-    "tfrecord": formats.INDEX,
-    "webdataset": tar_records.INDEX,
-    "array_record": formats.ARRAY_INDEX,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +191,6 @@ def _load_offsets(
 
 def _write_index(path: str, work: pathlib.Path, head: bytes, offsets: Iterable[np.ndarray]) -> None:
     """Writes an index; it appears whole or not at all."""
-    DatasetIndex(head, path)  # so that nothing is written that no reader takes
     local = work / INDEX_NAME if is_remote(path) else pathlib.Path(path)
     with local_output(local) as output, open(output, "wb") as file:
         file.write(encode_preamble(head) + head)
@@ -217,7 +211,7 @@ def is_indexable(path: str) -> bool:
     ArrayRecord shards are read where they are local.
     """
     kind = kind_of(path)
-    return kind in _INDICES and not (kind == "array_record" and is_remote(path))
+    return kind is not None and not (kind == "array_record" and is_remote(path))
 
 
 def _look_at_all(
@@ -266,8 +260,9 @@ def _look(
     path, kind = os.path.join(folder, name), str(kind_of(name))
     offsets = _load_kept(work, name, size)
     if offsets is None:
-        offsets = _INDICES[kind].find(path, size, trust_index=trusts_index)
-        _INDICES[kind].write(str(work / name), offsets, size)
+        index = _index_of(name)
+        offsets = index.find(path, size) if trusts_index else index.scan(path)
+        index.write(str(work / name), offsets, size)
     file = RangesFile(path, size)
     if file.size != size:
         raise ValueError(f"{path}: is being written; run the command again when it is done")
@@ -276,10 +271,15 @@ def _look(
     return ShardEntry(name, kind, len(offsets), size, digest, anchors)
 
 
+def _index_of(name: str) -> ShardIndex:
+    """The `.idx` of shards of a format, by the name of one."""
+    return FORMATS[str(kind_of(name))].source.shard_type.index
+
+
 def _load_kept(work: pathlib.Path, name: str, size: int) -> np.ndarray | None:
     """The offsets of a shard that an earlier run has found; None where they cannot be used."""
     try:
-        return _INDICES[str(kind_of(name))].load(str(work / name), size)
+        return _index_of(name).load(str(work / name), size)
     except (ValueError, OSError):  # damaged, or of an older shard
         return None
 

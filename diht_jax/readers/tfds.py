@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from diht_jax.readers.base import Format, Skipped, SourceShard
+from diht_jax.records.formats import read_array_records
 from diht_jax.records.samples import CAPTION_NAMES, Pair, merge_captions, pick_captions
 from diht_jax.records.shard_files import read_records
 from diht_jax.storage.stores import is_storage_failure
@@ -144,9 +145,7 @@ def _builder_of_folder(folder: str) -> Any:
     import tensorflow_datasets as tfds
 
     try:
-        builder = tfds.builder_from_directory(folder)
-        splits = builder.info.splits.values()
-        broken = [split.name for split in splits if min(split.shard_lengths, default=0) < 0]
+        return tfds.builder_from_directory(folder)
     except Exception as error:  # TFDS raises nearly any type on damaged files
         if is_storage_failure(error):
             raise
@@ -154,9 +153,6 @@ def _builder_of_folder(folder: str) -> Any:
             f"'{folder}': its dataset_info.json or features.json cannot be read "
             f"({_first_line(error)}); prepare or copy the data set again"
         ) from error
-    if broken:
-        raise ValueError(f"'{folder}': dataset_info.json has negative lengths in {broken}")
-    return builder
 
 
 def _first_line(error: Exception) -> str:
@@ -237,13 +233,8 @@ def _pick_one(spec: str, option: str, wanted: str | None, candidates: list[list[
 
 def _read_range(shard: SourceShard) -> Iterator[bytes]:
     if shard.options["format"] == "tfrecord":
-        yield from itertools.islice(read_records(shard.path), shard.start, shard.stop)
-        return
-    from array_record.python.array_record_data_source import ArrayRecordDataSource
-
-    with ArrayRecordDataSource(shard.path) as source:
-        for number in range(shard.start, min(shard.end, len(source))):
-            yield source[number]
+        return itertools.islice(read_records(shard.path), shard.start, shard.stop)
+    return read_array_records(shard.path, shard.start, shard.stop)
 
 
 def _look_up(example: Mapping[str, Any], path: str) -> Any:

@@ -154,6 +154,15 @@ def _system_errors() -> Generator[None]:
 
 
 class _ArrayRecordShard(OpenShard):
+    # Only `dataset.index` has it.
+    index = ShardIndex(
+        b"DIHTARR1",
+        record_bytes=1,
+        alignment=1,
+        is_gapless=False,
+        scan=lambda path: np.arange(_ArrayRecordShard(Shard(path)).num_records, dtype=np.uint64),
+    )
+
     def __init__(self, shard: Shard, offsets: np.ndarray | None = None):
         if is_remote(shard.path):
             raise ValueError(
@@ -234,20 +243,10 @@ class ArrayRecordSource(ShardedRecords):
         )
 
 
-# Only `dataset.index` has it.
-ARRAY_INDEX = ShardIndex(
-    b"DIHTARR1",
-    record_bytes=1,
-    alignment=1,
-    is_gapless=False,
-    scan=lambda path: np.arange(_ArrayRecordShard(Shard(path)).num_records, dtype=np.uint64),
-)
-
-
-def read_array_records(path: str) -> Iterator[bytes]:
+def read_array_records(path: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
     """Yields the records of one shard in order; errors as those of `ArrayRecordSource`."""
     shard = _ArrayRecordShard(Shard(path))
-    yield from map(shard.read, range(shard.num_records))
+    yield from map(shard.read, range(shard.num_records)[start:stop])
 
 
 class ShardFormat(NamedTuple):
@@ -257,11 +256,6 @@ class ShardFormat(NamedTuple):
     source: type[ShardedRecords]
     writer: type[RecordWriter]  # of one shard
     tfds_name: str | None = None  # what TFDS calls it; None where it does not read it
-
-    @property
-    def suffix(self) -> str:
-        """Ending of the names of its shards."""
-        return SUFFIXES[self.source.kind]
 
 
 # By the values of `config.output_format`.

@@ -22,7 +22,13 @@ from diht_jax.records.formats import (
     open_writer,
     read_array_records,
 )
-from diht_jax.records.shard_files import DamagedRecordError, ShardIndex, TFRecordError, read_records
+from diht_jax.records.shard_files import (
+    SUFFIXES,
+    DamagedRecordError,
+    ShardIndex,
+    TFRecordError,
+    read_records,
+)
 from diht_jax.records.train_data import describe_changes, fingerprint_records, open_records
 from diht_jax.storage.stores import StorageError
 from tests import make
@@ -184,9 +190,9 @@ def test_folders_globs_and_lists(tmp_path):
         find_kind([str(tmp_path / "tar"), str(tmp_path / "both")])
 
 
-@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
-def test_a_shard_in_a_store_is_the_local_one_and_appears_whole(form, tmp_path):
-    name = f"a{form.suffix}"
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_shard_in_a_store_is_the_local_one_and_appears_whole(kind, tmp_path):
+    name = f"a{SUFFIXES[kind]}"
     records = [
         schema.encode_record(schema.Pair(f"k{n}", b"\xff\xd8" + bytes(n), "c")) for n in range(9)
     ]
