@@ -33,6 +33,7 @@ from diht_jax.records.train_data import (
     fingerprint_records,
     held_out_records,
     join_weights,
+    open_records,
     parse_train,
     resolve_source,
 )
@@ -176,7 +177,6 @@ class Mixture:
 def open_mixture(
     data: ml_collections.ConfigDict,
     seed: int,
-    open_source: Callable[[str | list[str]], ShardedRecords],
     make_decoder: Callable[[str], DecodeExample],
     process_count: int = 1,
 ) -> Mixture:
@@ -185,7 +185,6 @@ def open_mixture(
     Args:
         data: the section `config.data`.
         seed: of the orders; that of each source is drawn from it and the source's name.
-        open_source: path -> records.
         make_decoder: text template -> what decodes records.
         process_count: how many hosts read them together.
 
@@ -196,7 +195,7 @@ def open_mixture(
     sources = []
     parsed = list(map(resolve_source, parse_train(data.train, data.get("labels"))))
     for source in parsed:
-        records = _open_source(source, open_source)
+        records = _open_records(source)
         order = make_order(
             records,
             source.order or data.order,
@@ -227,16 +226,9 @@ def open_mixture(
     return Mixture(sources, MixtureWeights(points, num_streams=streams, batch_size=data.batch_size))
 
 
-def _open_source(
-    source: TrainSource, open_source: Callable[[str | list[str]], ShardedRecords]
-) -> ShardedRecords:
+def _open_records(source: TrainSource) -> ShardedRecords:
     key = f"config.data.train.{source.name}.path" if source.name else "config.data.train"
-    try:
-        records = open_source(source.path)
-    except ValueError as error:
-        if type(error) is not ValueError or not source.name:
-            raise
-        raise ValueError(f"{key}: {str(error).removeprefix('config.data.train: ')}") from error
+    records = open_records(source.path, key)
     if not len(records):
         raise ValueError(f"{key}: {records!r} holds no record")
     return records

@@ -23,7 +23,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from diht_jax.config.checks import nearest_name
+from diht_jax.config.checks import suggest
 from diht_jax.records.catalog import ShardsNotFoundError, describe_stale
 from diht_jax.records.dataset_index import INDEX_NAME, read_index, rebuild_command
 from diht_jax.records.formats import open_source
@@ -65,8 +65,14 @@ def _check_is_set(train: Any) -> None:
         )
 
 
-def open_records(train: str | Sequence[str] | None) -> ShardedRecords:
+def open_records(
+    train: str | Sequence[str] | None, key: str = "config.data.train"
+) -> ShardedRecords:
     """The records of `config.data.train`: a directory, a glob, or a list of shards.
+
+    Args:
+        train: its value, or the path of a source.
+        key: names it in messages.
 
     Raises:
         ValueError: it is not set, or leads to no shards, to those of several formats, or to a
@@ -76,7 +82,7 @@ def open_records(train: str | Sequence[str] | None) -> ShardedRecords:
     try:
         source = open_source(train or ())
     except ShardsNotFoundError as error:
-        raise ValueError(f"config.data.train: {error}") from error
+        raise ValueError(f"{key}: {error}") from error
     unindexed = source.unindexed_urls
     if len(unindexed) > _MANY_SHARDS:
         logging.warning(
@@ -179,9 +185,7 @@ def _parse_source(name: str, section: Any, labels: str | None) -> TrainSource:
         raise ValueError(f"{where}: expected {example}, got {kind} {section!r:.200}")
     for key in section:
         if key not in _KEYS:
-            nearest = nearest_name(str(key)[:200], _KEYS)
-            hint = f"did you mean '{nearest}'?" if nearest else f"known: {', '.join(_KEYS)}"
-            raise ValueError(f"{where}.{key}: no such key; {hint}")
+            raise ValueError(f"{where}.{key}: no such key; {suggest(str(key), _KEYS)}")
     for key in ("path", "weight"):
         if section.get(key) is None:
             raise ValueError(f"{where}.{key} is not set: expected {example}")

@@ -2,12 +2,14 @@
 
 import collections
 from fractions import Fraction
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from diht_jax.config import default_config
 from diht_jax.data.tokenizer import tokenize
+from diht_jax.input import mixing
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.mixing import MAX_CYCLE, Mixture, MixtureWeights, exact_shares, open_mixture
 from diht_jax.records.formats import TFRecordSource
@@ -47,12 +49,12 @@ def section(**values):
 
 
 def mixture(train, sources=SOURCES, **values):
-    return open_mixture(
-        section(train=train, **values),
-        seed=3,
-        open_source=sources.__getitem__,
-        make_decoder=lambda template: DecodeExample(2, 8, (1.0, 1.0), template),
-    )
+    with mock.patch.object(mixing, "open_records", lambda path, key: sources[path]):
+        return open_mixture(
+            section(train=train, **values),
+            seed=3,
+            make_decoder=lambda template: DecodeExample(2, 8, (1.0, 1.0), template),
+        )
 
 
 def two(order):

@@ -115,7 +115,6 @@ def mixture(train, labels=None, num_concepts=4, **values):
     return open_mixture(
         config.data,
         seed=3,
-        open_source=open_records,
         make_decoder=functools.partial(
             DecodeExample, 16, 8, (0.5, 1.0), num_concepts=num_concepts, vocabulary_sizes=sizes
         ),

@@ -33,7 +33,6 @@ from diht_jax.records.train_data import (
     Fingerprint,
     describe_changes,
     describe_train,
-    open_records,
     parse_train,
     resolve_source,
 )
@@ -226,7 +225,6 @@ def open_data(config: ml_collections.ConfigDict, tokenizer: FileTokenizer | None
         open_mixture,
         config.data,
         config.seed,
-        open_records,
         decoder,
         jax.process_count(),
     )

@@ -21,7 +21,6 @@ from diht_jax.input.mixing import open_mixture
 from diht_jax.records.formats import TFRecordSource
 from diht_jax.records.labels.clip_embeddings import Crops
 from diht_jax.records.schema import Record, decode_record
-from diht_jax.records.train_data import open_records
 from diht_jax.training.objective import bind_data
 from tests import make
 from tests.data_prep.labelling.pictures import draw
@@ -74,7 +73,7 @@ def batches(folder, size, count, seed=5, labels="labels", width=None):
     decoder = functools.partial(
         DecodeExample, size, 32, SCALE, fast_decode=False, teacher_width=width or sum(WIDTHS)
     )
-    mixture = open_mixture(config.data, seed, open_records, lambda text: decoder(text))
+    mixture = open_mixture(config.data, seed, lambda text: decoder(text))
     iterator = make.train_iterator(
         mixture, batch_size=4, seed=seed, num_workers=0, on_bad_record="skip"
     )
