@@ -260,9 +260,9 @@ class ShardIndex:
             raise wrong_index(path, f"record {number} would be at byte {offsets[number]}")
         return offsets
 
-    def find(self, path: str, shard_bytes: int, *, trust_index: bool = True) -> np.ndarray:
+    def find(self, path: str, shard_bytes: int) -> np.ndarray:
         """The offsets of a shard, from its index or by a scan; nothing is written."""
-        offsets = self.load(path, shard_bytes) if trust_index else None
+        offsets = self.load(path, shard_bytes)
         return self.scan(path) if offsets is None else offsets
 
     def write(self, path: str, offsets: np.ndarray, shard_bytes: int) -> None:
