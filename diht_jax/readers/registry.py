@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import difflib
 import glob
 import hashlib
 import os
@@ -33,6 +32,7 @@ from typing import Any
 
 from absl import logging
 
+from diht_jax.config.checks import suggest
 from diht_jax.readers import image_folder, parquet, shard_formats, tables, tfds
 from diht_jax.readers.base import Format, Skipped, SourceShard
 from diht_jax.records.schema import Pair
@@ -309,9 +309,7 @@ def _known_suffixes() -> str:
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    known = list(option_defaults())
+    known = option_defaults()
     for name in options:
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
-            raise ValueError(f"sources have no option '{name}'{hint}")
+            raise ValueError(f"sources have no option '{name}'; {suggest(name, known)}")

@@ -52,7 +52,12 @@ def read_groups(
         Contents are None where they are over the limit, and of a second image or a second member
         with the same extension of a key.
     """
-    members = read_members(path, lambda name: tars.size_limit(name, limit_of))
+
+    def limit(name: str) -> int | None:
+        key, extension = tars.split_name(name)
+        return limit_of(extension) if key else None
+
+    members = read_members(path, limit)
     for sample in tars.group_members(members):
         yield sample.key, sample.members
 

@@ -12,7 +12,6 @@ than it takes.
 
 from __future__ import annotations
 
-import lzma
 import os
 import re
 import tarfile
@@ -50,20 +49,6 @@ _EXTENDED_TYPES = (
     tarfile.SOLARIS_XHDTYPE,
 )
 _CHUNK_BYTES = 2**20
-# What `tarfile` raises on damaged archives; the last five escape from its parsing of headers.
-_BROKEN = (
-    tarfile.TarError,
-    EOFError,
-    OSError,
-    zlib.error,
-    lzma.LZMAError,
-    ValueError,
-    OverflowError,
-    IndexError,
-    KeyError,
-    TypeError,
-)
-
 
 # A field of the extended header of a sample's first member, for all of them:
 # "EXTENSION:BYTES:CRC32" with blanks between. A member of another size was edited since, and is
@@ -180,9 +165,9 @@ def walk_members(
                     data = b""
                 yield Member(member.offset, member.name, data, is_damaged)
             _check_end(tar, is_piece, is_divisible)
-    except ExpansionError:
+    except (ExpansionError, MemoryError):
         raise
-    except _BROKEN as error:
+    except Exception as error:  # nearly any type escapes from the parsing of damaged headers
         if is_storage_failure(error):  # the archive itself may be good
             raise
         raise DamagedTarError(
@@ -251,15 +236,12 @@ class Sample(NamedTuple):
     damaged: list[str]  # names of the members whose contents are not those of their checksum
 
 
-def size_limit(name: str, limit_of: Callable[[str], int | None] | None = None) -> int | None:
-    """The bytes up to which a member is worth reading, by its name; None where it is no part.
+def size_limit(name: str) -> int | None:
+    """The bytes up to which an image or text is worth reading, by the name of the member.
 
-    0 for one that is only named. `limit_of` gives the same of an extension (lower case, maybe empty
-    or of several parts); without it, images and texts are parts.
+    0 for one that is only named; None for one that is neither.
     """
-    stem, extension = _split_name(name)
-    if stem and limit_of is not None:
-        return limit_of(extension)
+    stem, extension = split_name(name)
     if not stem or extension.rpartition(".")[2] not in _SIZE_LIMITS:
         return None
     # An extension of several parts ("mask.png") makes it another kind of member.
@@ -268,7 +250,7 @@ def size_limit(name: str, limit_of: Callable[[str], int | None] | None = None) -
 
 def is_image(name: str) -> bool:
     """Returns whether a member is an image, by its name."""
-    return _split_name(name)[1] in IMAGE_EXTENSIONS
+    return split_name(name)[1] in IMAGE_EXTENSIONS
 
 
 def group_members(members: Iterable[Member]) -> Iterator[Sample]:
@@ -276,7 +258,7 @@ def group_members(members: Iterable[Member]) -> Iterator[Sample]:
     sample, has_image, before = None, False, None
     try:
         for offset, name, data, is_damaged in members:
-            stem, extension = _split_name(name)
+            stem, extension = split_name(name)
             if sample is None or stem != sample.key:
                 if sample is not None:
                     yield sample
@@ -299,7 +281,7 @@ def group_members(members: Iterable[Member]) -> Iterator[Sample]:
 def _is_whole(sample: Sample, before: Sample | None, damaged: str | None) -> bool:
     """Returns whether the last sample before the damage has all of its members."""
     if damaged is not None:
-        return _split_name(damaged)[0] != sample.key
+        return split_name(damaged)[0] != sample.key
     # Nothing shows what came next; it is whole where it has all that the one before has.
     return before is not None and set(dict(before.members)) <= set(dict(sample.members))
 
@@ -350,7 +332,8 @@ def make_pair(
     return Pair(key, images[0], caption or "", metadata)
 
 
-def _split_name(name: str) -> tuple[str, str]:
+def split_name(name: str) -> tuple[str, str]:
+    """The key of a member's sample, and its extension, in lower case; "" for a name without key."""
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return (clean_text(f"{folder}{slash}{stem}") if stem else ""), extension.lower()
