@@ -121,15 +121,16 @@ class DecodeExample:
         view, crop_rng = {}, rng
         if self.teacher_width:
             view, crop_rng = take_view(record, self.teacher_width, rng)
-        options: dict[str, Any] = {"scale": self.crop_scale, "interpolation": self.interpolation}
         key = record.key
         with _naming_record(key):
-            if self.fast_decode:
-                crop = plan_random_crop(record.image, self.image_size, crop_rng, **options)
-            else:
-                image = transforms.decode_rgb(record.image)
-                done = transforms.train_transform(image, self.image_size, crop_rng, **options)
-                crop = functools.partial(np.asarray, done)
+            crop = plan_random_crop(
+                record.image,
+                self.image_size,
+                crop_rng,
+                self.crop_scale,
+                interpolation=self.interpolation,
+                is_exact=not self.fast_decode,
+            )
         caption = record.caption
         if self.caption_choice is not None:
             caption = self.caption_choice.choose(record, rng.random(), position)
@@ -224,7 +225,9 @@ def plan_random_crop(
     size: int,
     rng: np.random.Generator,
     scale: tuple[float, float] = (0.9, 1.0),
+    *,
     interpolation: str = "bicubic",
+    is_exact: bool = False,
 ) -> Callable[[], np.ndarray]:
     """Draws a random crop; what is returned decodes it, scaled to a square.
 
@@ -240,20 +243,21 @@ def plan_random_crop(
         rng: decides the crop.
         scale: range of the crop's share of the picture's area.
         interpolation: of `transforms.Preprocessing`.
+        is_exact: decodes and scales as evaluation does.
 
     Returns:
         A function that gives uint8 [size, size, 3], possibly read-only; the same for the same
         arguments.
     """
-    image_size = _size_of_plain_jpeg(data)
+    image_size = None if is_exact else _size_of_plain_jpeg(data)
     if image_size is None:
         image = transforms.open_image(data)
-        if not _is_ordinary_jpeg(image):
+        if is_exact or not _is_ordinary_jpeg(image):
             picture = transforms.load_rgb(image)
             crop = transforms.train_transform(
                 picture, size, rng, scale, interpolation=interpolation
             )
-            return functools.partial(np.asarray, crop)
+            return lambda: crop
         image_size = image.size
     box = transforms.sample_crop_box(*image_size, rng, scale, transforms.CROP_RATIO)
     return functools.partial(_decode_crop, data, image_size, box, size, interpolation)

@@ -212,9 +212,9 @@ def eval_transform(
         uint8 [size, size, 3], writable.
 
     Raises:
-        ValueError: not an RGB picture, or no positive size.
+        ValueError: not an RGB picture.
     """
-    size = _check_input(image, size)
+    _check_picture(image)
     if preprocessing.resize == "squash":
         box = (0, 0, image.width, image.height)
         return crop_to_square(image, box, size, preprocessing.interpolation)
@@ -247,7 +247,7 @@ def train_transform(
     `scale` is the range of the crop's share of the picture's area, `ratio` that of its width /
     height. Other arguments, result and errors are those of `eval_transform`.
     """
-    size = _check_input(image, size)
+    _check_picture(image)
     box = sample_crop_box(*image.size, rng, scale, ratio)
     return crop_to_square(image, box, size, interpolation)
 
@@ -347,13 +347,10 @@ def normalize(
     return (images.astype(np.float32) * factor - offset).astype(dtype)
 
 
-def _check_input(image: Image.Image, size: int) -> int:
+def _check_picture(image: Image.Image) -> None:
     if not isinstance(image, Image.Image) or image.mode != "RGB" or 0 in image.size:
         got = f"{image.mode} {image.size}" if isinstance(image, Image.Image) else type(image)
         raise ValueError(
             f"image: expected a Pillow image of mode 'RGB' with pixels, got {got}; diht_jax.input."
             "transforms.decode_rgb makes one from bytes, image.convert('RGB') from another mode"
         )
-    if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
-        raise ValueError(f"size: expected a positive integer of pixels, got {size!r}")
-    return int(size)

@@ -29,7 +29,6 @@ from diht_jax.storage.stores import (
     naming_output,
     note_input,
     open_system,
-    read_whole,
     retry,
 )
 
@@ -95,7 +94,8 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """
     name = os.fspath(path)
     if is_remote(name):
-        return read_whole(name)
+        system, path_there = open_system(name)
+        return retry(functools.partial(system.cat_file, path_there), name)
 
     def read() -> bytes:
         check_ordinary(name)
