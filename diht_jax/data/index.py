@@ -112,14 +112,11 @@ def update_index(
     """Writes the index of a folder, or brings it up to date.
 
     Args:
-        folder: of the shards, or its URL.
         overwrite: scan all shards, also those that an index describes.
-        work_dir: as the flag of this name.
         vocabulary: what all shards are labelled with (`Vocabulary.describe`); None looks at
             their statistics, if the folder has a vocabulary.
         labels: what `labels.shards.describe_labels` states of shards of labels; None keeps what an
             older index states.
-        progress: show a bar.
 
     Raises:
         ValueError: there is no shard, or some are broken (the others need not be read again), or

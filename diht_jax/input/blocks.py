@@ -106,13 +106,9 @@ class BlockStore:
         *,
         num_processes: int = 1,
     ):
-        """Fetches nothing yet.
+        """Fetches nothing yet; `source` has `extent`, `cut` and `unpack`, as `TFRecordSource` has.
 
-        Args:
-            source: records with `extent`, `cut` and `unpack`, such as `TFRecordSource`.
-            order: of these records.
-            data: the section `config.data`.
-            num_processes: that decode on this host, and share `read_threads`; 0 for threads.
+        The `num_processes` that decode on this host, 0 for threads, share `data.read_threads`.
 
         Raises:
             ValueError: there is no such folder.

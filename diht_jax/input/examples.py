@@ -193,11 +193,8 @@ class DecodeExample:
 def pair_id(tokens: np.ndarray, class_id: Any = None) -> np.ndarray:
     """A hash of 64 bits that equal pairs share, as two words: JAX has no uint64 by default.
 
-    Two of the 2e9 combinations of a batch of 65,536 agree by chance once in 1e10 batches.
-
-    Args:
-        tokens: int [t], of the text.
-        class_id: what names the class, as JSON has it, in place of the text; None without one.
+    Two of the 2e9 combinations of a batch of 65,536 agree by chance once in 1e10 batches. The pair
+    is that of `class_id`, as JSON has it, where there is one, else that of the tokens, int [t].
 
     Returns:
         uint32 [2].
@@ -238,9 +235,7 @@ def plan_random_crop(
     memory than its crop. Either call may raise `ImageError` or, for a wrong range, ValueError.
 
     Args:
-        data: an encoded image.
         size: pixels, of both sides of the result.
-        rng: decides the crop.
         scale: range of the crop's share of the picture's area.
         interpolation: of `transforms.Preprocessing`.
         is_exact: decodes and scales as evaluation does.

@@ -162,10 +162,6 @@ class InFlight:
         A stream holds one window of W blocks. Further ones are held because they are fetched ahead,
         and from windows that these have begun.
 
-        Args:
-            stores: the blocks of all sources that have some.
-            data: the section `config.data`.
-
         Returns:
             How many sub-batches after one that is decoded the blocks of another are requested; a
             multiple of the number of workers, which decodes both.

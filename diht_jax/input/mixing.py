@@ -182,11 +182,8 @@ def open_mixture(
 ) -> Mixture:
     """The records of `config.data.train` in their orders and shares.
 
-    Args:
-        data: the section `config.data`.
-        seed: of the orders; that of each source is drawn from it and the source's name.
-        make_decoder: text template -> what decodes records.
-        process_count: how many hosts read them together.
+    The order of each source has a seed that is drawn from `seed` and the source's name.
+    `make_decoder` takes the text template of a source; several hosts read the records together.
 
     Raises:
         ValueError: the section is wrong, a source has no record, or labels are missing or belong
@@ -325,12 +322,9 @@ class MixtureWeights:
     def __init__(
         self, points: Sequence[tuple[int, Sequence[Fraction]]], *, num_streams: int, batch_size: int
     ):
-        """Makes the tables of V streams and batches of a multiple of V.
+        """Makes the tables of V = `num_streams` and global batches of a multiple of V.
 
-        Args:
-            points: step from which on they hold (the first is 0), and the weights of the sources.
-            num_streams: V.
-            batch_size: global.
+        `points` are the step from which on they hold (the first is 0), and the sources' weights.
         """
         self.num_streams = num_streams
         self._points = [(step, exact_shares(weights)) for step, weights in points]

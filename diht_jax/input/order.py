@@ -50,15 +50,9 @@ def make_order(
     process_count: int = 1,
     held_out: np.ndarray = NO_RECORDS,
 ) -> GlobalOrder | BlockOrder:
-    """The order of a source of records.
+    """The order of a source of records, one of `ORDERS` or "auto", on several hosts.
 
-    Args:
-        records: of the source.
-        order: of `ORDERS`, or "auto".
-        data: the section `config.data`.
-        seed: of the permutations.
-        process_count: how many hosts read it together.
-        held_out: numbers of records that it leaves out.
+    `data` is the section `config.data`; `held_out` are the numbers of records that never come.
 
     Raises:
         ValueError: numbers in `data` that do not fit each other or the hosts.

@@ -63,8 +63,6 @@ class TrainIterator:
     each record once an epoch; process p of P takes every P-th of them.
 
     Args:
-        records: of the run, position by position.
-        data: the section `config.data`.
         seed: of cropping.
         process_index: number of this host, from 0, of `process_count`.
         record_ids: batches have the number of each record, int32 [b].

@@ -276,14 +276,8 @@ def sample_crop_box(
     """The crop of `RandomResizedCrop`, by torchvision's algorithm.
 
     The area is uniform and the aspect ratio log-uniform; a crop that does not fit is drawn again,
-    ten times at most, and then the largest centre crop with an allowed ratio is taken.
-
-    Args:
-        width: of the picture, pixels.
-        height: of the picture, pixels.
-        rng: source of randomness.
-        scale: see `train_transform`.
-        ratio: see `train_transform`.
+    ten times at most, and then the largest centre crop with an allowed ratio is taken. Width and
+    height are the picture's, in pixels; for the ranges see `train_transform`.
 
     Returns:
         left, top, right, bottom in pixels, inside of the picture.
@@ -324,14 +318,9 @@ def normalize(
 ) -> Any:
     """CLIP's normalisation of a uint8 batch, for use inside a jitted function.
 
-    Args:
-        images: uint8 [..., 3], a JAX array (traced or not) or a NumPy array.
-        dtype: of the result; the arithmetic is in float32.
-        mean: per channel, for values in [0, 1]; others' models may have their own.
-        std: likewise.
-
     Returns:
-        [..., 3], of the kind of array that came: (images / 255 - mean) / std.
+        (images / 255 - mean) / std for uint8 [..., 3], a JAX or NumPy array, in float32 arithmetic;
+        `mean` and `std` are per channel, for values in [0, 1].
 
     Raises:
         ValueError: not uint8, or no three channels at the end.

@@ -186,7 +186,6 @@ def read_image(root: str, name: str, key: str) -> bytes | Skipped:
     Args:
         root: the folder, a real path or a URL. What leads out of it, by ".." or a link, is refused.
         name: path of the image, relative to `root` or absolute.
-        key: of the pair.
 
     Raises:
         StorageError: the file exists and cannot be read, now and after some attempts.

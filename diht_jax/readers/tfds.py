@@ -43,7 +43,6 @@ def list_tfds_shards(spec: str, options: TfdsOptions) -> list[SourceShard]:
     Args:
         spec: "tfds:NAME[/CONFIG][:VERSION]:SPLIT" or "tfds:FOLDER:SPLIT", where SPLIT may be a
             part such as "train[:10%]".
-        options: of the data set.
 
     Raises:
         ValueError: another form of text, the data set is not prepared, the split does not

@@ -70,9 +70,7 @@ def open_records(
 ) -> ShardedRecords:
     """The records of `config.data.train`: a directory, a glob, or a list of shards.
 
-    Args:
-        train: its value, or the path of a source.
-        key: names it in messages.
+    `key` names it in messages.
 
     Raises:
         ValueError: it is not set, or leads to no shards, to those of several formats, or to a

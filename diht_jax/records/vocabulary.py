@@ -218,8 +218,6 @@ def folder_vocabulary(
     """The vocabulary of a folder, which is that of all its shards; None where none is labelled.
 
     Args:
-        folder: of the shards.
-        shards: their paths.
         known: what they are all labelled with, where the `dataset.index` states it; otherwise the
             statistics of every shard are read.
 

@@ -38,7 +38,6 @@ def cached_copy(
     """The path of a copy of a store's file on this host; its processes, and later runs, share it.
 
     Args:
-        url: of the file.
         name: of the copy; it stands for the contents.
         num_bytes: of the file; None costs a request.
         folder: gets the copy; None is a folder of this user in the system's temporary one.
