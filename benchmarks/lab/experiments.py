@@ -56,8 +56,8 @@ class Student:
     run_secs: float
 
 
-# Half of the eight of primary claims, for what goes beyond the paper, larger webs, and concepts that
-# are unseen: such a run takes 4 to 20 minutes of a core. Decided before any of these runs was made.
+# Half of the eight of primary claims, for what goes beyond the paper, for larger webs, and for unseen
+# concepts: a run takes 4 to 20 minutes of a core. Decided before any of these runs was made.
 FEW_SEEDS = 4
 WEB_PAIRS = 3000  # of a synthetic web, clean and noisy, as in the demo
 
@@ -301,9 +301,9 @@ FILTER = [
     Experiment("cat_equal_epochs", "cat", {"total_epochs": _EXAMPLES / WEB_PAIRS}),
 ]
 # Of `second_web.py`: a web, a pass of the filter, and a scoring student for each seed. Registered
-# with their predictions before any of these runs was made, the larger webs with eight seeds. What the caption rules keep of 240 of
-# its pairs was known by then: 46 of 46 sentences, 0 of 50 names, 0 of 53 titles. The web was not
-# changed after that.
+# with their predictions before any of these runs was made, the larger webs with eight seeds. What
+# the caption rules keep of 240 of its pairs was known by then: 46 of 46 sentences, 0 of 50 names, 0
+# of 53 titles. The web was not changed after that.
 SECOND_SIZES = {3000: 8, 12_000: FEW_SEEDS}  # pairs: webs
 SECOND_ARMS = (
     *("raw", "random", "only_c", "only_a", "only_t", "c_and_t", "cat", "clip_score", "oracle"),
