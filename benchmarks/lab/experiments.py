@@ -56,7 +56,7 @@ class Student:
     run_secs: float
 
 
-# Half of the eight of primary claims, for what goes beyond the paper, for larger webs, and for unseen
+# Half of the eight of primary claims, for what goes beyond the paper, larger webs, and unseen
 # concepts: a run takes 4 to 20 minutes of a core. Decided before any of these runs was made.
 FEW_SEEDS = 4
 WEB_PAIRS = 3000  # of a synthetic web, clean and noisy, as in the demo

@@ -30,6 +30,7 @@ from diht_jax.weights.source import LOGIT_BIAS, ModelFiles
 
 # A picture: of PIL, the path of a file, or uint8 [h, w, 3].
 Picture = Image.Image | str | os.PathLike | np.ndarray
+_EXPECTED_PICTURES = "expected PIL images, paths of pictures, or uint8 arrays [h, w, 3]"
 
 
 class LoadedModel:
@@ -180,6 +181,11 @@ class LoadedModel:
         """
         tokens: Any = texts
         if not isinstance(texts, np.ndarray | jax.Array) or texts.dtype.kind in "UO":
+            if isinstance(texts, bytes | dict) or not isinstance(texts, Iterable):
+                raise ValueError(
+                    f"texts: expected a string, strings or int32 [b, {self.context_length}], got "
+                    f"{type(texts).__name__}"
+                )
             tokens = self.tokenize(texts if isinstance(texts, str) else list(texts))
         if tokens.ndim != 2 or tokens.dtype != np.int32 or tokens.shape[1] != self.context_length:
             raise ValueError(
@@ -267,6 +273,8 @@ class LoadedModel:
             return np.asarray(images)
         if isinstance(images, Image.Image | str | os.PathLike) or (is_array and images.ndim < 4):
             images = [images]
+        if not isinstance(images, Iterable) or isinstance(images, bytes | dict):
+            raise ValueError(f"images: {_EXPECTED_PICTURES}, got {type(images).__name__}")
         rows = [self._pixels_of(image, f"images[{i}]") for i, image in enumerate(images)]
         return np.reshape(np.asarray(rows, np.uint8), (len(rows), *shape))
 
@@ -290,10 +298,7 @@ class LoadedModel:
                     f"{name}: '{image}' cannot be read as a picture: {error}"
                 ) from error
         if not isinstance(image, Image.Image):
-            raise ValueError(
-                f"{name}: expected PIL images, paths of pictures, or uint8 arrays [h, w, 3], got "
-                f"{type(image).__name__}"
-            )
+            raise ValueError(f"{name}: {_EXPECTED_PICTURES}, got {type(image).__name__}")
         return self.preprocess(image)
 
     def _embed(self, encode: Callable[..., jax.Array], inputs: np.ndarray) -> np.ndarray:

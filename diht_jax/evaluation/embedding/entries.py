@@ -15,7 +15,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from PIL import Image
 
-from diht_jax.input.transforms import decode_rgb
+from diht_jax.input.transforms import MAX_PIXELS, ImageError, decode_rgb
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
 
@@ -41,9 +41,18 @@ class CroppedPair(Pair):
 
 
 def decode_picture(pair: Pair) -> Image.Image:
-    """The picture of a pair as `decode_rgb` gives it, cut to its box where it has one."""
+    """The picture of a pair as `decode_rgb` gives it, cut to its box where it has one.
+
+    Raises:
+        ImageError: as `decode_rgb`; "too_large" for a box, too.
+    """
     picture = decode_rgb(pair.image)
-    return picture.crop(pair.box) if isinstance(pair, CroppedPair) else picture
+    if not isinstance(pair, CroppedPair):
+        return picture
+    left, top, right, bottom = pair.box
+    if (right - left) * (bottom - top) > MAX_PIXELS:
+        raise ImageError("too_large", f"box {pair.box}: at most {MAX_PIXELS} pixels are cut out")
+    return picture.crop(pair.box)
 
 
 class Units(list[Unit]):
