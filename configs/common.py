@@ -7,7 +7,6 @@ The argument holds any number of `key=value`, with commas between them:
 """
 
 import dataclasses
-import difflib
 import math
 import os
 import pathlib
@@ -18,6 +17,7 @@ from typing import Any
 import ml_collections
 from absl import logging
 
+from diht_jax.config.checks import suggest
 from diht_jax.hardware.chips import GIB, find_chip
 from diht_jax.hardware.compiler import accelerator
 from diht_jax.hardware.topologies import LOCAL, parse_topology
@@ -130,9 +130,7 @@ def parse_arg(arg: str, **defaults: Any) -> ml_collections.ConfigDict:
         if not equals:
             raise ValueError(f"{where}: expected key=value, such as debug=True")
         if key not in known:
-            nearest = difflib.get_close_matches(key[:200], known, n=1)
-            hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
-            raise ValueError(f"{where}: unknown key; known keys: {', '.join(sorted(known))}{hint}")
+            raise ValueError(f"{where}: unknown key; {suggest(key, sorted(known))}")
         if key in given:
             raise ValueError(f"{where}: '{key}' is given twice")
         given[key] = _convert(text, known[key], where)

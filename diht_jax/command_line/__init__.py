@@ -18,39 +18,20 @@ from tqdm import tqdm
 
 from diht_jax.command_line import help_text
 from diht_jax.command_line.help_text import read_comments
-from diht_jax.command_line.shared_flags import (
-    define_encoding_flags,
-    define_job_array_flags,
-    define_model_flags,
-    define_prompt_flags,
-    define_task_flags,
-    fractions,
-    model_options,
-    require_flags,
-    task_defaults,
-    values,
-)
-from diht_jax.config import apply_overrides, check_optional, find_recipe, load_recipe, set_key
+from diht_jax.command_line.shared_flags import define_encoding_flags as define_encoding_flags
+from diht_jax.command_line.shared_flags import define_job_array_flags as define_job_array_flags
+from diht_jax.command_line.shared_flags import define_model_flags as define_model_flags
+from diht_jax.command_line.shared_flags import define_prompt_flags as define_prompt_flags
+from diht_jax.command_line.shared_flags import define_task_flags as define_task_flags
+from diht_jax.command_line.shared_flags import fractions as fractions
+from diht_jax.command_line.shared_flags import model_options as model_options
+from diht_jax.command_line.shared_flags import require_flags as require_flags
+from diht_jax.command_line.shared_flags import task_defaults as task_defaults
+from diht_jax.command_line.shared_flags import values as values
+from diht_jax.config import apply_overrides, check_optional, find_recipe, load_recipe
 from diht_jax.config.checks import check_names, walk
 from diht_jax.storage.files import refuse_url
 from diht_jax.terminal import escape_lines, print_escaped
-
-__all__ = [
-    "define_encoding_flags",
-    "define_job_array_flags",
-    "define_model_flags",
-    "define_prompt_flags",
-    "define_task_flags",
-    "fractions",
-    "keep_freed_memory",
-    "load_again",
-    "model_options",
-    "parse_flags",
-    "require_flags",
-    "run",
-    "task_defaults",
-    "values",
-]
 
 flags.disclaim_key_flags()  # what is defined here are the command's own: its --help lists them
 
@@ -183,7 +164,7 @@ def parse_flags(
                 if value in (None, (None,)):  # the other one is that of a tuple
                     check_optional(name, defaults)
                     overrides[name] = None
-                    set_key(flags.FLAGS.config, name, None)
+                    flags.FLAGS.config.update_from_flattened_dict({name: None})
             apply_overrides(flags.FLAGS.config, overrides)
             if "stage.number" in overrides and flags.FLAGS.config.stage.count:
                 raise ValueError(
@@ -212,8 +193,7 @@ def load_again(argument: str) -> ml_collections.ConfigDict:
     config = load_recipe(path, ",".join(filter(None, (given, argument))))
     config_flag: Any = flags.FLAGS["config"]
     overrides = config_flag.override_values
-    for key, value in overrides.items():
-        set_key(config, key, value)
+    config.update_from_flattened_dict(overrides)
     apply_overrides(config, overrides)
     return config
 

@@ -10,7 +10,6 @@ On a command line `None` unsets a key, and a duration replaces the one that the 
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import pathlib
 import sys
@@ -20,17 +19,9 @@ from typing import Any
 import ml_collections
 from absl import logging
 
-from diht_jax.config.checks import TextOrSections, validate_config
+from diht_jax.config.checks import TextOrSections, nearest_name
+from diht_jax.config.checks import validate_config as validate_config
 from diht_jax.config.keys import DURATIONS
-
-__all__ = [
-    "default_config",
-    "find_recipe",
-    "list_recipes",
-    "load_recipe",
-    "validate_config",
-]
-
 
 _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 _INSTALLED = _PACKAGE / "recipes" / "configs"  # where a wheel has them; pyproject.toml says so
@@ -131,15 +122,6 @@ def apply_overrides(config: ml_collections.ConfigDict, given: Collection[str]) -
         )
 
 
-def set_key(config: ml_collections.ConfigDict, key: str, value: Any) -> None:
-    """Sets a key by its dotted name, in place."""
-    *parents, last = key.split(".")
-    section = config
-    for name in parents:
-        section = section[name]
-    section[last] = value
-
-
 def check_optional(key: str, defaults: ml_collections.ConfigDict) -> None:
     """Raises ValueError for a key that cannot be None, since its default is another one."""
     default: Any = defaults
@@ -155,11 +137,9 @@ def check_optional(key: str, defaults: ml_collections.ConfigDict) -> None:
 
 def _suggest(name: str) -> str:
     """The recipes whose names are like this one, and all others, as the end of a sentence."""
-    names = list(list_recipes())
-    # The last parts are compared as well: "cta" is like "prep/cat".
-    parts = {part: known for known in names for part in (known, known.rpartition("/")[2])}
-    nearest = difflib.get_close_matches(name[:200], parts, n=3)
-    hint = " or ".join(dict.fromkeys(f"'{parts[part]}'" for part in nearest))
-    return (
-        f"; did you mean {hint}? " if hint else ". "
-    ) + f"Recipes: {', '.join(names)}; or give a path that ends with .py"
+    recipes = list_recipes()
+    # The last parts are compared: "cta" is like "prep/cat".
+    parts = {known.rpartition("/")[2]: known for known in recipes}
+    nearest = nearest_name(name[:200].rpartition("/")[2], parts)
+    hint = f"; did you mean '{parts[nearest]}'? " if nearest else ". "
+    return f"{hint}Recipes: {', '.join(recipes)}; or give a path that ends with .py"
