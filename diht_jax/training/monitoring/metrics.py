@@ -221,24 +221,17 @@ class WallTime:
     def _add_earlier(self, workdir: str | epath.Path, start_step: int) -> None:
         """Takes over what was, with the steps after `start_step` as lost."""
         rows = [row for row in read_metrics(workdir) if _WALL_SECS + "step" in row]
-        found, problem = None, "it is damaged"
-        try:
+        found = None
+        with contextlib.suppress(Exception):  # each store has its own
             found = parse_checked_object(self._path.read_bytes(), needs_checksum=True)
-        except FileNotFoundError:
-            problem = ""
-        except Exception as error:  # of a store
-            problem = str(error)
-        if not found and problem:
-            logging.warning(
-                "%s cannot be read (%s): times are counted on from the last line of metrics.jsonl",
-                self._path,
-                problem,
-            )
         if found:
             self._secs, self._starts = _known(found["secs"]), found["starts"] + 1
-        elif not rows:
-            return
-        else:
+        elif rows:
+            logging.warning(
+                "%s is damaged or cannot be read: times are counted on from the last line of "
+                "metrics.jsonl",
+                self._path,
+            )
             self._secs, self._starts = _known(rows[-1], _WALL_SECS), 2
         before = [row for row in rows if row["step"] <= start_step]
         at_start = _known(before[-1] if before else {}, _WALL_SECS)
