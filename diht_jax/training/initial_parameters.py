@@ -57,7 +57,7 @@ def bind_architecture(
     workdir: epath.Path | None = None,
     set_keys: Collection[str] | None = None,
 ) -> ml_collections.ConfigDict:
-    """The config, with architecture and pictures of the model in `config.model.init_from`.
+    """The config, with architecture and pictures of the model in `config.model.init_from`, if any.
 
     The user's own settings stay: with `model.name` all of the architecture, else the
     `model.overrides`, and the `model.pictures` that were set. A recipe for the same model keeps its
@@ -67,6 +67,8 @@ def bind_architecture(
         workdir: of the run. One with checkpoints goes on with the architecture that it has.
         set_keys: dotted names of what the user set; by default what differs from `default_config`.
     """
+    if not config.model.init_from:
+        return config
     if set_keys is None:
         set_keys = _changed_keys(config.model)
     keeps_name = "model.name" in set_keys

@@ -13,6 +13,7 @@ import jax
 import ml_collections
 from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 
 from diht_jax import sharding
 from diht_jax.input.pipeline import Position, StoppedWaiting, TrainIterator
@@ -32,7 +33,6 @@ from diht_jax.training.multihost import (
     Stopped,
     StopRequest,
     check_together,
-    wait_for_all,
     without_memory_is_lasting,
 )
 from diht_jax.training.objective import bind_data
@@ -91,8 +91,7 @@ def train(
         opened = opening.open_workdir(workdir, config.checkpoint.staging)
         workdir = stack.enter_context(opened)
         # All hosts take part, also one whose own `init_from` is missing: it is compared below.
-        bind = bind_architecture if config.model.init_from else lambda config, *_: config
-        config = check_together(bind, config, workdir, set_keys)
+        config = check_together(bind_architecture, config, workdir, set_keys)
         config = check_together(bind_data, config)
         config = check_together(opening.bind_order, config, workdir)
         opening.check_hosts_share_config(config)
@@ -213,9 +212,9 @@ class Run:
             self.evaluate()
         in_flight = None
         self.supply = throughput.InputSupply(self.config.data)
-        self.monitor = anomalies.AnomalyMonitor(self.config, self.keys_of_step)
-        if self.start_step:
-            self.monitor.lowest_loss = anomalies.lowest_loss(self.workdir, self.start_step)
+        self.monitor = anomalies.AnomalyMonitor(
+            self.config, self.keys_of_step, anomalies.lowest_loss(self.workdir)
+        )
         for step in range(self.start_step + 1, last_step + 1):
             if step in (self.start_step + 1, self.patch_dropout_steps + 1):
                 with self.wall_time.during("compile"):
@@ -267,9 +266,7 @@ class Run:
         with self.profiler.step(step):
             self.state, metrics = train_step(self.state, batch)
         if self.config.debug_nans and float(metrics["skipped"]):
-            where = anomalies.explain_nonfinite(
-                self.program, self._config_at(step), self.state, batch
-            )
+            where = anomalies.explain_nonfinite(self.program, self.phase_config, self.state, batch)
             raise anomalies.NonFiniteError(
                 f"step {step}: loss or gradients are not finite; {where}. The batch's records: "
                 f"{self.keys_of_step(step)}. Parameters and the last checkpoint are as "
@@ -292,18 +289,20 @@ class Run:
 
     def start_phase(self, first_step: int) -> tuple[TrainStep, throughput.ThroughputWindow]:
         """The jitted step of the part of the run that begins here, and its measurements."""
-        config, drops_patches = self._config_at(first_step), first_step <= self.patch_dropout_steps
+        self.phase_config, drops_patches = self.config, first_step <= self.patch_dropout_steps
         if not drops_patches:
+            self.phase_config = without_patch_dropout(self.config)
             logging.info("no patches are dropped from step %d on", self.patch_dropout_steps + 1)
         step = self.program.step(self.state, patch_dropout=drops_patches)
         traced = step.trace(self.state, self.program.abstract_batch())
-        flops = throughput.model_flops(config, self.mesh.devices.flatten().tolist(), traced)
-        throughput.log_flops(flops, config.data.batch_size, self.mesh)
+        devices = self.mesh.devices.flatten().tolist()
+        flops = throughput.model_flops(self.phase_config, devices, traced)
+        throughput.log_flops(flops, self.config.data.batch_size, self.mesh)
         # The first call finds the compiled step. Some processes compile for longer than the first
         # collective of a group waits for the others (30 s on CPUs).
         traced.lower().compile()
-        wait_for_all(f"compiled for step {first_step}")
-        return step, throughput.ThroughputWindow(config.data.batch_size, flops, self.mesh)
+        multihost_utils.sync_global_devices(f"compiled for step {first_step}")
+        return step, throughput.ThroughputWindow(self.config.data.batch_size, flops, self.mesh)
 
     def next_batch(self, stop_request: StopRequest) -> dict[str, jax.Array]:
         """The next global batch, on the devices.
@@ -337,11 +336,6 @@ class Run:
             stack.enter_context(self.wall_time.during("checkpoint"))
             for part in (self.writer, self.checkpointer, self.iterator, self.profiler):
                 stack.callback(part.close)
-
-    def _config_at(self, step: int) -> ml_collections.ConfigDict:
-        """The config, without patch dropout in the run's last part."""
-        drops_patches = step <= self.patch_dropout_steps
-        return self.config if drops_patches else without_patch_dropout(self.config)
 
     def _write_line(self, step: int) -> str:
         """Writes the metrics since the last line; returns them for the progress bar."""

@@ -128,18 +128,13 @@ def share_from_first(read: Callable[[], Any]) -> Any:
 
 def check_same_step(step: int | None) -> None:
     """Refuses a job whose processes have each read a model, and not all that of one step."""
-    steps = gather_texts(str(step))
-    if len(set(steps)) > 1:
-        raise ValueError(
+    check_same(
+        str(step),
+        lambda steps, _: (
             f"--model: the processes have read checkpoints of steps {', '.join(steps)}, as the run "
             "goes on; name one by --step"
-        )
-
-
-def wait_for_all(name: str) -> None:
-    """Returns when all processes have called it."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+        ),
+    )
 
 
 class Stopped(Exception):

@@ -22,7 +22,7 @@ from diht_jax.extras.matryoshka import loss_of_sizes, weighted_sizes
 from diht_jax.extras.noisy_pairs import right_probabilities
 from diht_jax.losses.contrastive import sharded_loss
 from diht_jax.losses.fastclip import Means, fastclip_loss, gamma_at
-from diht_jax.losses.objective import Objective, Parameters, Term
+from diht_jax.losses.objective import Parameters, Term
 from diht_jax.losses.registry import LOSSES
 from diht_jax.models.zoo import Architecture, get_architecture
 from diht_jax.training.terms.registry import TERMS
@@ -111,10 +111,16 @@ def with_objective_parameters(
     arch: Architecture,
 ) -> Callable[[jax.Array], Parameters]:
     """The function from a key to the model's parameters, made to add the objective's own."""
-    loss, terms = checked_loss(config.loss), active_terms(config)
+    loss, terms, section = LOSSES[config.loss.kind], active_terms(config), config.loss
+    try:
+        if section.noise_share:
+            check_noise_share(section.noise_share)
+        loss.create(**{key: section[key] for key in loss.settings}, **loss.parameters)
+    except ValueError as error:
+        raise ValueError(f"config.loss.{error}") from error
     if config.matryoshka.sizes or config.matryoshka.weights:
         weighted_sizes(config.matryoshka, arch.embed_dim)  # checks the section
-    if not terms and config.loss.weight == 0:
+    if not terms and section.weight == 0:
         raise ValueError(
             "config.loss.weight=0: nothing is left to learn from; expected more than 0, or the "
             f"weight of a term above 0 ({', '.join(TERMS)})"
@@ -136,17 +142,6 @@ def with_objective_parameters(
         return params
 
     return init
-
-
-def checked_loss(section: ml_collections.ConfigDict) -> type[Objective]:
-    """The contrastive loss that the section `loss` of a config selects."""
-    loss = LOSSES[section.kind]
-    settings = {key: section[key] for key in loss.settings}
-    try:
-        loss.create(**settings, **loss.parameters)
-    except ValueError as error:
-        raise ValueError(f"config.loss.{error}") from error
-    return loss
 
 
 def total_loss(

@@ -286,8 +286,6 @@ def scale_by_muon(
 
     def update(updates, state, params=None):
         leaves, structure = jax.tree_util.tree_flatten_with_path(updates)
-        if not leaves:  # all of them are frozen
-            return updates, state
         named = {path_name(path): leaf for path, leaf in leaves}
         orthogonal = _orthogonalize_all(named, rms, mesh)
         return structure.unflatten([orthogonal[name] for name in named]), state

@@ -161,6 +161,7 @@ class RunEvaluation:
         """
         step = int(state.step)
         model = self._updated_model(state, step)
+        show = functools.partial(_track_examples, self.writer, step)
         results, num_failed = [], 0
         for task in self.tasks:
             try:
@@ -170,7 +171,13 @@ class RunEvaluation:
                 _log_failure(step, task, error)
                 continue
             try:
-                results.append(self._evaluate(model, task, step))
+                result = evaluate_task(
+                    model,
+                    task,
+                    batch_size=self.config.evaluation.batch_size,
+                    show=show if self.writer.takes_pictures else None,
+                )
+                results.append(result)
             except Exception as error:
                 num_failed += 1
                 if jax.process_count() > 1:
@@ -182,15 +189,6 @@ class RunEvaluation:
             logging.info("step %d: %s", step, "; ".join(map(describe_metrics, results)))
         self._write(step, measured, num_failed)
         return measured
-
-    def _evaluate(self, model: LoadedModel, task: Task, step: int) -> dict[str, Any]:
-        show = functools.partial(_track_examples, self.writer, step)
-        return evaluate_task(
-            model,
-            task,
-            batch_size=self.config.evaluation.batch_size,
-            show=show if self.writer.takes_pictures else None,
-        )
 
     def is_missing(self, step: int, workdir: epath.Path) -> bool:
         """Returns whether a due evaluation is missing in the metrics. All processes must call."""

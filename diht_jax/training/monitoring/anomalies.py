@@ -48,7 +48,7 @@ class AnomalyMonitor:
 
     config: ml_collections.ConfigDict
     keys_of_step: Callable[[int], str]  # names this process's records in the batch of a step
-    lowest_loss: float = math.inf  # of the windows before, where a run is resumed
+    lowest_loss: float  # of the windows before, where a run is resumed; else infinity
     _in_a_row: int = 0
     _scale_is_capped: bool = False
 
@@ -98,10 +98,9 @@ class AnomalyMonitor:
         self._scale_is_capped = is_capped
 
 
-def lowest_loss(workdir: epath.Path, start_step: int) -> float:
-    """The lowest loss in the metrics of a run up to a step."""
-    rows = read_metrics(workdir)
-    losses = (row["loss"] for row in rows if row["step"] <= start_step and "loss" in row)
+def lowest_loss(workdir: epath.Path) -> float:
+    """The lowest loss in the metrics of a run."""
+    losses = (row.get("loss", math.nan) for row in read_metrics(workdir))
     return min(filter(math.isfinite, losses), default=math.inf)
 
 

@@ -17,15 +17,11 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from diht_jax.input.pipeline import Position, TrainIterator
-from diht_jax.training.multihost import (
-    TemporaryError,
-    first_text,
-    gather_texts,
-    wait_for_all,
-)
+from diht_jax.training.multihost import TemporaryError, first_text, gather_texts
 from diht_jax.training.step import TrainState
 from diht_jax.training.workdir.saved_run import (
     CHECKS_ITEM,
@@ -108,8 +104,8 @@ class Checkpointer:
         self._failure: SaveError | None = None
         self.restored_dataset: dict[str, Any] = {}
         self._found = shared_steps(self._root)
-        # Where there are checkpoints, the manager is opened once it is known which are whole.
-        self._manager = None if self._found else self._open()
+        # Where there are checkpoints, `restore` opens it, once it is known which are whole.
+        self._manager: Any = None if self._found else self._open()
 
     @property
     def latest_step(self) -> int | None:
@@ -140,7 +136,7 @@ class Checkpointer:
         }
         self._saving = step
         try:
-            self._opened.save(
+            self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     **{
@@ -225,25 +221,19 @@ class Checkpointer:
             item_names=(STATE_ITEM, DATA_ITEM, CHECKS_ITEM),
         )
 
-    @property
-    def _opened(self) -> ocp.CheckpointManager:
-        if self._manager is None:
-            self._manager = self._open()
-        return self._manager
-
     def _remove_surpassed(self, best: BestStep) -> None:
         """Removes what was the best until the last evaluation; `save` does so for those before."""
         if not best.values or self._failure is not None:
             return
-        steps = sorted(self._opened.all_steps())
+        steps = sorted(self._manager.all_steps())
         kept = {*steps[-self._keep_last :], *self._keep_steps, best.step(steps)}
         for step in (step for step in steps if step not in kept):
-            self._opened.delete(step)
+            self._manager.delete(step)
 
     def _finish_saving(self) -> None:
         """Waits for the save that is under way, and reports its failure."""
         try:
-            self._opened.wait_until_finished()
+            self._manager.wait_until_finished()
         except Exception as error:  # as in `save`
             self._report_failure(error)
         else:
@@ -262,7 +252,7 @@ class Checkpointer:
             raise self._failure from error
         logging.error("%s; the run goes on and tries again at its next checkpoint", self._failure)
         with contextlib.suppress(Exception):  # the same error once more
-            self._opened.close()
+            self._manager.close()
         self._manager = self._open()  # removes what was written of it
 
     def _check_seen(self, step: int) -> None:
@@ -287,7 +277,7 @@ class Checkpointer:
                 (folder / "README.txt").write_text("Damaged checkpoints, by step.\n")
             number = len(list(folder.glob(f"{step}-*")))
             (self._root / str(step)).rename(folder / f"{step}-{number}")
-        wait_for_all(f"set aside {step}")
+        multihost_utils.sync_global_devices(f"set aside {step}")
         logging.warning(
             "%s: the checkpoint of step %d is damaged (%s); it was moved to %s, and the run goes "
             "on from step %d",
