@@ -70,10 +70,8 @@ class Machine:
         """The largest part of a batch that fits; None where all of it does, or nothing is known."""
         if not self.has_accelerator or model not in EXAMPLES_AT_ONCE:
             return None
-        of_each = batch_size // self.num_devices
         most = max(1, int(EXAMPLES_AT_ONCE[model][0] * self.device_gib / 80))
-        at_once = max(number for number in range(1, most + 1) if of_each % number == 0)
-        return at_once * self.num_devices if at_once < of_each else None
+        return _largest_micro_batch(batch_size, self.num_devices, most)
 
 
 def find_machine(topology: str | None) -> Machine:
@@ -206,10 +204,15 @@ def suit(config: ml_collections.ConfigDict, topology: str) -> None:
     gpus = math.prod(shape)
     if config.data.batch_size % gpus:
         return  # training explains that the batch does not divide by the devices
-    of_each = config.data.batch_size // gpus
     most = EXAMPLES_AT_ONCE[config.model.name][several_hosts]
+    config.micro_batch = _largest_micro_batch(config.data.batch_size, gpus, most)
+
+
+def _largest_micro_batch(batch_size: int, num_devices: int, most: int) -> int | None:
+    """The largest part of a batch with at most `most` examples a device; None for all of it."""
+    of_each = batch_size // num_devices
     at_once = max(number for number in range(1, most + 1) if of_each % number == 0)
-    config.micro_batch = at_once * gpus if at_once < of_each else None
+    return at_once * num_devices if at_once < of_each else None
 
 
 def _suit_tpu(config: ml_collections.ConfigDict, family: str, chips: int) -> None:

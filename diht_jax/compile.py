@@ -97,7 +97,8 @@ def main() -> None:
 
     config_flag: Any = values["config"]
     set_keys = set(config_flag.override_values)
-    config = bind_architecture(config, set_keys=set_keys)
+    if config.model.init_from is not None:
+        config = bind_architecture(config, set_keys=set_keys)
     topology = get_topology(name)
     if values.batch_size is not None:
         config.data.batch_size = values.batch_size

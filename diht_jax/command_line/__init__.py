@@ -43,8 +43,9 @@ _REMEMBERED_TEXTS = 256
 _LIBRARIES = f"{os.sep}site-packages{os.sep}"  # in the paths of their files
 _LISTED_KEYS = 5
 _HELP = frozenset(("-h", "-?", "-help", "--help", "-helpshort", "--helpshort"))
-# `--config PATH` in the arguments of a command line with zeros between them.
+# `--config PATH` and `--config.help [SECTION]` in a command line with zeros between its arguments.
 _CONFIG_FLAG = r"(?:^|\0)--?config[=\0]([^:\0]+)"
+_HELP_FLAG = r"(?:^|\0)--?config\.help(?:=([^\0]*)|\0([^-\0][^\0]*))?(?:\0|$)"
 
 
 def run(
@@ -106,12 +107,13 @@ def _help_or_flags(
     comment_files: Mapping[str, str],
 ) -> list[str]:
     """Answers `--help` and `--config.help`, and exits; else `parse_flags`."""
-    section = None if config_defaults is None else _asked_section(argv)
-    if section is not None and config_defaults is not None:
+    asked = re.search(_HELP_FLAG, "\0".join(argv))
+    if asked and config_defaults is not None:
         try:
             config = config_defaults()
             for path, arg in _named_recipes(_with_paths(argv))[-1:]:
                 config = load_recipe(path, arg)
+            section = asked[1] or asked[2] or ""
             text = help_text.describe_keys(config, section, read_comments(comment_files))
         except ValueError as error:
             _fail(str(error), status=2)
@@ -124,18 +126,6 @@ def _help_or_flags(
         print_escaped(help_text.describe_command(description, found, has_config=has_config))
         sys.exit(0)
     return parse_flags(argv, takes_arguments, config_defaults)
-
-
-def _asked_section(argv: Sequence[str]) -> str | None:
-    """The section of `--config.help=SECTION` or `--config.help SECTION`; "" for the top level."""
-    for number, argument in enumerate(argv):
-        match = re.fullmatch(r"--?config\.help(?:=(.*))?", argument)
-        if match and match[1] is not None:
-            return match[1]
-        if match:
-            following = argv[number + 1 : number + 2]
-            return following[0] if following and not following[0].startswith("-") else ""
-    return None
 
 
 def parse_flags(

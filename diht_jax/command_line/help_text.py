@@ -83,26 +83,20 @@ def describe_keys(
     found = {name: value for name, (value, _) in walk(config).items()}
     sections = [n for n, v in found.items() if isinstance(v, ml_collections.ConfigDict) and len(v)]
     if section in found and section not in sections:  # a key: shown by itself
-        rows = [_key_row(section, found[section], comments)]
-        return "\n".join(_rows(rows))
+        return "\n".join(_rows([_key_row(section, found[section], comments)]))
     if section and section not in sections:
         hint = suggest(section, sections)
         raise ValueError(f"--config.help={section}: there is no such section; {hint}")
     prefix = f"{section}." if section else ""
-    inside = {n: v for n, v in found.items() if n.startswith(prefix)}
-    rows = [
-        _key_row(name, value, comments)
-        for name, value in inside.items()
-        if "." not in name.removeprefix(prefix) and name not in sections
-    ]
-    deeper = [n for n in sections if n in inside and "." not in n.removeprefix(prefix)]
+    inside = [n for n in found if n.startswith(prefix) and "." not in n.removeprefix(prefix)]
+    rows = [_key_row(name, found[name], comments) for name in inside if name not in sections]
     counts = [
         f"{name} ({sum(n.startswith(f'{name}.') and n not in sections for n in found)})"
-        for name in deeper
+        for name in inside
+        if name in sections
     ]
-    parts = [
-        "\n".join([f"Keys of {section or 'the top level'}, --config.KEY=VALUE:", *_rows(rows)])
-    ]
+    title = f"Keys of {section or 'the top level'}, --config.KEY=VALUE:"
+    parts = ["\n".join([title, *_rows(rows)])]
     if counts:
         text = f"Sections, by --config.help SECTION: {', '.join(counts)}."
         parts.append(textwrap.fill(text, _columns(), break_on_hyphens=False))
@@ -132,9 +126,7 @@ def _key_row(name: str, value: Any, comments: Mapping[str, str]) -> tuple[str, s
 
 def _rows(rows: Sequence[tuple[str, str]]) -> list[str]:
     """Two columns; a left part that is too wide for its column has a line of its own."""
-    if not rows:
-        return []
-    widest = min(_WIDEST_LEFT, max(len(left) for left, _ in rows))
+    widest = min(_WIDEST_LEFT, max((len(left) for left, _ in rows), default=0))
     lines = []
     for left, right in rows:
         room = _columns() - widest - 4

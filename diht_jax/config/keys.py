@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,22 +30,19 @@ class Range:
     """Numbers from `low` to `high`."""
 
     low: float  # the least
-    high: float | None = None  # the greatest; None means any finite number
+    high: float = sys.float_info.max  # the greatest; any finite number by default
     excludes_low: bool = False  # `low` itself is outside
     excludes_high: bool = False  # `high` itself is outside
     also: float | None = None  # an extra allowed value
 
     def __contains__(self, value: float) -> bool:
-        if value == self.also:
-            return True
         above = value > self.low if self.excludes_low else value >= self.low
-        high = math.inf if self.high is None else self.high
-        below = value < high if self.excludes_high or self.high is None else value <= high
-        return above and below
+        below = value < self.high if self.excludes_high else value <= self.high
+        return value == self.also or (above and below)
 
     def __str__(self) -> str:
         text = f"more than {self.low}" if self.excludes_low else f"at least {self.low}"
-        if self.high is not None and self.high < math.inf:
+        if self.high < sys.float_info.max:
             text += (" and less than " if self.excludes_high else ", at most ") + str(self.high)
         return text if self.also is None else f"{self.also}, or {text}"
 
@@ -146,7 +144,8 @@ KEYS: dict[str, Key] = {
     "loss.impl": Key("auto", OneOf(("auto", "streaming", "gathered")), FREE),
     # Weight of the contrastive loss next to the terms below; 0 trains these alone.
     "loss.weight": Key(1.0, NOT_NEGATIVE),
-    # Share of pairs that may be wrong; losses count by how likely a pair is right. 0: all alike.
+    # Share of pairs that may be wrong, at most half of them: losses count by how likely a pair is
+    # right. 0: all alike.
     "loss.noise_share": Key(0.0, Range(0, 0.5)),
     # Records of which "fastclip" keeps a mean; None: as many as the data have.
     "loss.num_records": Key(int, Range(1, 2**31, excludes_high=True), FREE),
@@ -282,14 +281,12 @@ def build_config(keys: Mapping[str, Any]) -> ml_collections.ConfigDict:
     Args:
         keys: dotted name -> `Key`, or the default of a key without a range.
     """
-    config = ml_collections.ConfigDict()
+    nested: dict[str, Any] = {}
     for name, key in keys.items():
         *sections, last = name.split(".")
-        section = config
+        section = nested
         for part in sections:
-            if part not in section:
-                section[part] = ml_collections.ConfigDict()
-            section = section[part]
+            section = section.setdefault(part, {})
         default = key.default if isinstance(key, Key) else key
         if not isinstance(default, type):
             section[last] = copy.deepcopy(default)  # configs share nothing
@@ -298,7 +295,7 @@ def build_config(keys: Mapping[str, Any]) -> ml_collections.ConfigDict:
             section[last] = TextOrSectionsReference(value, field_type=default)
         else:
             section[last] = placeholder(default)
-    return config
+    return ml_collections.ConfigDict(nested)
 
 
 def check_ranges(

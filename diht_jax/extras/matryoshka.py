@@ -53,8 +53,8 @@ def first_numbers(emb: Float[Array, "N d"], size: int) -> Float[Array, "N size"]
     return emb if size == emb.shape[1] else l2_normalize(emb[:, :size]).astype(emb.dtype)
 
 
-def weighted_sizes(section: ml_collections.ConfigDict, embed_dim: int) -> dict[int, float] | None:
-    """The sizes of the embeddings that have a loss, with its weight; None: the whole ones alone.
+def weighted_sizes(section: ml_collections.ConfigDict, embed_dim: int) -> dict[int, float]:
+    """The sizes of the embeddings that have a loss, with its weight.
 
     Args:
         section: `matryoshka` of a config.
@@ -76,4 +76,4 @@ def weighted_sizes(section: ml_collections.ConfigDict, embed_dim: int) -> dict[i
             f"config.matryoshka.weights={weights}: expected a number for each of "
             f"config.matryoshka.sizes={sizes}, or ()"
         )
-    return {**dict(zip(sizes, weights, strict=True)), embed_dim: 1.0} if sizes else None
+    return {**dict(zip(sizes, weights, strict=True)), embed_dim: 1.0}

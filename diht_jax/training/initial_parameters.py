@@ -9,9 +9,10 @@ change nothing.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Generator
 from typing import Any
 
 import jax
@@ -57,7 +58,7 @@ def bind_architecture(
     workdir: epath.Path | None = None,
     set_keys: Collection[str] | None = None,
 ) -> ml_collections.ConfigDict:
-    """The config, with architecture and pictures of the model in `config.model.init_from`, if any.
+    """The config, with architecture and pictures of the model in `config.model.init_from`.
 
     The user's own settings stay: with `model.name` all of the architecture, else the
     `model.overrides`, and the `model.pictures` that were set. A recipe for the same model keeps its
@@ -67,8 +68,6 @@ def bind_architecture(
         workdir: of the run. One with checkpoints goes on with the architecture that it has.
         set_keys: dotted names of what the user set; by default what differs from `default_config`.
     """
-    if not config.model.init_from:
-        return config
     if set_keys is None:
         set_keys = _changed_keys(config.model)
     keeps_name = "model.name" in set_keys
@@ -111,17 +110,15 @@ def initial_parameters(
         Like `drawn`, on the mesh.
     """
     source = config.model.init_from
-    folder = local_run(source, mesh=mesh)
-    start = restore_model(folder, mesh) if is_run(folder) else _read_weights(source)
-    _check_same_architecture(config.model, start.arch, arch)
-    try:
+    with _naming("model.init_from", source):
+        folder = local_run(source, mesh=mesh)
+        start = restore_model(folder, mesh) if is_run(folder) else read_weights(source)
+        _check_same_architecture(config.model, start.arch, arch)
         params = fit_positions(start.params, arch.num_patches, arch.context_length)
-    except ValueError as error:
-        raise ValueError(f"config.model.init_from={source}: {error}") from error
-    params |= {name: jnp.asarray(value) for name, value in start.loss_scalars.items()}
-    version = "" if start.step is None else f"step {start.step} of "
-    logging.info("starts from %s%s", version, source)
-    return _like(drawn, params, mesh, f"config.model.init_from={source}")
+        params |= {name: jnp.asarray(value) for name, value in start.loss_scalars.items()}
+        version = "" if start.step is None else f"step {start.step} of "
+        logging.info("starts from %s%s", version, source)
+        return _like(drawn, params, mesh)
 
 
 def stage_folder(workdir: str, number: int) -> str:
@@ -174,46 +171,47 @@ def end_of_stage(
     Raises:
         ValueError: that stage cannot be read or is not finished, or has other parameters.
     """
-    where = f"config.stage.previous={config.stage.previous}"
-    folder = local_run(config.stage.previous, mesh=mesh)
-    before = restore_model(folder, mesh)
-    steps = duration_in_steps(before.config, "total", num_examples=num_records)
-    if before.step < steps:
-        raise ValueError(
-            f"{where}: it has reached step {before.step} of {steps}; the command that trains it "
-            "goes on from there"
-        )
-    _refuse_seen_validation(config, before.config, where)
-    position, checks = read_position(checkpoint_root(folder) / str(before.step))
-    if position["next_example"] % config.data.batch_size:
-        raise ValueError(
-            f"{where}: it ends after {position['next_example']} examples, which are no multiple of "
-            f"config.data.batch_size={config.data.batch_size}"
-        )
-    params = {**before.params, **before.learnt}
-    params = fit_positions(params, arch.num_patches, arch.context_length)
-    return _like(drawn, params, mesh, where), position, checks["dataset"]
+    with _naming("stage.previous", config.stage.previous):
+        folder = local_run(config.stage.previous, mesh=mesh)
+        before = restore_model(folder, mesh)
+        steps = duration_in_steps(before.config, "total", num_examples=num_records)
+        if before.step < steps:
+            raise ValueError(
+                f"it has reached step {before.step} of {steps}; the command that trains it goes on "
+                "from there"
+            )
+        _refuse_seen_validation(config, before.config)
+        position, checks = read_position(checkpoint_root(folder) / str(before.step))
+        if position["next_example"] % config.data.batch_size:
+            raise ValueError(
+                f"it ends after {position['next_example']} examples, which are no multiple of "
+                f"config.data.batch_size={config.data.batch_size}"
+            )
+        params = {**before.params, **before.learnt}
+        params = fit_positions(params, arch.num_patches, arch.context_length)
+        return _like(drawn, params, mesh), position, checks["dataset"]
 
 
 def _refuse_seen_validation(
-    config: ml_collections.ConfigDict, before: ml_collections.ConfigDict, where: str
+    config: ml_collections.ConfigDict, before: ml_collections.ConfigDict
 ) -> None:
     """Raises ValueError where records are to be held out that the stage before was trained on."""
     share, its = config.data.validation_share, before.data.validation_share
     # Of one seed a smaller share is a part of a larger one.
     if share > its or (share and config.seed != before.seed):
         raise ValueError(
-            f"{where}: with config.data.validation_share={its} and config.seed={before.seed} it "
-            f"was trained on some of the records that {share} and {config.seed} hold out; take "
-            "its values"
+            f"with config.data.validation_share={its} and config.seed={before.seed} it was trained "
+            f"on some of the records that {share} and {config.seed} hold out; take its values"
         )
 
 
-def _read_weights(source: str) -> ModelFiles:
+@contextlib.contextmanager
+def _naming(key: str, source: str) -> Generator[None]:
+    """Puts the key of the config that names a source before what is wrong with it."""
     try:
-        return read_weights(source)
+        yield
     except ValueError as error:
-        raise ValueError(f"config.model.init_from={source}: {error}") from error
+        raise ValueError(f"config.{key}={source}: {error}") from error
 
 
 def _changed_keys(section: ml_collections.ConfigDict) -> set[str]:
@@ -229,18 +227,16 @@ def _read_start(source: str) -> tuple[Architecture, ml_collections.ConfigDict]:
     section = default_config().model
     if source in RELEASES:
         return ARCHITECTURES[source], section
-    folder = local_run(source)
-    if not is_run(folder):
-        weights = _read_weights(source)
-        set_inputs(section, weights)
-        return weights.arch, section
-    try:
+    with _naming("model.init_from", source):
+        folder = local_run(source)
+        if not is_run(folder):
+            weights = read_weights(source)
+            set_inputs(section, weights)
+            return weights.arch, section
         section = read_config(folder).model
         if section.tokenizer is not None:
             section.tokenizer = files.join(folder, TOKENIZER_DIRECTORY)
         return get_architecture(section.name, section.overrides.to_dict()), section
-    except ValueError as error:
-        raise ValueError(f"config.model.init_from={source}: {error}") from error
 
 
 def set_architecture(section: ml_collections.ConfigDict, arch: Architecture) -> None:
@@ -275,7 +271,7 @@ def _check_same_architecture(
     ]
     if differing:
         raise ValueError(
-            f"config.model.init_from={section.init_from} is a model of another architecture than "
+            "it is a model of another architecture than "
             f"config.model.name={section.name} with config.model.overrides: it has "
             f"{', '.join(differing)}. Leave these settings out, and the run takes them from the "
             "model; or set them so"
@@ -297,14 +293,14 @@ def _value(arch: Architecture, field: str) -> Any:
     return value
 
 
-def _like(drawn: dict[str, Any], params: dict[str, Any], mesh: Mesh, where: str) -> dict[str, Any]:
+def _like(drawn: dict[str, Any], params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
     """The parameters that `drawn` has, each from `params` where that has it."""
     known, taken = flatten_dict(params, sep="/"), {}
     for name, leaf in flatten_dict(drawn, sep="/").items():
         found = known.get(name, leaf)
         if found.shape != leaf.shape:
             raise ValueError(
-                f"{where}: its parameter {name} is {list(found.shape)}, and that of this run is "
+                f"its parameter {name} is {list(found.shape)}, and that of this run is "
                 f"{list(leaf.shape)}; they may differ in the sizes of images and texts alone"
             )
         taken[name] = found.astype(leaf.dtype)

@@ -91,7 +91,8 @@ def train(
         opened = opening.open_workdir(workdir, config.checkpoint.staging)
         workdir = stack.enter_context(opened)
         # All hosts take part, also one whose own `init_from` is missing: it is compared below.
-        config = check_together(bind_architecture, config, workdir, set_keys)
+        bind = bind_architecture if config.model.init_from else lambda config, *_: config
+        config = check_together(bind, config, workdir, set_keys)
         config = check_together(bind_data, config)
         config = check_together(opening.bind_order, config, workdir)
         opening.check_hosts_share_config(config)
@@ -212,9 +213,9 @@ class Run:
             self.evaluate()
         in_flight = None
         self.supply = throughput.InputSupply(self.config.data)
-        self.monitor = anomalies.AnomalyMonitor(
-            self.config, self.keys_of_step, anomalies.lowest_loss(self.workdir)
-        )
+        self.monitor = anomalies.AnomalyMonitor(self.config, self.keys_of_step)
+        if self.start_step:
+            self.monitor.lowest_loss = anomalies.lowest_loss(self.workdir)
         for step in range(self.start_step + 1, last_step + 1):
             if step in (self.start_step + 1, self.patch_dropout_steps + 1):
                 with self.wall_time.during("compile"):
@@ -232,7 +233,7 @@ class Run:
                 self.monitor.check_step(step - 1, in_flight)
                 self.has_finished_step = True
             in_flight = metrics
-            if self.profiler.ends_at(step):
+            if step == self.config.profile.stop_step:
                 self.window.excluded(self.profiler.close)
             progress.update()
             at_end, stop_requested = step == last_step, stop_request.is_due(step)

@@ -90,13 +90,14 @@ def check_together(check: Callable[..., Result], *arguments: Any, **options: Any
             gone the next time.
     """
     problem: str | None = None
-    cause: ValueError | None = None
+    cause: Exception | None = None
     result: Any = None
     try:
         result = check(*arguments, **options)
-    except ValueError as error:
-        is_lasting = exit_status(error) == LASTING_EXIT_CODE
-        problem, cause = f"{'lasting' if is_lasting else 'temporary'}:{error}", error
+    except Exception as error:  # the other processes must not wait for this one
+        kind = "lasting" if exit_status(error) == LASTING_EXIT_CODE else "temporary"
+        name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        problem, cause = f"{kind}:{name}{error}", error
     problem = first_text(problem)
     if problem is None:
         return result
@@ -114,16 +115,8 @@ def share_from_first(read: Callable[[], Any]) -> Any:
     """
     if jax.process_count() == 1:
         return read()
-
-    def read_in_first() -> str:
-        try:
-            return json.dumps(read()) if jax.process_index() == 0 else ""
-        except ValueError:
-            raise
-        except Exception as error:  # the other processes must not wait for data that never come
-            raise ValueError(f"{type(error).__name__}: {error}") from error
-
-    return json.loads(gather_texts(check_together(read_in_first))[0])
+    own = check_together(lambda: json.dumps(read()) if jax.process_index() == 0 else "")
+    return json.loads(gather_texts(own)[0])
 
 
 def check_same_step(step: int | None) -> None:

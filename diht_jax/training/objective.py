@@ -113,8 +113,6 @@ def with_objective_parameters(
     """The function from a key to the model's parameters, made to add the objective's own."""
     loss, terms, section = LOSSES[config.loss.kind], active_terms(config), config.loss
     try:
-        if section.noise_share:
-            check_noise_share(section.noise_share)
         loss.create(**{key: section[key] for key in loss.settings}, **loss.parameters)
     except ValueError as error:
         raise ValueError(f"config.loss.{error}") from error
@@ -241,10 +239,8 @@ def _contrastive_loss(
             pair_weights=pair_weights,
         )
 
-    sizes = None
     if config.matryoshka.sizes:
         sizes = weighted_sizes(config.matryoshka, image_emb.shape[1])
-    if sizes:
         total, of_loss = loss_of_sizes(loss_of, image_emb, text_emb, sizes=sizes)
     else:
         total, of_loss = loss_of(image_emb, text_emb)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from typing import Any
 
@@ -124,8 +123,6 @@ def duration_in_steps(config: ml_collections.ConfigDict, prefix: str, *, num_exa
         names = ", ".join(f"config.{name}" for name in DURATIONS[prefix])
         raise ValueError(f"set exactly one of {names}; got {given or 'none of them'}")
     unit, value = next(iter(given.items()))
-    if not math.isfinite(value):
-        raise ValueError(f"config.{prefix}_{unit}={value}: expected a finite duration")
     batch_size = config.data.batch_size
     examples_per_unit = {"steps": batch_size, "examples": 1, "epochs": num_examples}[unit]
     steps = round(value * examples_per_unit / batch_size)

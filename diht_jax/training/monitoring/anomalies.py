@@ -48,7 +48,7 @@ class AnomalyMonitor:
 
     config: ml_collections.ConfigDict
     keys_of_step: Callable[[int], str]  # names this process's records in the batch of a step
-    lowest_loss: float  # of the windows before, where a run is resumed; else infinity
+    lowest_loss: float = math.inf  # of the windows before, where a run is resumed
     _in_a_row: int = 0
     _scale_is_capped: bool = False
 

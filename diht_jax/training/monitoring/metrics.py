@@ -233,6 +233,8 @@ class WallTime:
                 self._path,
             )
             self._secs, self._starts = _known(rows[-1], _WALL_SECS), 2
+        else:
+            return
         before = [row for row in rows if row["step"] <= start_step]
         at_start = _known(before[-1] if before else {}, _WALL_SECS)
         for use in ("step", "input"):

@@ -147,7 +147,7 @@ class ThroughputWindow:
         if self._last is None:  # nothing runs meanwhile
             self._idle_wait_secs += self._arrived_secs - start
         last: Any = self._last  # of arrays, whose type does not know `is_ready`
-        self._was_idle = last is not None and all(value.is_ready() for value in last.values())
+        self._was_idle = last is not None and last["loss"].is_ready()
         self._num_idle += self._was_idle
         return batch
 
@@ -296,10 +296,6 @@ class StepProfiler:
             jax.profiler.start_trace(str(self._directory))
             self._is_tracing = True
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
-
-    def ends_at(self, step: int) -> bool:
-        """Returns whether `step` is the last one of a trace under way."""
-        return self._is_tracing and step == self._steps[-1]
 
     def close(self) -> None:
         """Ends the trace, if one is under way, and writes it."""

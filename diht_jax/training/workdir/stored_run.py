@@ -196,11 +196,11 @@ class StagedDirectory:
             path = self.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             files.write_bytes(path, files.read_bytes(files.join(self.url, name)))
-            self._sent_files[name] = _stamp(path)
 
     def _send_files(self) -> None:
         for name, path in self._local_files().items():
-            stamp = _stamp(path)
+            status = path.stat()
+            stamp = (status.st_size, status.st_mtime_ns)
             if self._sent_files.get(name) != stamp:
                 _upload(path, files.join(self.url, name))
                 self._sent_files[name] = stamp
@@ -409,8 +409,3 @@ def _file_checksums(path: pathlib.Path) -> tuple[int, int]:
 def _is_file_of_run(name: str) -> bool:
     parts = name.split("/")
     return parts[0] not in _NOT_FILES and not any(part.startswith(".") for part in parts)
-
-
-def _stamp(path: pathlib.Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
