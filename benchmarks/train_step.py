@@ -274,8 +274,8 @@ class DihtStep:
         program = TrainProgram(config, config.total_steps, jax.devices()[:1])
         self._state = program.create_state()
         self._step = program.step(self._state)
-        self._batch = sharding.put_batch(
-            {"images": images, "tokens": tokens}, sharding.batch_sharding(program.mesh)
+        self._batch = jax.make_array_from_process_local_data(
+            sharding.batch_sharding(program.mesh), {"images": images, "tokens": tokens}
         )
         self.num_params = sum(p.size for p in jax.tree.leaves(self.params))
         self.losses: list[float] = []

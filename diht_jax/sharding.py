@@ -1,4 +1,4 @@
-"""The device mesh, the partition rules, global batches, and parameters made whole.
+"""The device mesh, the partition rules, and parameters made whole.
 
 Axis names are `data` (replicas) and `fsdp` (parameters and optimiser state are split over it);
 a batch is split over both.
@@ -174,11 +174,6 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
 def path_name(path: Sequence[Any]) -> str:
     """A JAX key path as `a/b/c`."""
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
-
-
-def put_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
-    """Makes global arrays of the local parts of a batch (first axis: this process's examples)."""
-    return jax.tree.map(functools.partial(jax.make_array_from_process_local_data, sharding), batch)
 
 
 class ParameterGather:

@@ -173,7 +173,7 @@ def random_batch(program: TrainProgram) -> dict[str, jax.Array]:
         else:
             values = rng.random(field.shape)
             made[name] = (values / values.sum(-1, keepdims=True)).astype(field.dtype)
-    return sharding.put_batch(made, sharding.batch_sharding(program.mesh))
+    return jax.make_array_from_process_local_data(sharding.batch_sharding(program.mesh), made)
 
 
 def _gpu_examples(model: str) -> int:

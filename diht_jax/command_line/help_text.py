@@ -161,9 +161,8 @@ def read_comments(files: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-# At the beginning of a line: `"section.key": `, `field: type` or `c.section.key = `.
-_KEY = re.compile(r'\s+(?:"([\w.]+)": |(\w+): \w|(\w+)\.([\w.]+) = )')
-_SECTION = re.compile(r"\s+(\w+) = (?:\w+\.([\w.]+) = )?")
+# At the beginning of a line: `"section.key": `, `field: type` or `config.section.key = `.
+_KEY = re.compile(r'\s+(?:"([\w.]+)": |(\w+): \w|\w+\.([\w.]+) = )')
 _COMMENT = re.compile(r"(.*?)(?:^|\s)\s*# (.*)")
 # In the docstring of a dataclass.
 _DOCUMENTED = re.compile(r"^ {8}(\w[\w, ]*): (.*(?:\n {12}.*)*)", re.MULTILINE)
@@ -173,12 +172,10 @@ def comments_of(source: str) -> dict[str, str]:
     """Comments of the keys that are written in a file: those above, and those behind.
 
     Args:
-        source: Python, with keys as `c.section.key = default`, where `c = config.section = ...`
-            makes `c` a section, as `"section.key": default` in a dict, or as fields of a dataclass,
-            which its docstring or a comment describes.
+        source: Python, with keys as `config.section.key = default`, as `"section.key": default`
+            in a dict, or as fields of a dataclass, which its docstring or a comment describes.
     """
     found: dict[str, str] = {}
-    sections: dict[str, str] = {}
     above: list[str] = []
     name = None
     for line in source.splitlines():
@@ -187,15 +184,13 @@ def comments_of(source: str) -> dict[str, str]:
             above.append(comment[2])
             continue
         if key := _KEY.match(line):
-            name = key[1] or key[2] or sections.get(key[3], "") + key[4]
+            name = key[1] or key[2] or key[3]
             name = None if found.get(name) else name
         elif not line.strip():
             name = None
         texts = [*(above if key else []), *([comment[2]] if comment else [])]
         if name and texts:
             found[name] = " ".join(filter(None, [found.get(name), *texts]))
-        if section := _SECTION.match(line):
-            sections[section[1]] = f"{section[2]}." if section[2] else ""
         above = []
     for part in source.split("Attributes:\n")[1:]:
         for names, text in _DOCUMENTED.findall(part.partition('"""')[0]):

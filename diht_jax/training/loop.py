@@ -313,7 +313,7 @@ class Run:
         """
         with self.wall_time.during("input"):
             batch = self.iterator.take(stop_request.is_waiting)
-        return sharding.put_batch(batch, sharding.batch_sharding(self.mesh))
+        return jax.make_array_from_process_local_data(sharding.batch_sharding(self.mesh), batch)
 
     def evaluate(self) -> None:
         """Evaluates the current state, and notes how good it is for the checkpointer."""

@@ -42,7 +42,7 @@ def train_one_step(config, batch, devices=None):
     state = program.create_state()
     step = program.step(state)
     before = jax.device_get(state.params)
-    on_mesh = sharding.put_batch(batch, sharding.batch_sharding(program.mesh))
+    on_mesh = jax.make_array_from_process_local_data(sharding.batch_sharding(program.mesh), batch)
     assert {name: leaf.dtype for name, leaf in on_mesh.items()} == {
         name: leaf.dtype for name, leaf in program.abstract_batch().items()
     }
@@ -56,7 +56,7 @@ def train_two_steps(config):
     state = program.create_state()
     step = program.step(state)
     batch = draw_batch()
-    on_mesh = sharding.put_batch(batch, sharding.batch_sharding(program.mesh))
+    on_mesh = jax.make_array_from_process_local_data(sharding.batch_sharding(program.mesh), batch)
 
     @jax.jit
     def embed(params):

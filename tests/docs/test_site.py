@@ -107,8 +107,7 @@ class Size:
 def defaults(config):
     # Above.
     config.alpha = 1  # And behind.
-    c = config.section = new()
-    c.beta = 2  # of the section
+    config.section.beta = 2  # of the section
 
 KEYS = {
     # Two lines

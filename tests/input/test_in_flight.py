@@ -109,7 +109,7 @@ def test_arrays_of_jax_stay_as_they_are(joiner, num_devices):
     for _ in range(6):
         found = joiner.take()
         start = found["images"].ctypes.data
-        kept.append(sharding.put_batch(found, spread))
+        kept.append(jax.make_array_from_process_local_data(spread, found))
         shard = kept[-1]["images"].addressable_shards[0].data
         aliases += shard.unsafe_buffer_pointer() == start
         del found, shard
@@ -125,7 +125,9 @@ def test_memory_comes_back_from_arrays_of_jax(joiner):
     for number in range(12):
         found = joiner.take()
         seen |= addresses(found)
-        total = jax.block_until_ready(sharding.put_batch(found, spread)["tokens"].sum())
+        total = jax.block_until_ready(
+            jax.make_array_from_process_local_data(spread, found)["tokens"].sum()
+        )
         assert int(total) == batch(number)["tokens"].sum()
         del found
     assert len(seen) <= 4 * (JOINED_BATCHES + 1)

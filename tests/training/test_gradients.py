@@ -96,7 +96,7 @@ def gradient_function(program):
 def gradients(config, data, fsdp, params=None, **changed):
     program = program_of(config, data, fsdp)
     batch = {**make_batch(), **changed}
-    batch = sharding.put_batch(batch, sharding.batch_sharding(program.mesh))
+    batch = jax.make_array_from_process_local_data(sharding.batch_sharding(program.mesh), batch)
     return gradient_function(program)(make_state(program.mesh, params), batch)[:2]
 
 

@@ -34,7 +34,7 @@ def test_step(config):
         "images": rng.integers(0, 256, (16, 16, 16, 3)).astype(np.uint8),
         "tokens": rng.integers(1, 700, (16, 24)).astype(np.int32),
     }
-    batch = sharding.put_batch(batch, sharding.batch_sharding(mesh))
+    batch = jax.make_array_from_process_local_data(sharding.batch_sharding(mesh), batch)
     key_data = np.asarray(state.key_data)
     old_kernel = state.params["text"]["projection"]["kernel"]
     assert old_kernel.sharding.spec == jax.sharding.PartitionSpec("fsdp", None)

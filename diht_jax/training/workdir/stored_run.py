@@ -82,7 +82,7 @@ class StagedDirectory:
         self._checkpoints = self.folder / CHECKPOINT_DIRECTORY
         self._sent_files: dict[str, tuple[int, int]] = {}
         self._ended = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread(target=self._run, name="upload", daemon=True)
 
     def fetch(self) -> None:
         """Makes the folder what the store is.
@@ -112,7 +112,6 @@ class StagedDirectory:
 
     def start(self) -> None:
         """Starts copying finished checkpoints as they come."""
-        self._thread = threading.Thread(target=self._run, name="upload", daemon=True)
         self._thread.start()
 
     def close_after(self, error_type: type[BaseException] | None, *_: object) -> None:
@@ -121,8 +120,8 @@ class StagedDirectory:
         Raises:
             SaveError: it cannot be written, and no other error is under way.
         """
-        if self._thread is not None:
-            self._ended.set()
+        self._ended.set()
+        if self._thread.is_alive():
             self._thread.join()
         try:
             self.send()
@@ -266,15 +265,14 @@ def local_run(
     url = name.rstrip("/")
     open_system(url)
 
-    def read() -> dict[str, Manifest]:
+    def read() -> list[tuple[int, Manifest]]:
         try:
-            return {str(step): manifest for step, manifest in read_manifests(url).items()}
+            return list(read_manifests(url).items())
         except Exception as error:  # what it is depends on the store
             raise ValueError(f"{url} cannot be read: {error}") from error
 
     # One that goes on may save and remove checkpoints between the looks of two processes.
-    listed = share_from_first(read) if mesh and mesh.is_multi_process else read()
-    stored = {int(number): manifest for number, manifest in listed.items()}
+    stored = dict(share_from_first(read) if mesh and mesh.is_multi_process else read())
     if not stored and url.startswith("gs://"):
         return name
     if not stored:
