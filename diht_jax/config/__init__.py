@@ -14,12 +14,11 @@ import importlib.util
 import pathlib
 import sys
 from collections.abc import Collection
-from typing import Any
 
 import ml_collections
 from absl import logging
 
-from diht_jax.config.checks import TextOrSections, nearest_name
+from diht_jax.config.checks import TextOrSections, nearest_name, walk
 from diht_jax.config.checks import validate_config as validate_config
 from diht_jax.config.keys import DURATIONS
 
@@ -124,12 +123,8 @@ def apply_overrides(config: ml_collections.ConfigDict, given: Collection[str]) -
 
 def check_optional(key: str, defaults: ml_collections.ConfigDict) -> None:
     """Raises ValueError for a key that cannot be None, since its default is another one."""
-    default: Any = defaults
-    for name in key.split("."):
-        if issubclass(default.get_type(name), TextOrSections):
-            return
-        default = default[name]
-    if default is not None:
+    default, kind = walk(defaults).get(key, (None, TextOrSections))  # or inside of one
+    if default is not None and not issubclass(kind, TextOrSections):
         raise ValueError(
             f"--config.{key}=None: this key cannot be unset; its default is {default!r:.200}"
         )
