@@ -56,6 +56,16 @@ def test_debug_form_trains(path, labelled, tmp_path, monkeypatch):
     assert saved_steps(tmp_path) == [2, 4]
 
 
+def test_recipe_for_clean_data_has_the_step_of_web_data():
+    web, clean = (
+        load_recipe(f"diht_vitb16{name}").to_dict(preserve_field_references=False)
+        for name in ("", "_clean")
+    )
+    clean |= {"total_examples": web["total_examples"]}
+    clean["loss"] |= {"alpha": web["loss"]["alpha"], "beta": web["loss"]["beta"]}
+    assert clean == web
+
+
 def test_a_run_with_a_small_vocabulary_reads_ids_of_it(config, squares):
     batch = next(open_iterator(config, open_data(config)))
     assert set(batch["tokens"][:, 0]) == {698} and batch["tokens"].max() == 699
