@@ -9,7 +9,7 @@ import html
 import math
 import re
 
-from data_prep.captions.lexicon import VAGUE_NOUNS, word_set
+from data_prep.captions.lexicon import FUNCTION_WORDS, VAGUE_NOUNS, word_set
 
 _TAG = re.compile(r"<[^<>]{1,200}>")
 _QUOTES = str.maketrans({"’": "'", "‘": "'", "`": "'", "“": '"', "”": '"', "\u00ad": None})
@@ -111,16 +111,9 @@ _TITLE_LOWER = word_set("and for from the with")
 
 # The language gate.
 _WORD = re.compile(r"[^\W\d_]+")
-_ENGLISH = word_set("""
-    a about above across after against all along am among an and any are around as at away back be
-    because been before behind being below beside between both but by can could did do does down
-    during each every everyone few for from front get gets had has have having he her here him his
-    how i if in inside into is it its just like made make many me more most my near new next no not
-    now of off on one onto or other our out outside over own s she should so some someone such t
-    than that the their them then there these they this those three through to together too top two
-    under until up us very was we were what when where which while who whose why will with without
-    would you your
-""")
+_ENGLISH = FUNCTION_WORDS | word_set(
+    "across am among beside both everyone gets having onto someone t whose why"
+)
 # Function words of other languages, those left out that are English words too ("son", "met").
 _FOREIGN = frozenset().union(
     *map(

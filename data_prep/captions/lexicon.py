@@ -10,6 +10,18 @@ def word_set(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
+# Words without meaning of their own, that tell English from other languages and are not looked for
+# in a picture.
+FUNCTION_WORDS = word_set("""
+    a about above after against all along an and any are around as at away back be because been
+    before behind being below between but by can could did do does down during each every few for
+    from front get had has have he her here him his how i if in inside into is it its just like
+    made make many me more most my near new next no not now of off on one or other our out outside
+    over own s she should so some such than that the their them then there these they this those
+    three through to together too top two under until up us very was we were what when where which
+    while who will with without would you your
+""")
+
 # Nouns that name the picture; before "of" they stand for what the picture shows.
 PICTURE_NOUNS = word_set("""
     animation artwork background capture cartoon clip clipart close-up closeup concept

@@ -7,7 +7,7 @@
 import contextlib
 import functools
 import gc
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,8 @@ from data_prep.captions.verbs import build_graph
 _UNUSED_COMPONENTS = ("ner", "senter", "attribute_ruler")
 # Some 10 MB; spaCy's tokenizer caches 10,000 words.
 _MAX_LEXEMES = 30_000
-# Characters of the captions whose graphs are kept for later calls, some 40 MB with their graphs.
-_MAX_REMEMBERED_CHARS = 1_000_000
-_ENTRY_CHARS = 16  # what an entry takes besides its caption, in characters
+# Captions, up to so long, whose graphs are kept for later calls: some 40 MB.
+_MAX_REMEMBERED, _REMEMBERED_CHARS = 15_000, 500
 
 
 class _NumpyBlasOps(NumpyOps):
@@ -115,30 +114,14 @@ def parse_captions(
             else:
                 graphs[text] = graph
         parsed = _parse_distinct(new, _load_shared_parser(), batch_size)
-        _remembered.remember(parsed)
         graphs |= parsed
+        _remembered.update({t: g for t, g in parsed.items() if len(t) <= _REMEMBERED_CHARS})
+        while len(_remembered) > _MAX_REMEMBERED:
+            del _remembered[next(iter(_remembered))]  # the oldest
     return list(map(graphs.__getitem__, captions))
 
 
-class _Memory(dict[str, CaptionGraph]):
-    """Graphs of the captions that were parsed last, up to a number of characters."""
-
-    def __init__(self, max_chars: int):
-        super().__init__()
-        self._max_chars = max_chars
-        self._num_chars = 0
-
-    def remember(self, graphs: Mapping[str, CaptionGraph]) -> None:
-        """Adds new captions; those that came first are forgotten for them."""
-        self.update(graphs)
-        self._num_chars += sum(map(len, graphs)) + _ENTRY_CHARS * len(graphs)
-        while self._num_chars > self._max_chars:
-            oldest = next(iter(self))
-            del self[oldest]
-            self._num_chars -= _ENTRY_CHARS + len(oldest)
-
-
-_remembered = _Memory(_MAX_REMEMBERED_CHARS)
+_remembered: dict[str, CaptionGraph] = {}  # of the captions that were parsed last
 
 
 def _parse_distinct(

@@ -15,19 +15,9 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from data_prep.captions.lexicon import word_set
+from data_prep.captions.lexicon import FUNCTION_WORDS, word_set
 
-_FUNCTION_WORDS = word_set(
-    """
-    a about above after against all along also an and any are around as at away back be because
-    been before behind being below between but by can could did do does down during each every few
-    for from front get had has have he her here him his how i if in inside into is it its just like
-    made make many may me more most my near new next no not now of off on one only or other our out
-    outside over own s she should so some such than that the their them then there these they this
-    those three through to together too top two under until up us very was we were what when where
-    which while who will with without would you your
-    """
-)
+_FUNCTION_WORDS = FUNCTION_WORDS | {"also", "may", "only"}
 # Words of 3 in 1,000 captions or more, counted in every second line of `captions_web.txt`, and some
 # that describe pictures anywhere. A plural counts with its word.
 _COMMON_WORDS = word_set(

@@ -129,7 +129,8 @@ def parsed(monkeypatch, parser):
     build = parse.build_graph
     monkeypatch.setattr(parse, "build_graph", build_graph)
     monkeypatch.setattr(parse, "_load_shared_parser", lambda: parser)
-    monkeypatch.setattr(parse, "_remembered", parse._Memory(max_chars=200))
+    monkeypatch.setattr(parse, "_remembered", {})
+    monkeypatch.setattr(parse, "_MAX_REMEMBERED", 5)
     return found
 
 
@@ -144,7 +145,7 @@ def test_later_calls_give_the_same_graphs_without_a_parse(parsed, parser):
 
 def test_memory_of_captions_is_bounded(parsed):
     many = [f"{name} rides a bicycle" for name in ("Anna", "Bert", "Carl", "Dora", "Emil", "Fay")]
-    parse_captions(many)  # 200 characters have room for five of them
+    parse_captions(many)
     parsed.clear()
     parse_captions([many[-1], many[0]])
     assert parsed == [many[0]]
