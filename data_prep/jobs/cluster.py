@@ -178,9 +178,6 @@ class RayPool:
         self._add_pairs(pairs)
         return outcome
 
-    def narrow(self) -> None:
-        """Memory of a cluster is no reason to run one task at a time."""
-
     def stop(self) -> None:
         """Ends all actors."""
         for worker in (*self._busy.values(), *self._idle):

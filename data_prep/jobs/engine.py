@@ -116,6 +116,8 @@ def run_pending(
         pool = _open_pool(function, len(tasks), config, engine, progress.add)
         try:
             while queue.fill(pool):
+                if not queue.busy:  # the others wait for their time
+                    time.sleep(POLL_SECS)
                 done, _ = futures.wait(queue.busy, POLL_SECS, futures.FIRST_COMPLETED)
                 pool.poll()
                 for future in done:
@@ -163,7 +165,8 @@ class _Attempt:
 class _Queue:
     """Tasks that wait for a worker, those under way, and those that are to run again.
 
-    `delayed` has them with the time when they do, `alone` those that want all memory, at the end.
+    `delayed` has them with the time when they do, `alone` those that want all memory, at the end:
+    only local workers are killed for it.
     """
 
     ready: collections.deque[_Attempt]
@@ -173,22 +176,19 @@ class _Queue:
     alone: list[_Attempt] = dataclasses.field(default_factory=list)
 
     def fill(self, pool: Any) -> bool:
-        """Gives the pool what it has room for, after a while if need be; False at the end."""
-        while True:
-            for when, attempt in list(self.delayed):
-                if when <= time.monotonic():
-                    self.delayed.remove((when, attempt))
-                    self.ready.appendleft(attempt)
-            if self.alone and not (self.ready or self.delayed or self.busy):
-                pool.narrow()
-                self.ready.extend(self.alone)
-                self.alone.clear()
-            while self.ready and len(self.busy) < pool.room:
-                attempt = self.ready.popleft()
-                self.busy[pool.submit(attempt.task)] = attempt
-            if self.busy or not self.delayed:
-                return len(self.busy) > 0
-            time.sleep(max(min(when for when, _ in self.delayed) - time.monotonic(), 0))
+        """Gives the pool what it has room for; False at the end."""
+        for when, attempt in list(self.delayed):
+            if when <= time.monotonic():
+                self.delayed.remove((when, attempt))
+                self.ready.appendleft(attempt)
+        if self.alone and not (self.ready or self.delayed or self.busy):
+            pool.narrow()
+            self.ready.extend(self.alone)
+            self.alone.clear()
+        while self.ready and len(self.busy) < pool.room:
+            attempt = self.ready.popleft()
+            self.busy[pool.submit(attempt.task)] = attempt
+        return bool(self.busy or self.delayed)
 
     def retry(self, attempt: _Attempt, outcome: Outcome) -> bool:
         """Takes a task back that failed and may pass; False where its outcome is final."""

@@ -114,9 +114,6 @@ class ThisProcess:
         """The outcome of a task that has ended."""
         return future.result()
 
-    def narrow(self) -> None:
-        """Leaves all memory to a single task."""
-
     def stop(self) -> None:
         """Ends all workers, at work or not."""
 
