@@ -140,7 +140,7 @@ def run_filter(
     pending = [task for task in job.mine if task.output not in done]
     logging.info("%d shards, %d of them done before", len(job.mine), len(job.mine) - len(pending))
     if pending:
-        plan.forget_output(job.folder)
+        shards.remove_merged(job.folder, plan.MERGED_FILES)
     names = [os.path.basename(task.output) for task in job.mine]
     shards.remove_temporary_files(job.parts_folder, names)
     shards.remove_temporary_files(files.join(job.folder, table.FOLDER), names)
@@ -247,7 +247,7 @@ def _write_output(job: Job, found: Survey) -> tuple[dict[str, str], list[ShardTa
                 f"none of the {report['counts']['read']} pairs of '{config.input}' was kept; the "
                 f"reasons are in the table above, examples in {folder}/{PAGE}"
             )
-        shards.remove_merged(folder)
+        shards.remove_merged(folder, plan.MERGED_FILES)
         failures = run_pending(
             resharding.restore_part, restored, config, job.engine, label="restore"
         )

@@ -1,8 +1,8 @@
 """Units of work for the `input` of a preparation config, and what img2dataset writes next to them.
 
 The readers themselves are in `diht_jax.readers`, where the evaluation finds them too; this module
-holds what only offline jobs need: the config section, the check of the output folder, the share of
-one job, and metadata and statistics of img2dataset. A shard of img2dataset's is
+holds what only offline jobs need: the config section, the check of the output folder, and metadata
+and statistics of img2dataset. A shard of img2dataset's is
 
     00000.tar           read by diht_jax.readers.shard_formats; in the output format "tfrecord"
                         00000.tfrecord instead, read by diht_jax.readers.shard_formats
@@ -22,7 +22,7 @@ import operator
 import os
 import re
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import ml_collections
 from absl import logging
@@ -57,8 +57,6 @@ _CAPTION_COLUMNS = ("txt", "caption", "text", "TEXT")  # what the tar has alread
 _MAX_STATUSES = 50
 
 _ONE_SLASH = re.compile(r"([a-z0-9]+):/([^/].*)", re.DOTALL)
-
-_Task = TypeVar("_Task")
 
 
 class Input(NamedTuple):
@@ -255,20 +253,6 @@ def _plain_path(path: str) -> str:
         return os.path.realpath(path)
     protocol, _, name = path.partition("://")
     return f"{protocol}://{name.strip('/')}"
-
-
-def shards_of_task(tasks: Sequence[_Task], task_index: int, num_tasks: int) -> Sequence[_Task]:
-    """The tasks of one job of a job array: every `num_tasks`-th.
-
-    Raises:
-        ValueError: the number is not in [0, num_tasks).
-    """
-    if not 0 <= task_index < num_tasks:
-        raise ValueError(
-            f"--task_index={task_index} with --num_tasks={num_tasks}; expected an index from 0 to "
-            f"{num_tasks - 1}"
-        )
-    return tasks if num_tasks == 1 else tasks[task_index::num_tasks]
 
 
 def read_download_stats(source: SourceShard) -> dict[str, Any] | None:

@@ -37,7 +37,7 @@ from data_prep.jobs.failures import (
     survey,
     with_output,
 )
-from data_prep.sources import check_output, shards_of_task
+from data_prep.sources import check_output
 from diht_jax.storage import files
 from diht_jax.storage.locks import leader_lock
 from diht_jax.terminal import print_escaped
@@ -73,7 +73,7 @@ def run(
     with leader_lock(folder):
         _check_settings(config, folder)
         known = scan.reject_or_remove_stale(units, folder, config.max_changed_shards)
-    mine = shards_of_task(units, task_index, num_tasks)
+    mine = units[task_index::num_tasks]
     failures = _scan(config, mine, folder, engine)
     found = survey(units, {**known, **failures.made})
     if is_unfinished(

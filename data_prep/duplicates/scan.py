@@ -44,7 +44,7 @@ EMBEDDED = "embeddings"  # kind of a source that is a file of keys and vectors
 FOLDER = "scan"
 
 _ROWS = ".arrow"
-_OURS = re.compile(rf"[0-9a-f]{{16}}{re.escape(_ROWS)}(\..+)?")
+_OURS = re.compile(rf"([0-9a-f]{{16}}{re.escape(_ROWS)})(\..+)?")
 _SHOWN = 4
 _BATCH = 256  # entries after which progress is reported, and among which a crash is searched for
 
@@ -159,10 +159,7 @@ def reject_or_remove_stale(
             "%s: scanned again, since it, its embeddings or its scan changed", unit.source
         )
         files.remove(unit.stats_path)
-    # The statistics first: without them a unit is not scanned.
-    stale = set(present) - set(shards.names_below(present, own))
-    for name in sorted(stale, key=lambda name: not name.endswith(ending)):
-        files.remove(files.join(where, name))
+    shards.remove_outputs(where, {_OURS.sub(r"\1", name) for name in present} - own)
     if gone:
         logging.warning("%s: %d scans of inputs that are gone are removed", where, len(gone))
     return done

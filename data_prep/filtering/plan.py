@@ -44,16 +44,11 @@ from data_prep.reports.page import PAGE
 from data_prep.sources import Input, hash_inputs
 from data_prep.steps.registry import active_steps, ordered_steps
 from diht_jax.readers.base import SourceShard
-from diht_jax.records import dataset_info
-from diht_jax.records.dataset_index import INDEX_NAME
 from diht_jax.records.shard_files import SUFFIXES
 from diht_jax.storage import files
 
 # What describes the whole output.
-MERGED_FILES = (
-    *(shards.MERGED_STATS, INDEX_NAME, *dataset_info.FILES, dataset_info.SIZES),
-    *(table.KEYS_FILE, table.UIDS_FILE, REPORT, PAGE),
-)
+MERGED_FILES = (*shards.MERGED_FILES, table.KEYS_FILE, table.UIDS_FILE, REPORT, PAGE)
 
 _SHOWN = 4  # differences that an error names
 
@@ -129,8 +124,7 @@ def plan_job(
         ShardTask(unit, files.join(parts_folder, name), config_hash, config.input_identity)
         for unit, name in zip(units, names, strict=True)
     ]
-    mine = sources.shards_of_task(tasks, task_index, num_tasks)
-    return Job(config, folder, parts_folder, tasks, mine, engine)
+    return Job(config, folder, parts_folder, tasks, tasks[task_index::num_tasks], engine)
 
 
 def _plan_parts(
@@ -218,7 +212,7 @@ def find_done(job: Job, overwrite: bool) -> tuple[dict[str, dict[str, Any]], boo
     was_complete = files.exists(files.join(job.folder, shards.MERGED_STATS))
     is_renewed = was_complete or bool(changed or gone)
     if changed or gone:
-        forget_output(job.folder)
+        shards.remove_merged(job.folder, MERGED_FILES)
     settings = filter_config.describe_settings(job.config)
     path = files.join(job.parts_folder, SETTINGS)
     if (files.read_object(path) or {}) != settings:
@@ -247,12 +241,6 @@ def find_undecided(outputs: Iterable[str]) -> set[str]:
             if name not in present[folder]:
                 undecided.add(output)
     return undecided
-
-
-def forget_output(folder: str) -> None:
-    """Removes what describes the whole output, before a part of it changes."""
-    for name in MERGED_FILES:
-        files.remove(files.join(folder, name))
 
 
 def read_written(job: Job) -> dict[str, Any] | None:
@@ -385,7 +373,7 @@ def _settle_layout(config: ml_collections.ConfigDict, folder: str, overwrite: bo
             f"{config.examples_per_shard}: all input shards would have to be filtered again. "
             "Choose another output, or make it again with --overwrite"
         )
-    forget_output(folder)
+    shards.remove_merged(folder, MERGED_FILES)
     if are_output:
         resharding.remove_stale_shards(folder, [], config.output_format)
         stale = files.list_names(other)

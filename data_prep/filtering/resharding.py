@@ -35,7 +35,7 @@ from data_prep.jobs.shards import STATS_SUFFIX
 from diht_jax.input import transforms
 from diht_jax.records import schema
 from diht_jax.records.formats import open_source, open_writer
-from diht_jax.records.shard_files import INDEX_SUFFIX, SUFFIXES, RecordSink, kind_of, shard_name
+from diht_jax.records.shard_files import INDEX_SUFFIX, SUFFIXES, kind_of, shard_name
 from diht_jax.records.tar_records import image_extension
 from diht_jax.records.vocabulary import KINDS
 from diht_jax.storage import files
@@ -178,14 +178,13 @@ def copy_records(shard: BalancedShard, report: Report) -> tuple[int, ConceptLog]
         How many records there are, and the concepts that their captions name.
     """
     concepts = ConceptLog()
-    with open_writer(shard.output) as plain_writer:
-        is_tar = kind_of(shard.output) == "webdataset"
-        writer = CommonImageWriter(plain_writer) if is_tar else plain_writer
+    is_tar = kind_of(shard.output) == "webdataset"
+    with open_writer(shard.output) as writer:
         for piece in shard.slices:
             records = _read_slice(piece)
             while some := list(itertools.islice(records, _REPORT_EVERY)):
                 for data in some:
-                    writer.write(data)
+                    writer.write(with_common_image(data) if is_tar else data)
                 report(len(some))
             if shard.with_concepts:
                 _copy_mentions(piece, concepts)
@@ -223,27 +222,15 @@ def _copy_mentions(piece: Slice, concepts: ConceptLog) -> None:
         concepts.add(dict(zip(rows, mentions, strict=True)))
 
 
-class CommonImageWriter:
-    """Writes records as tars need them: an image that webdataset does not know becomes PNG."""
-
-    def __init__(self, writer: RecordSink):
-        """Hands on to `writer`, which the caller closes."""
-        self.path = writer.path
-        self._writer = writer
-
-    def write(self, data: bytes) -> None:
-        """Appends one record."""
-        record = schema.decode_record(data)
-        if image_extension(record.image) is None:
-            buffer = io.BytesIO()
-            # The filter has let it through, however many pixels it has.
-            image = transforms.decode_rgb(record.image, max_pixels=sys.maxsize)
-            image.save(buffer, "PNG")
-            data = schema.encode_record(dataclasses.replace(record, image=buffer.getvalue()))
-        self._writer.write(data)
-
-    def __len__(self) -> int:
-        return len(self._writer)
+def with_common_image(data: bytes) -> bytes:
+    """A record as tars need it: an image that webdataset does not know becomes PNG."""
+    record = schema.decode_record(data)
+    if image_extension(record.image) is not None:
+        return data
+    buffer = io.BytesIO()
+    # The filter has let it through, however many pixels it has.
+    transforms.decode_rgb(record.image, max_pixels=sys.maxsize).save(buffer, "PNG")
+    return schema.encode_record(dataclasses.replace(record, image=buffer.getvalue()))
 
 
 def load_written(planned: Sequence[BalancedShard]) -> Iterator[dict[str, Any]]:
@@ -356,11 +343,9 @@ def remove_stale_shards(folder: str, planned: Sequence[BalancedShard], output_fo
 
 
 def remove_outputs(folder: str, names: Collection[str]) -> None:
-    """Removes shards with all files that belong to them; their statistics first."""
-    below = shards.names_below(files.list_names(folder), names)
-    for name in sorted(below, key=lambda name: not name.endswith(STATS_SUFFIX)):
-        files.remove(files.join(folder, name))
-    for name in names:  # those of a table are elsewhere
+    """Removes shards with all files that belong to them."""
+    shards.remove_outputs(folder, names)
+    for name in names:  # decisions about a table are elsewhere
         files.remove(decisions_path(files.join(folder, name)))
 
 

@@ -22,7 +22,7 @@ from data_prep.captions.mentions import CONCEPTS_SUFFIX
 from data_prep.decisions import table
 from data_prep.decisions.log import ShardLog
 from data_prep.filtering import config as filter_config
-from data_prep.filtering.resharding import CommonImageWriter
+from data_prep.filtering.resharding import with_common_image
 from data_prep.jobs import shards
 from data_prep.jobs.engine import Report, WorkRecord
 from data_prep.sources import read_download_stats, read_pairs, read_sidecar
@@ -60,10 +60,13 @@ def filter_shard(
             "download": read_download_stats(source),
             "versions": filter_config.package_versions(config),
         }
-        if kind_of(os.fspath(writer.path)) == "webdataset":
-            writer = CommonImageWriter(writer)
+        is_tar = kind_of(os.fspath(writer.path)) == "webdataset"
+
+        def write(data: bytes) -> None:
+            writer.write(with_common_image(data) if is_tar else data)
+
         encode = functools.partial(_encode, config=config)
-        chain = Chain(config, steps, source, log, encode, writer.write, report)
+        chain = Chain(config, steps, source, log, encode, write, report)
         source = dataclasses.replace(source, unneeded=tuple(config.drop_metadata))
         with WorkRecord(task.output, task.search) as work:
             for chunk in _read_chunks(source, config, log, facts):

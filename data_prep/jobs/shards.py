@@ -44,6 +44,8 @@ from diht_jax.storage.stores import input_size, is_remote, open_file
 
 STATS_SUFFIX = dataset_info.STATS_SUFFIX
 MERGED_STATS = "stats.json"
+# What describes the whole folder of an output.
+MERGED_FILES = (MERGED_STATS, INDEX_NAME, *dataset_info.FILES, dataset_info.SIZES)
 FAILED_SUFFIX = ".failed.json"  # next to an output that could not be made: why
 
 LOCATION_SUFFIX = ".place.json"  # of the files with locations
@@ -236,9 +238,19 @@ def remove_temporary_files(folder: str, names: Iterable[str]) -> None:
     files.remove_temporary_files(folder, lambda name: bool(names_below([name], wanted)))
 
 
-def remove_merged(folder: str) -> None:
+def remove_merged(folder: str, names: Iterable[str] = MERGED_FILES) -> None:
     """Removes what describes the whole folder, before a shard of it changes."""
-    for name in (MERGED_STATS, INDEX_NAME, *dataset_info.FILES, dataset_info.SIZES):
+    for name in names:
+        files.remove(files.join(folder, name))
+
+
+def remove_outputs(folder: str, outputs: Collection[str]) -> None:
+    """Removes outputs with all files that belong to them.
+
+    Their statistics go first: without them an output is not done.
+    """
+    below = names_below(files.list_names(folder), outputs)
+    for name in sorted(below, key=lambda name: not name.endswith(STATS_SUFFIX)):
         files.remove(files.join(folder, name))
 
 

@@ -93,7 +93,7 @@ def run_label(
     if not config.merge and any(map(kind_of, files.list_names(config.output))):
         logging.info("%s holds merged shards: config.merge=True", config.output)
         config.merge = True
-    share = functools.partial(sources.shards_of_task, task_index=task_index, num_tasks=num_tasks)
+    share = slice(task_index, None, num_tasks)
     job = _Job(config, engine, inputs, tasks.identify_inputs(inputs), share)
     teacher = describe_teacher(config.teacher) if config.concepts else None
     failures, is_complete = Failures(), True
@@ -116,7 +116,7 @@ class _Job:
     engine: str
     inputs: Sequence[SourceShard]
     identities: Sequence[ShardIdentity | None]
-    share: Callable[[Sequence[LabelTask]], Sequence[LabelTask]]  # this job's part of some tasks
+    share: slice  # of this job in an array, of the tasks of a stage
 
     def label(self, failures: Failures, teacher: TeacherInfo, copies: LocalCopies) -> Failures:
         """Makes the concept labels; returns the failures of before, and what failed."""
@@ -128,7 +128,7 @@ class _Job:
         # Merged shards are numbered, so that none may be missing.
         limit, total = 0 if config.merge else config.max_failed_shards, len(self.inputs)
         function = functools.partial(embeddings.embed_shard, config=config, copies=copies)
-        pending = _unfinished(self.share(heads.sample), "embed")
+        pending = _unfinished(heads.sample[self.share], "embed")
         failures |= self._run(function, pending, "embed", teacher)
         embedded = survey(heads.sample)
         if heads.sample:
@@ -143,7 +143,7 @@ class _Job:
                 files.remove(task.stats_path)
                 files.write_object(task.output + FAILED_SUFFIX, note)
         wanted = [task for task in planned if str(task.source) not in failed]
-        pending = _unfinished(self.share(wanted), "label")
+        pending = _unfinished(wanted[self.share], "label")
         failures |= self._label(pending, described, teacher, copies)
         with locks.leader_lock(folder):
             found = survey(planned)
@@ -169,7 +169,7 @@ class _Job:
         facts = teachers.facts
         settings = {"format_version": _CLIPS_VERSION, "dtype": facts.dtype, **facts.meaning}
         planned = self._plan(CLIP_EMBEDDINGS, shards.hash_config(settings))
-        pending = _unfinished(self.share(planned), "embed by CLIPs")
+        pending = _unfinished(planned[self.share], "embed by CLIPs")
         if pending:
             files.remove(files.join(config.output, CLIP_EMBEDDINGS, INDEX_NAME))
         function = functools.partial(

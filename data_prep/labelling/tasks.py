@@ -186,6 +186,5 @@ def remove_gone(tasks: Sequence[LabelTask], limit: float) -> None:
             *(folder, len(gone), min(gone), limit, allowed),
         )
     elif gone:
-        for name in shards.names_below(present, gone):
-            files.remove(files.join(folder, name))
+        shards.remove_outputs(folder, gone)
         logging.warning("%s: files of %d shards that are gone are removed", folder, len(gone))
