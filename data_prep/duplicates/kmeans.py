@@ -8,8 +8,7 @@ and `read` gives the rows of some numbers, float32 [m, d].
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -51,23 +50,13 @@ class KMeans:
             out_specs=(split, split, whole),
             check_vma=False,
         )
-        self._assign = jax.jit(lambda centroids, rows: look(centroids, rows)[:2])
-
-        def add(sums: jax.Array, centroids: jax.Array, rows: jax.Array) -> Any:
-            clusters, _, own = look(centroids, rows)
-            return sums + own, clusters[:, 0]
-
-        self._add = jax.jit(add, donate_argnums=0)
+        self._look = jax.jit(look)
 
     def assign(
         self, centroids: np.ndarray, rows: np.ndarray, read: Read
     ) -> tuple[np.ndarray, np.ndarray]:
         """The nearest clusters of each row and the cosines: int32 and float32 [n, probes]."""
-        on_devices, parts = jax.device_put(centroids, self._whole), []
-        for count, chunk in self._chunks(rows, read, centroids.shape[1]):
-            found = self._assign(on_devices, chunk)
-            parts.append([np.asarray(values)[:count] for values in found])
-        clusters, cosines = map(np.concatenate, zip(*parts, strict=True))
+        clusters, cosines, _ = self._look_at_all(centroids, rows, read)
         return clusters, cosines
 
     def improve(
@@ -79,23 +68,26 @@ class KMeans:
             centroids: float32 [k, d]; one without rows stays where it is.
             clusters: int32 [n], by the centroids that came in.
         """
+        clusters, _, sums = self._look_at_all(centroids, rows, read)
+        lengths = np.linalg.norm(sums, axis=1, keepdims=True)
+        moved = np.where(lengths > 0, sums / np.maximum(lengths, 1e-12), centroids)
+        return moved.astype(np.float32), clusters[:, 0]
+
+    def _look_at_all(
+        self, centroids: np.ndarray, rows: np.ndarray, read: Read
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Like `_look`, chunk by chunk."""
         on_devices, parts = jax.device_put(centroids, self._whole), []
         sums = jax.device_put(jnp.zeros(centroids.shape, jnp.float32), self._whole)
-        for count, chunk in self._chunks(rows, read, centroids.shape[1]):
-            sums, clusters = self._add(sums, on_devices, chunk)
-            parts.append(np.asarray(clusters)[:count])
-        total = np.asarray(sums)
-        lengths = np.linalg.norm(total, axis=1, keepdims=True)
-        moved = np.where(lengths > 0, total / np.maximum(lengths, 1e-12), centroids)
-        return moved.astype(np.float32), np.concatenate(parts)
-
-    def _chunks(self, rows: np.ndarray, read: Read, width: int) -> Iterator[tuple[int, jax.Array]]:
-        """The number of rows of each chunk, and the chunk on the devices, with zeros behind."""
         for start in range(0, len(rows), self.chunk_rows):
             own = rows[start : start + self.chunk_rows]
-            padded = np.zeros((self.chunk_rows, width), np.float32)
+            padded = np.zeros((self.chunk_rows, centroids.shape[1]), np.float32)
             padded[: len(own)] = read(own)
-            yield len(own), jax.device_put(padded, self._split)
+            *found, of_chunk = self._look(on_devices, jax.device_put(padded, self._split))
+            parts.append([np.asarray(values)[: len(own)] for values in found])
+            sums += of_chunk
+        clusters, cosines = map(np.concatenate, zip(*parts, strict=True))
+        return clusters, cosines, np.asarray(sums)
 
 
 def _look(
