@@ -18,7 +18,6 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import math
 import operator
@@ -39,7 +38,7 @@ from data_prep.decisions.table import KEPT, SOURCE, DecisionWriter, decisions_pa
 from data_prep.steps import registry
 from data_prep.steps.base import Candidate
 from data_prep.text_spotting.spotter import Spot
-from diht_jax.input.transforms import ImageError, decode_rgb
+from diht_jax.input.transforms import ImageError, decode_rgb, encode
 from diht_jax.readers.base import Skipped
 from diht_jax.storage import files
 
@@ -188,14 +187,10 @@ class Sample(NamedTuple):
     """A pair that may be looked at.
 
     Attributes:
-        key: of the pair.
-        caption: its first one, or what is known of it.
+        caption: the first one, or what is known of it.
         image: encoded; empty where there is none.
-        graph: of the caption.
-        spots: what the spotter has found.
         match: the spotted text that repeats the caption.
         evidence: for people, what of the pair decided.
-        outcome: what became of it.
         scores: name -> score, of the steps that gave it one.
     """
 
@@ -279,9 +274,8 @@ def _describe(sample: Sample, max_pixels: int) -> dict[str, Any]:
             return found | {"error": error.reason}
         found["size"] = list(image.size)
         image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=_QUALITY, optimize=True)
-        found["image"] = base64.b64encode(buffer.getvalue()).decode()
+        data = encode(image, "JPEG", quality=_QUALITY, optimize=True)
+        found["image"] = base64.b64encode(data).decode()
     return found
 
 
@@ -306,11 +300,9 @@ def read_samples(path: str) -> bytes:
 
 
 def choose_samples(contents: Iterable[bytes], most: int) -> dict[str, list[dict[str, Any]]]:
-    """Samples of the lowest ranks of any number of shards.
+    """Samples of the lowest ranks, at most so many of each outcome.
 
-    Args:
-        contents: of `read_samples`.
-        most: samples of each outcome.
+    Takes what `read_samples` gives of any number of shards.
 
     Returns:
         Outcome -> its samples in the order of their ranks, which they have as "rank".

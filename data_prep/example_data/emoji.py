@@ -18,6 +18,7 @@ from data_prep.example_data.packages import (
     read_archive,
     write_pair_tar,
 )
+from diht_jax.input.transforms import encode
 
 _SKIN_TONES = {
     "1F3FB": "light",
@@ -66,15 +67,9 @@ def make_emoji(packages: Sequence[pathlib.Path], output: pathlib.Path) -> dict[p
 
 
 def write_emoji_tar(package: pathlib.Path, artist: str, path: pathlib.Path) -> int:
-    """Writes the pictures of one artist with their names as captions.
+    """Writes the pictures of one artist with their names as captions; returns their number.
 
-    Args:
-        package: npm's tar of `emoji-datasource-ARTIST`.
-        artist: the name of its folder of pictures.
-        path: of the webdataset.
-
-    Returns:
-        Number of pictures.
+    The package is npm's tar of `emoji-datasource-ARTIST`.
     """
     table, folder = "package/emoji.json", f"package/img/{artist}/{_SIZE}/"
     files = dict(read_archive(package, lambda name: name == table or name.startswith(folder)))
@@ -151,6 +146,4 @@ def _draw(font: ImageFont.FreeTypeFont, text: str) -> bytes:
     image = Image.new("RGBA", (_SIZE, _SIZE))
     place = ((_SIZE - left - right) / 2, (_SIZE - top - bottom) / 2)
     ImageDraw.Draw(image).text(place, text, font=font, embedded_color=True)
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
+    return encode(image, "PNG")

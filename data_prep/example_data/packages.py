@@ -23,13 +23,7 @@ _DEBIAN_FILES = b"data.tar.xz"  # the member of a Debian package that holds what
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-    """A file of a package index.
-
-    Attributes:
-        url: of the file.
-        sha256: of its content, in hex.
-        num_bytes: its size.
-    """
+    """A file of a package index, with its SHA-256 in hex."""
 
     url: str
     sha256: str
@@ -77,15 +71,7 @@ def _address(package: Package, mirror: str | None) -> str:
 
 
 class ExamplePair(NamedTuple):
-    """A picture with its caption.
-
-    Attributes:
-        key: of the pair.
-        suffix: of the picture's file, such as ".png".
-        image: the encoded picture.
-        caption: its text.
-        metadata: what is known besides.
-    """
+    """An encoded picture with its caption; the suffix is that of its file, such as ".png"."""
 
     key: str
     suffix: str

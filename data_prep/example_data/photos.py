@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from data_prep.example_data.packages import ExamplePair, Package, read_archive, write_pair_tar
+from diht_jax.input.transforms import encode
 
 _ADDRESS = "https://files.pythonhosted.org/packages"
 SCIKIT_IMAGE = Package(
@@ -71,11 +72,9 @@ def make_photos(packages: Sequence[pathlib.Path], output: pathlib.Path) -> dict[
         for name, caption in CAPTIONS.items():
             image = Image.open(io.BytesIO(files[name])).convert("RGB")
             image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
-            buffer = io.BytesIO()
-            image.save(buffer, "JPEG", quality=90)
-            path = pathlib.PurePosixPath(name)
+            data, path = encode(image, "JPEG", quality=90), pathlib.PurePosixPath(name)
             metadata = {"source": path.parts[0]}
-            yield ExamplePair(path.stem, ".jpg", buffer.getvalue(), caption, metadata)
+            yield ExamplePair(path.stem, ".jpg", data, caption, metadata)
 
     path = output / "photos.tar"
     return {path: write_pair_tar(path, pairs())}
@@ -106,8 +105,7 @@ def _read_pairs(data: bytes, names: Sequence[str], per_class: int) -> Iterator[E
         name = names[row[0]]
         if found[name] < per_class:
             pixels = row[1:].reshape(3, _WIDTH, _WIDTH).transpose(1, 2, 0)
-            buffer = io.BytesIO()
-            Image.fromarray(pixels).save(buffer, "PNG")
+            image = encode(Image.fromarray(pixels), "PNG")
             key, caption = f"{name}_{found[name]:04d}", f"a photo of a {name}."
-            yield ExamplePair(key, ".png", buffer.getvalue(), caption, {"label": name})
+            yield ExamplePair(key, ".png", image, caption, {"label": name})
             found[name] += 1

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from PIL import Image, UnidentifiedImageError
 
 from data_prep.example_data.packages import ExamplePair, Package, read_archive, write_pair_tar
+from diht_jax.input.transforms import encode
 from diht_jax.storage.files import write_bytes
 
 STAMPS = Package(
@@ -146,9 +147,7 @@ def _shrink(data: bytes) -> bytes | None:
         return None
     smaller = image.convert("RGBA")
     smaller.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE), Image.Resampling.LANCZOS)
-    encoded = io.BytesIO()
-    smaller.save(encoded, "PNG")
-    return encoded.getvalue()
+    return encode(smaller, "PNG")
 
 
 def read_texts(svg: bytes) -> tuple[str, dict[str, object]]:

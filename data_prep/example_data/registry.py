@@ -28,14 +28,8 @@ from data_prep.example_data.pictures import DRAWINGS, STAMPS, TITLES, make_clipa
 class Example:
     """Data of the pages, and how they are made.
 
-    Attributes:
-        packages: what is downloaded.
-        num_pictures: how many there are.
-        content: what they show.
-        files: what is written.
-        licence: of the pictures.
-        make: gets the local files of the packages and the output folder, and returns each file that
-            it has written with its number of pictures.
+    `make` gets the local files of the packages and the output folder, and returns each file that it
+    has written with its number of pictures.
     """
 
     packages: tuple[Package, ...]

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import io
 import itertools
 import os
 import sys
@@ -49,7 +48,6 @@ Part = tuple[shards.ShardTask, Mapping[str, Any]]  # with its statistics
 _OF_RECORDS = ("", CONCEPTS_SUFFIX, INDEX_SUFFIX)  # endings of the files of a part's records
 # Of a tar the records do not come out as they went in.
 _COPIED_FORMATS = ("tfrecord", "array_record")
-_REPORT_EVERY = 256
 
 
 class Slice(NamedTuple):
@@ -72,7 +70,6 @@ class BalancedShard:
     """One output shard.
 
     Attributes:
-        output: its path.
         slices: what it is made of, in order; parts of which it takes nothing are left out.
         plan_hash: of the parts' contents and of the slices.
         with_concepts: whether the parts have files of concepts.
@@ -181,11 +178,9 @@ def copy_records(shard: BalancedShard, report: Report) -> tuple[int, ConceptLog]
     is_tar = kind_of(shard.output) == "webdataset"
     with open_writer(shard.output) as writer:
         for piece in shard.slices:
-            records = _read_slice(piece)
-            while some := list(itertools.islice(records, _REPORT_EVERY)):
-                for data in some:
-                    writer.write(with_common_image(data) if is_tar else data)
-                report(len(some))
+            for data in _read_slice(piece):
+                writer.write(with_common_image(data) if is_tar else data)
+                report(1)
             if shard.with_concepts:
                 _copy_mentions(piece, concepts)
         if shard.with_concepts:
@@ -227,10 +222,10 @@ def with_common_image(data: bytes) -> bytes:
     record = schema.decode_record(data)
     if image_extension(record.image) is not None:
         return data
-    buffer = io.BytesIO()
     # The filter has let it through, however many pixels it has.
-    transforms.decode_rgb(record.image, max_pixels=sys.maxsize).save(buffer, "PNG")
-    return schema.encode_record(dataclasses.replace(record, image=buffer.getvalue()))
+    image = transforms.decode_rgb(record.image, max_pixels=sys.maxsize)
+    png = transforms.encode(image, "PNG")
+    return schema.encode_record(dataclasses.replace(record, image=png))
 
 
 def load_written(planned: Sequence[BalancedShard]) -> Iterator[dict[str, Any]]:

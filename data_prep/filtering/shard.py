@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import io
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -152,9 +151,8 @@ def _encode(candidate: Candidate, log: ShardLog, config: ml_collections.ConfigDi
             return None
         size = (c.max_side, c.max_side)
         image.thumbnail(size, transforms.Image.Resampling.BICUBIC, reducing_gap=None)
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=c.jpeg_quality, optimize=True)
-        image_format, pair = "JPEG", dataclasses.replace(pair, image=buffer.getvalue())
+        data = transforms.encode(image, "JPEG", quality=c.jpeg_quality, optimize=True)
+        image_format, pair = "JPEG", dataclasses.replace(pair, image=data)
     log.keep(candidate, image_format)
     metadata = {k: v for k, v in pair.metadata.items() if k not in config.drop_metadata}
     return schema.encode_record(dataclasses.replace(pair, metadata=metadata))

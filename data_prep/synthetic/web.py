@@ -22,7 +22,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
-import io
 import itertools
 import json
 import multiprocessing
@@ -39,6 +38,7 @@ from data_prep.example_data.packages import ExamplePair, write_pair_tar
 from data_prep.synthetic import captions, drawing, sampling
 from data_prep.synthetic.scenes import COLORS
 from data_prep.synthetic.shapes import SHAPES
+from diht_jax.input.transforms import encode
 from diht_jax.storage.files import remove_temporary_files, write_bytes
 from diht_jax.terminal import ProgressBar
 
@@ -185,12 +185,9 @@ def _make_evaluation(stream, settings: Settings, split: str, index: int):
 
 
 def _encode(rng: np.random.Generator, image: Image.Image) -> tuple[bytes, str]:
-    buffer = io.BytesIO()
     if rng.random() < _PNG_SHARE:
-        image.save(buffer, "PNG", compress_level=3)
-        return buffer.getvalue(), ".png"
-    image.save(buffer, "JPEG", quality=int(rng.integers(86, 96)))
-    return buffer.getvalue(), ".jpg"
+        return encode(image, "PNG", compress_level=3), ".png"
+    return encode(image, "JPEG", quality=int(rng.integers(86, 96))), ".jpg"
 
 
 def _make_chunk(settings: Settings, chunk: tuple[str, range]) -> list[ExamplePair]:

@@ -123,6 +123,13 @@ def load_rgb(image: Image.Image) -> Image.Image:
         ) from None
 
 
+def encode(image: Image.Image, form: str, **options: Any) -> bytes:
+    """The bytes of a picture in a format of Pillow, such as "PNG", with the format's options."""
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
 def check_readable(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[str, int, int]:
     """Decodes bytes only to see whether that works; errors as `decode_rgb`.
 
