@@ -200,12 +200,8 @@ def read_decisions(
     rest, stated, footer = _find_hash(data)
     if stated != hash_file(path, rest, footer):
         raise ValueError(f"{path}: damaged; delete it, and run the filter again")
-    source = pyarrow.BufferReader(data)
-    try:
-        file = pyarrow.parquet.ParquetFile(source, read_dictionary=list(_TEXTS))
-        yield from file.iter_batches(_ROWS, columns=columns)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path}: no whole file of decisions ({error}); filter again") from error
+    file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data), read_dictionary=list(_TEXTS))
+    yield from file.iter_batches(_ROWS, columns=columns)
 
 
 def _find_hash(data: bytes) -> tuple[bytes, bytes, bytes]:
@@ -224,15 +220,15 @@ def hash_file(path: str, *parts: bytes) -> bytes:
     return digest.digest()
 
 
-def find_decisions(folder: str, named: str) -> tuple[list[str], dict[str, Any]]:
-    """The files of decisions of a finished folder.
+def find_outputs(folder: str, named: str) -> tuple[list[str], dict[str, Any]]:
+    """The parts of a finished folder, by their decisions; their records may be gone.
 
     Args:
         folder: output of the filter.
         named: flag or key that names the folder, for errors.
 
     Returns:
-        paths: in the order of the inputs.
+        outputs: in the order of the inputs.
         stats: merged statistics of the folder.
 
     Raises:
@@ -249,19 +245,19 @@ def find_decisions(folder: str, named: str) -> tuple[list[str], dict[str, Any]]:
         raise ValueError(
             f"{found} of `python -m data_prep.filter`; run the filter to its end first"
         )
-    for below, suffix in ((("parts",), SUFFIX), ((FOLDER,), ".parquet"), ((), SUFFIX)):
-        where = files.join(folder, *below)
-        present = files.list_names(where, suffix)
+    for where in (files.join(folder, "parts"), folder):
+        known = {name.removesuffix(SUFFIX) for name in files.list_names(where, SUFFIX)}
         # Parts stand in the order of their inputs, not in that of their names.
-        ordered = [entry["name"] + suffix for entry in read_manifest(where)]
-        if present and not ordered and suffix == SUFFIX:
+        names = [entry["name"] for entry in read_manifest(where) if entry["name"] in known]
+        if known and not names:
             raise ValueError(
                 f"{files.join(where, MANIFEST)}: missing, or damaged; run the filter again"
             )
-        known = set(present)
-        names = [name for name in ordered or present if name in known]
         if names:
             return [files.join(where, name) for name in names], stats
+    tables = files.list_names(files.join(folder, FOLDER), ".parquet")
+    if tables:
+        return [files.join(folder, name.removesuffix(".parquet")) for name in tables], stats
     raise ValueError(f"{named}='{folder}': no files of decisions; filter it again with --overwrite")
 
 

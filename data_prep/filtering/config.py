@@ -13,7 +13,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from data_prep.decisions.table import find_decisions, read_decisions
+from data_prep.decisions.table import decisions_path, find_outputs, read_decisions
 from data_prep.jobs import failures, shards
 from data_prep.sources import default_source
 from data_prep.steps import registry
@@ -35,24 +35,13 @@ from diht_jax.storage import files
 _FORMAT_VERSION = 4
 # Recorded versions that must not change while a folder is filled, see `package_versions`.
 DECIDING_PACKAGES = ("spacy_model",)
-# Keys that decide where, how fast and in which portions, but not what is written of a pair.
-_NOT_HASHED = (
-    "input",
-    "output",
-    "num_workers",
-    "retries",
-    "shard_timeout_secs",
-    "keep_before_damage",
-    "batch_size",
-    "ray",
-    "examples_per_shard",
-    "output_format",
-    "keep_parts",
-    "clean_label",
-    "input_identity",
-    "max_failed_shards",
-    "max_changed_shards",
-)
+# Keys, and sections, that decide where, how fast and in which portions, but not what is written of
+# a pair: those of all jobs, and these.
+_NOT_HASHED = {
+    *(name.partition(".")[0] for name in failures.KEYS),
+    *("input", "output", "input_identity", "keep_before_damage", "batch_size"),
+    *("examples_per_shard", "output_format", "keep_parts", "clean_label"),
+}
 SETTINGS = "settings.json"  # in the folder of the parts: what the config means
 
 # Prefix of keys -> files whose comments describe them.
@@ -137,14 +126,9 @@ def check_config(config: ml_collections.ConfigDict) -> None:
 def score_quantiles(paths: Sequence[str], name: str, shares: Sequence[float]) -> list[float] | None:
     """The least scores that are as high as a share of all; held are 4 bytes for each pair.
 
-    Args:
-        paths: files of decisions.
-        name: of the score.
-        shares: in [0, 1].
-
     Returns:
-        For each share the value of `numpy.quantile` with method "inverted_cdf", of the pairs
-        that have the score; None where none has.
+        For each share (0 to 1) the value of `numpy.quantile` with method "inverted_cdf", of the
+        pairs in these files of decisions that have the score; None where none has.
     """
     found = [rows[name].drop_null().to_numpy() for p in paths for rows in read_decisions(p, [name])]
     values = np.concatenate(found) if found else np.zeros(0, np.float32)
@@ -162,7 +146,8 @@ def set_quantile_limit(config: ml_collections.ConfigDict) -> None:
         if not issubclass(step, ScoreStep) or config[step.name].quantile is None:
             continue
         c, key = config[step.name], f"config.{step.name}.scores"
-        paths, stats = find_decisions(c.scores, key)
+        outputs, stats = find_outputs(c.scores, key)
+        paths = list(map(decisions_path, outputs))
         try:
             share = 1 - c.quantile if step.drops_high else c.quantile
             found = score_quantiles(paths, step.score_name(), [share])

@@ -19,7 +19,14 @@ import pyarrow
 
 from data_prep.decisions import table
 from data_prep.decisions.report import Funnel
-from data_prep.decisions.table import KEPT, SOURCE, find_decisions, make_schema, read_decisions
+from data_prep.decisions.table import (
+    KEPT,
+    SOURCE,
+    decisions_path,
+    find_outputs,
+    make_schema,
+    read_decisions,
+)
 from data_prep.filtering import config as filter_config
 from data_prep.filtering.config import score_quantiles
 from data_prep.reports.page import format_funnel
@@ -80,7 +87,8 @@ class Replay:
             ValueError: the folder is not finished.
         """
         self._folder = folder
-        self.paths, stats = find_decisions(folder, "--replay")
+        outputs, stats = find_outputs(folder, "--replay")
+        self.paths = list(map(decisions_path, outputs))
         self._pairs = stats["counts"]["read"]
         self._before = _restore_config(stats["config"])
         self._now = self._before if config is None else config

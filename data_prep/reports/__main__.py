@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from absl import flags, logging
 
 from data_prep.decisions.report import Report, gather, read_report
-from data_prep.decisions.table import FOLDER, SUFFIX, find_decisions
+from data_prep.decisions.table import find_outputs
 from data_prep.reports.page import (
     PAGE,
     format_funnel,
@@ -67,11 +67,7 @@ def merge_reports(folders: Sequence[str | os.PathLike[str]]) -> Report:
     for folder, report in zip(folders, reports, strict=True):
         merged = [job["output"] for job in report["jobs"]]  # where this one was merged of others
         for part_of in merged if len(merged) > 1 else [os.fspath(folder)]:
-            for path in find_decisions(part_of, "--input")[0]:
-                if not path.endswith(SUFFIX):  # of a filtered table
-                    name = path.rpartition(f"{FOLDER}/")[2].removesuffix(".parquet")
-                    path = files.join(part_of, name)
-                outputs.append(path.removesuffix(SUFFIX))
+            outputs += find_outputs(part_of, "--input")[0]
     merged = gather(
         outputs,
         [job for report in reports for job in report["jobs"]],
