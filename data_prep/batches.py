@@ -17,9 +17,10 @@ import pyarrow as pa
 from data_prep import captions as captions_module
 from data_prep.captions.graph import CaptionGraph, cat_reason
 from data_prep.teachers.base import Embedded
-from data_prep.teachers.registry import default_teacher, open_teacher
-from data_prep.text_spotting.settings import check_spotter, default_spotter
+from data_prep.teachers.registry import TEACHERS, default_teacher, open_teacher
+from data_prep.text_spotting.settings import KEYS, check_spotter, default_spotter
 from data_prep.text_spotting.spotter import Verdict, open_spotter
+from diht_jax.config.keys import check_ranges
 from diht_jax.input.transforms import MAX_PIXELS
 from diht_jax.records.schema import Record
 
@@ -119,6 +120,7 @@ class TextSpotter:
         config = default_spotter()
         _refuse_unknown(settings, config)
         config.update(settings)
+        check_ranges(config, KEYS, "config.spotter.")
         check_spotter(config)
         self._spotter = open_spotter(config, max_pixels, shard)
         self._image_column = image_column
@@ -179,7 +181,7 @@ class Teacher:
             ValueError: an unknown kind or key.
         """
         config = default_teacher()
-        if kind not in config or kind in ("kind", "batch_size"):
+        if kind not in TEACHERS:
             raise ValueError(f"kind='{kind}'; expected a teacher of data_prep.teachers.registry")
         _refuse_unknown(section, config[kind])
         config.update({"kind": kind, "batch_size": batch_size})

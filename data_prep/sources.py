@@ -173,13 +173,6 @@ def _naming_options() -> Generator[None]:
         raise ValueError(message) from error
 
 
-def check_output(output: str | os.PathLike[str] | None, sources: Iterable[SourceShard]) -> str:
-    """Like `check_folder`; a folder that is being read is a ValueError as well."""
-    folder = check_folder(output)
-    check_not_input(folder, sources)
-    return folder
-
-
 def check_folder(output: str | os.PathLike[str] | None) -> str:
     """The output folder, once it is sure that it can be written; before the input is listed.
 

@@ -90,11 +90,7 @@ class ConceptLog:
 def read_mentions(
     shard: str | os.PathLike[str], kind: str
 ) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Reads what the captions of a shard's records name.
-
-    Args:
-        shard: path of the shard, or its URL.
-        kind: one of `KINDS`.
+    """Reads what the captions of a shard's records name, of one of `KINDS`.
 
     Returns:
         names: of the concepts that occur.

@@ -135,14 +135,9 @@ class Sentence:
 
 _CACHE_SIZE = 100_000
 _KINDS = {
-    "NNS": "noun",
-    "NNPS": "noun",
-    "VBD": "verb",
-    "VBG": "verb",
-    "VBN": "verb",
-    "VBZ": "verb",
-    "JJR": "adj",
-    "JJS": "adj",
+    **dict.fromkeys(("NNS", "NNPS"), "noun"),
+    **dict.fromkeys(("VBD", "VBG", "VBN", "VBZ"), "verb"),
+    **dict.fromkeys(("JJR", "JJS"), "adj"),
 }
 # Words whose table entry misleads: names of one thing in a plural form, Latin plurals that have
 # become singular, and verbs that have a rare neighbour.
@@ -174,18 +169,8 @@ _NEW_VERBS = word_set("""
 """)
 # The clitics and present forms of the auxiliaries; their tag VBP would leave them as they are.
 _AUXILIARIES = {
-    "am": "be",
-    "are": "be",
-    "is": "be",
-    "was": "be",
-    "were": "be",
-    "'m": "be",
-    "'re": "be",
-    "'s": "be",
-    "has": "have",
-    "had": "have",
-    "'ve": "have",
-    "'d": "have",
+    **dict.fromkeys(("am", "are", "is", "was", "were", "'m", "'re", "'s"), "be"),
+    **dict.fromkeys(("has", "had", "'ve", "'d"), "have"),
     "ca": "can",
     "wo": "will",
 }

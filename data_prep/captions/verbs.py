@@ -223,10 +223,7 @@ class _GraphBuilder:
     def is_unreal(self, i: int, grounded: bool, passive: bool) -> bool:
         """Returns whether nobody does the deed: negations, commands, headings, infinitives.
 
-        Args:
-          i: the verb.
-          grounded: whether the clause has a subject or an agent in the grammar.
-          passive: whether the verb is passive.
+        A clause is grounded where it has a subject or an agent in the grammar.
         """
         sentence = self.sentence
         if sentence.has_kid(i, "neg") or self.hangs_on_unreal(i):

@@ -131,11 +131,9 @@ def gather(
     """Asks the decisions of parts, and the files next to them, for all that the report shows.
 
     Args:
-        outputs: of the parts.
         jobs: of every job its "input", "settings", "config_hash", "failed" and number of "shards".
         samples_per_outcome: samples of each outcome in "counts", as [rank, key, caption].
         report_samples: samples of each outcome with pictures.
-        clean_label: the label of good pairs.
     """
     sums, facts = _Sums(), _Facts()
 

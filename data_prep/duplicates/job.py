@@ -37,7 +37,7 @@ from data_prep.jobs.failures import (
     survey,
     with_output,
 )
-from data_prep.sources import check_output
+from data_prep.sources import check_folder, check_not_input
 from diht_jax.storage import files
 from diht_jax.storage.locks import leader_lock
 from diht_jax.terminal import print_escaped
@@ -65,9 +65,9 @@ def run(
         ValueError: nothing to read, nowhere to write, or a folder of another input.
     """
     inputs = scan.find_inputs(config)
-    folder = check_output(
-        config.output, [] if config.input is None else [found.shard for found in inputs]
-    )
+    folder = check_folder(config.output)
+    if config.input is not None:
+        check_not_input(folder, [found.shard for found in inputs])
     units = scan.plan_units(config, inputs, folder)
     files.make_folder(files.join(folder, scan.FOLDER))
     with leader_lock(folder):

@@ -54,7 +54,6 @@ def describe_picture(
     """The descriptor and the thumbnail of an encoded picture.
 
     Args:
-        data: the encoded picture.
         mirrored: a picture and its mirror image get the same numbers.
         max_pixels: of a larger one nothing is decoded.
 
@@ -114,7 +113,6 @@ def verify(
         least: correlation from which two pictures are copies.
         difference: largest difference of colours, as a share of their range, that a copy may have
             in a part; see `has_colors_of`.
-        mirrored: whether mirror images are alike.
     """
     windows = functools.lru_cache(_CACHED)(lambda row: cut_windows(thumbnails[row]))
     found: dict[int, tuple[int, float]] = {}
@@ -141,7 +139,6 @@ class Overlay(NamedTuple):
 
     Attributes:
         correlation: of the greys.
-        window: number of the window.
         is_first_cut: whether it is one of the first picture.
         is_mirrored: whether the whole picture is mirrored.
     """
@@ -172,7 +169,6 @@ def has_colors_of(cut: np.ndarray, whole: np.ndarray, overlay: Overlay, differen
     Args:
         cut: uint8 [1536], the thumbnail with the window.
         whole: uint8 [1536], the other one.
-        overlay: of the two.
         difference: the share; 1 allows all.
     """
     if difference >= 1:

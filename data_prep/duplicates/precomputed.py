@@ -182,11 +182,9 @@ class EmbeddedSet:
         return digest.hexdigest()
 
     def find(self, embeddings: np.ndarray, min_cosine: float) -> list[Match | None]:
-        """The nearest picture of the set, where it is near.
+        """The nearest picture of the set, where its cosine is at least `min_cosine`.
 
-        Args:
-            embeddings: float32 [n, d], of length 1 or 0.
-            min_cosine: least cosine.
+        Embeddings are float32 [n, d], of length 1 or 0.
 
         Raises:
             ValueError: the set's embeddings have another size.

@@ -63,9 +63,7 @@ def hash_texts(texts: Sequence[str]) -> np.ndarray:
 def write_columns(path: str, columns: Mapping[str, Any]) -> str:
     """Writes columns of equal length to a file that appears whole; returns a hash of its bytes.
 
-    Args:
-        path: of the file.
-        columns: name -> Arrow array, or NumPy array [n] or [n, width].
+    A column is an Arrow array, or a NumPy array [n] or [n, width].
     """
     import pyarrow
 
@@ -166,7 +164,6 @@ class Rows:
     """The rows of all units.
 
     Attributes:
-        output: the output folder.
         paths: of each unit's file.
         starts: int64 [units + 1], the number of each unit's first row.
     """

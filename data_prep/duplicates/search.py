@@ -87,8 +87,6 @@ class Group:
     """Whole clusters that a task compares.
 
     Attributes:
-        source: what it is called in messages.
-        output: path of its file.
         rows: int64 [n], by cluster, and in a cluster the one that stays first.
         sizes: of its clusters.
     """

@@ -173,15 +173,14 @@ class Lookup:
     def find(self, keys: Sequence[str]) -> list[Copy | None]:
         """Finds the entry of each key; None for pairs that are no duplicates."""
         hashes, known = hash_texts(keys), self._rows["hash"].to_numpy()
-        rows = np.searchsorted(known, hashes)
-        return [
-            self._read(row) if row < len(known) and known[row] == wanted else None
-            for row, wanted in zip(rows.tolist(), hashes, strict=True)
-        ]
-
-    def _read(self, row: int) -> Copy:
-        kind, *others = (self._rows[name][row].as_py() for name in Copy._fields)
-        return Copy(KINDS[kind], *others)
+        found: list[Copy | None] = []
+        for row, wanted in zip(np.searchsorted(known, hashes).tolist(), hashes, strict=True):
+            if row < len(known) and known[row] == wanted:
+                kind, *others = (self._rows[name][row].as_py() for name in Copy._fields)
+                found.append(Copy(KINDS[kind], *others))
+            else:
+                found.append(None)
+        return found
 
 
 def describe_summary(summary: Mapping[str, Any]) -> str:

@@ -58,9 +58,6 @@ class Job:
     """A filter job, or one job of an array.
 
     Attributes:
-        config: of the filter.
-        folder: of the output.
-        parts_folder: of the parts.
         tasks: the parts of all jobs, in the order of the inputs.
         mine: the parts of this job.
         engine: one of `engine.ENGINES`.

@@ -98,8 +98,6 @@ def run_pending(
             has done n more pairs.
         tasks: picklable, each with a `source`.
         config: has `jobs.failures.KEYS`.
-        engine: one of `ENGINES`.
-        label: of the progress bar.
 
     Returns:
         The `source` of each task that failed, with the reason, which is logged.

@@ -220,10 +220,9 @@ def run_noting_failures(
     if not pending:
         return Failures()
     folder = pending[0].output.rpartition("/")[0]
-    notes = set(files.list_names(folder, FAILED_SUFFIX))
-    for task in pending if notes else ():
-        if os.path.basename(task.output) + FAILED_SUFFIX in notes:
-            files.remove(task.output + FAILED_SUFFIX)
+    noted = {os.path.basename(task.output) + FAILED_SUFFIX for task in pending}
+    for name in noted.intersection(files.list_names(folder, FAILED_SUFFIX)):
+        files.remove(files.join(folder, name))
     failures = Failures()
     failures.made, changed = {}, pending
     for is_again in (False, True):
@@ -267,8 +266,6 @@ def is_unfinished(
 
     Args:
         limit: `config.max_failed_shards`, of all input shards, which are `total`.
-        found: of all tasks of a stage.
-        total: number of input shards.
         participle: what the stage does to a shard.
         has_other_jobs: whether other jobs may make what is missing.
     """

@@ -181,8 +181,16 @@ class LocalPool:
             ValueError: no worker can start.
         """
         error = future.exception()
-        if isinstance(error, BrokenProcessPool):
-            self._replace_workers()
+        if isinstance(error, BrokenProcessPool):  # of all tasks of the pool
+            if self._pool is not None and not self._pool.active:
+                self._stop_workers()
+                self._failed_starts += 1
+            if self._failed_starts >= _MAX_FAILED_STARTS:
+                raise ValueError(
+                    "no worker process could start: either a module cannot be imported, and its "
+                    "traceback is above, or memory ran out, and fewer workers (num_workers) may "
+                    "help"
+                )
             return Outcome(error="its worker process could not start", cause=NOT_STARTED)
         self._failed_starts = 0
         if isinstance(error, self._pebble.ProcessExpired):
@@ -204,18 +212,6 @@ class LocalPool:
             "workers (num_workers) may help, or a library crashed; see what it printed above",
             cause=KILLED if is_shared else DEATH,
         )
-
-    def _replace_workers(self) -> None:
-        """Ends the workers where one has ended before any had a task, once for all their tasks."""
-        if self._pool is None or self._pool.active:
-            return
-        self._stop_workers()
-        self._failed_starts += 1
-        if self._failed_starts >= _MAX_FAILED_STARTS:
-            raise ValueError(
-                "no worker process could start: either a module cannot be imported, and its "
-                "traceback is above, or memory ran out, and fewer workers (num_workers) may help"
-            )
 
     def narrow(self) -> None:
         """Goes on with one worker; the others end, and give their memory back."""

@@ -290,9 +290,7 @@ def hash_keys(keys: Iterable[str]) -> np.ndarray:
 def key_ranks(key_hashes: np.ndarray, seed: int) -> np.ndarray:
     """A number in [0, 1) for each key: the same in any shard, order and run.
 
-    Args:
-        key_hashes: uint64 [n].
-        seed: another one gives independent numbers.
+    Another seed gives independent numbers.
     """
     # The finaliser of splitmix64 (Steele et al. 2014).
     x = key_hashes + np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)

@@ -141,7 +141,6 @@ def concept_factors(counts: np.ndarray, num_records: int, threshold: float) -> n
 
     Args:
         counts: int [v], records that have each; a concept that none has counts as one of one.
-        num_records: that were counted.
         threshold: share of the records above which a concept is not rare; 1 repeats all of them.
 
     Returns:

@@ -88,7 +88,8 @@ def run_label(
     label_config.check_config(config)
     inputs = tasks.find_inputs(config.input)
     config = config.copy_and_resolve_references()
-    config.output = sources.check_output(config.output, inputs)
+    config.output = sources.check_folder(config.output)
+    sources.check_not_input(config.output, inputs)
     files.make_folder(config.output)
     if not config.merge and any(map(kind_of, files.list_names(config.output))):
         logging.info("%s holds merged shards: config.merge=True", config.output)

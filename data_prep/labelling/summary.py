@@ -23,7 +23,8 @@ from data_prep.jobs.failures import Survey
 from data_prep.labelling.embeddings import hash_keys
 from data_prep.labelling.examples import is_held_out
 from data_prep.labelling.labels import write_labels_index
-from data_prep.labelling.tasks import LabelTask, input_paths
+from data_prep.labelling.tasks import LabelTask
+from data_prep.sources import typed_texts
 from data_prep.teachers.base import TeacherInfo
 from diht_jax.data.index import is_indexable, update_index
 from diht_jax.input.transforms import ImageError, decode_rgb
@@ -146,7 +147,7 @@ def _add_up(done: Sequence[Mapping[str, Any]], name: str) -> int:
 
 
 def _relative_inputs(config: ml_collections.ConfigDict) -> list[str]:
-    return [relative_input(path, config.output) for path in input_paths(config.input)]
+    return [relative_input(path, config.output) for path in typed_texts(config.input)]
 
 
 def write_report(

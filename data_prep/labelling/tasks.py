@@ -56,11 +56,6 @@ class LabelTask(shards.ShardTask):
         return self.shard or _identify([self.source])[0]
 
 
-def input_paths(text: str) -> list[str]:
-    """The paths in `config.input`, which commas separate."""
-    return [text] if os.path.exists(text) else [part.strip() for part in text.split(",")]
-
-
 def find_inputs(text: str | None) -> list[SourceShard]:
     """The shards that `config.input` names.
 
@@ -72,7 +67,7 @@ def find_inputs(text: str | None) -> list[SourceShard]:
             "config.input is not set: expected a folder that data_prep.filter wrote, such as "
             "--config.input=/data/kept"
         )
-    parts = input_paths(text)
+    parts = sources.typed_texts(text)
     return [SourceShard(find_kind(parts), path) for path in find_shards(parts)]
 
 

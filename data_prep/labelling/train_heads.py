@@ -112,8 +112,7 @@ def train_head(
     """Trains one head.
 
     Args:
-        train: images with at least one concept each.
-        held_out: likewise.
+        train, held_out: images with at least one concept each.
         num_concepts: v.
         config: section `heads`.
         seed: of the order of examples.

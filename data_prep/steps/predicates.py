@@ -139,7 +139,6 @@ class Condition(NamedTuple):
     Attributes:
         text: as it was typed, with single spaces.
         fields: the fields that it reads, in their order.
-        tree: its syntax tree.
     """
 
     text: str

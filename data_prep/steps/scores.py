@@ -51,7 +51,7 @@ HEAD_KEYS: dict[str, Any] = {
 }
 
 # Of a layer with one output: PyTorch's names, and scikit-learn's.
-_NAMES = (("weight", "bias"), ("coef_", "intercept_"), ("coef", "intercept"))
+_NAMES = (("weight", "bias"), ("coef_", "intercept_"))
 # Numbers of the linear layers of LAION's second predictor; dropout is between the others, which
 # does nothing outside of training.
 _LAION_LAYERS = (0, 2, 4, 6, 7)

@@ -135,7 +135,6 @@ def describe_scene(rng: np.random.Generator, scene: Scene, *, complete: bool = F
 
     Args:
         rng: decides on the phrasing.
-        scene: what to describe.
         complete: name every size, texture and colour, in the plainest words, without openings; for
             evaluation. Otherwise some are left out and synonyms come in.
     """

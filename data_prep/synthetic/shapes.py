@@ -142,11 +142,7 @@ def rasterize(outline: np.ndarray) -> np.ndarray:
 
 
 def gap_below(upper: np.ndarray, lower: np.ndarray) -> int | None:
-    """Number of rows that the upper mask can move down until it meets the lower one.
-
-    Args:
-        upper: bool [h, w].
-        lower: bool [h, w].
+    """Number of rows that the upper mask, bool [h, w], can move down until it meets the lower one.
 
     Returns:
         The smallest distance, over the columns that both masks use, from the last row of `upper`

@@ -125,7 +125,6 @@ class ImageTeacher(Teacher):
 
         Args:
             encode: uint8 [batch_size, size, size, 3] -> array, float [batch_size, d].
-            info: about it.
             image_size: in pixels.
             batch_size: images at once; the last batch is filled up.
         """

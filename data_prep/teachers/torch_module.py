@@ -64,10 +64,7 @@ def describe(config: ml_collections.ConfigDict) -> TeacherInfo:
 def load(config: ml_collections.ConfigDict, batch_size: int) -> ImageTeacher:
     """The module on the GPU where there is one, else on the CPU.
 
-    Args:
-        config: section `teacher.torch`. The module takes float32 [b, 3, size, size], normalised
-            with `mean` and `std`, and returns [b, d].
-        batch_size: images at once.
+    It takes float32 [b, 3, size, size], normalised with `mean` and `std`, and returns [b, d].
     """
     import torch
 

@@ -125,12 +125,7 @@ def shares_misread_run(spotted_texts: Iterable[str], caption: str, min_chars: in
 
 
 def can_match(caption: str, min_chars: int = 5) -> bool:
-    """Returns whether the caption has a run that a spotter could read.
-
-    Args:
-        caption: of the pair.
-        min_chars: length of the run of recognisable characters.
-    """
+    """Returns whether the caption has a run of `min_chars` that a spotter could read."""
     length = 0
     for char in fold_text(caption):
         length = length + 1 if char in RECOGNIZABLE else 0
@@ -198,7 +193,6 @@ def weigh_texts(
     Args:
         texts: text and confidence (0 to 1) of each line.
         joined: texts of lines that belong together, which add words.
-        caption: of the pair.
         min_chars: length of the longest run that is shared, at least.
         is_all: whether `texts` are all that the picture shows; else little is no evidence yet.
     """

@@ -99,9 +99,6 @@ class SpotCache:
         if data and not data.endswith(b"\n"):
             self._lines.append("\n")
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
     def get(self, image: str) -> Reading:
         """A reading to be completed by the caller; an empty one for an unknown `hash_image`."""
         reading = Reading()

@@ -17,7 +17,6 @@ from diht_jax.config.keys import (
     OneOf,
     Range,
     build_config,
-    check_ranges,
 )
 from diht_jax.input import transforms as images
 from diht_jax.storage.files import refuse_url
@@ -127,12 +126,11 @@ def default_spotter() -> ml_collections.ConfigDict:
 
 
 def check_spotter(config: ml_collections.ConfigDict) -> None:
-    """Checks what types cannot tell.
+    """Checks what types and ranges cannot tell.
 
     Raises:
-        ValueError: a value is out of its range.
+        ValueError: a value does not go with others, or is no local folder.
     """
-    check_ranges(config, KEYS, "config.spotter.")
     refuse_url(config.cache, "config.spotter.cache")
     if config.gate_size >= config.canvas_size:
         raise ValueError(

@@ -6,7 +6,7 @@ from data_prep.filter import run_filter
 from data_prep.sources import (
     Input,
     check_folder,
-    check_output,
+    check_not_input,
     default_source,
     hash_inputs,
     list_inputs,
@@ -28,17 +28,17 @@ def test_columns_are_named_as_they_are_typed(tmp_path):
 
 
 def test_an_output_in_a_store_is_tried_at_once(s3_bucket, tmp_path):
-    assert check_output(f"{s3_bucket}/kept/", []) == f"{s3_bucket}/kept"
-    assert check_output(f"file://{tmp_path}/kept", []) == f"{tmp_path}/kept"
+    assert check_folder(f"{s3_bucket}/kept/") == f"{s3_bucket}/kept"
+    assert check_folder(f"file://{tmp_path}/kept") == f"{tmp_path}/kept"
     assert not find_inputs(s3_bucket)
     for url, message in (
         ("s3://no-such-bucket/kept", "nothing can be written there .*bucket"),
         ("nosuch://bucket/kept", "nosuch:// cannot be read"),
     ):
         with pytest.raises(ValueError, match=message):
-            check_output(url, [])
+            check_folder(url)
     with pytest.raises(ValueError, match=r"is the folder of the input 's3://bucket/in/a\.tar'"):
-        check_output("s3://bucket/in", [SourceShard("webdataset", "s3://bucket/in/a.tar")])
+        check_not_input("s3://bucket/in", [SourceShard("webdataset", "s3://bucket/in/a.tar")])
 
 
 def test_an_output_that_takes_no_file_is_refused_before_the_input_is_listed(tmp_path):
@@ -65,9 +65,9 @@ def test_an_output_that_takes_no_file_is_refused_before_the_input_is_listed(tmp_
 def test_an_output_among_the_pictures_is_refused(tmp_path, output, kind, below):
     (tmp_path / "pictures" / "dog").mkdir(parents=True)
     shard = SourceShard(kind, str(tmp_path / "pictures" / below))
-    assert check_output(tmp_path / "pictures_kept", [shard])
+    check_not_input(f"{tmp_path}/pictures_kept", [shard])
     with pytest.raises(ValueError, match=f"config.output='{tmp_path}/{output}' is"):
-        check_output(tmp_path / output, [shard])
+        check_not_input(f"{tmp_path}/{output}", [shard])
 
 
 def _inputs(folder: str, *names: str) -> list[Input]:
