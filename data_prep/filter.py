@@ -30,8 +30,9 @@ from ml_collections import config_flags
 from data_prep.decisions import table
 from data_prep.decisions.report import REPORT, Report, gather, read_report
 from data_prep.filtering import config as filter_config
-from data_prep.filtering import plan, replay, resharding
+from data_prep.filtering import plan, resharding
 from data_prep.filtering.plan import Job
+from data_prep.filtering.replay import Replay
 from data_prep.filtering.rows import filter_rows
 from data_prep.filtering.shard import filter_shard
 from data_prep.jobs import shards
@@ -84,7 +85,8 @@ def main() -> None:
         raise ValueError(f"--lists='{given.lists}': expected with --replay=FOLDER only")
     if given.replay is not None:
         filter_config.set_quantile_limit(config)
-        replay.run(given.replay, None if given.config is None else config, given.lists)
+        replay = Replay(given.replay, None if given.config is None else config)
+        print_escaped(replay.run(given.lists).format_table())
         return
     if given.config is None:
         raise ValueError("--config is not set: expected a recipe such as prep/cat")

@@ -22,13 +22,7 @@ from absl import logging
 
 from data_prep.duplicates import precomputed
 from data_prep.duplicates.pictures import describe_picture
-from data_prep.duplicates.rows import (
-    CAPTION,
-    EMBEDDING,
-    THUMBNAIL,
-    hash_texts,
-    write_columns,
-)
+from data_prep.duplicates.rows import CAPTION, EMBEDDING, THUMBNAIL, hash_texts, write_columns
 from data_prep.jobs import shards
 from data_prep.jobs.engine import CRASHED, Report, WorkRecord
 from data_prep.jobs.failures import allowed_number, find_finished

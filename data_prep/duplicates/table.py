@@ -19,13 +19,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from data_prep.duplicates.rows import (
-    Rows,
-    check_columns,
-    hash_texts,
-    map_batch,
-    write_columns,
-)
+from data_prep.duplicates.rows import Rows, check_columns, hash_texts, map_batch, write_columns
 from data_prep.duplicates.scan import EMBEDDED
 from data_prep.duplicates.search import Clusters, Found, follow_to_kept
 from data_prep.sources import read_pairs

@@ -18,14 +18,7 @@ from data_prep.jobs import failures, shards
 from data_prep.sources import default_source
 from data_prep.steps import registry
 from data_prep.steps.scores import ScoreStep
-from diht_jax.config.keys import (
-    COUNT,
-    NOT_NEGATIVE,
-    Key,
-    OneOf,
-    build_config,
-    check_ranges,
-)
+from diht_jax.config.keys import COUNT, NOT_NEGATIVE, Key, OneOf, build_config, check_ranges
 from diht_jax.records.formats import check_format
 from diht_jax.records.samples import USUAL_KIND, check_kind, parse_columns
 from diht_jax.records.shard_files import shard_name

@@ -33,7 +33,6 @@ from data_prep.reports.page import format_funnel
 from data_prep.steps import registry
 from data_prep.steps.base import Columns
 from diht_jax.storage import files
-from diht_jax.terminal import print_escaped
 
 DROPPED_FILE = "dropped.tsv"  # a line for each dropped pair: its key, and "stage/reason"
 NOT_KNOWN_FILE = "not_known.txt"  # keys of the pairs that would have to be filtered
@@ -202,13 +201,6 @@ class Replay:
                     yield rows.filter(pyarrow.array(codes == self._codes[KEPT, None]))
 
             table.write_lists(folder, write_others())
-
-
-def run(folder: str, config: ml_collections.ConfigDict | None, to: str | None) -> Result:
-    """Replays a finished folder by a config, or its own; prints what comes of it, writes lists."""
-    result = Replay(folder, config).run(to)
-    print_escaped(result.format_table())
-    return result
 
 
 def _restore_config(settings: dict[str, Any]) -> ml_collections.ConfigDict:

@@ -84,12 +84,7 @@ class _Worker:
 class RayPool:
     """Actors on a cluster, one task at a time in each; see `workers.ThisProcess`."""
 
-    def __init__(
-        self,
-        function: Function,
-        config: ml_collections.ConfigDict,
-        add_pairs: Report,
-    ):
+    def __init__(self, function: Function, config: ml_collections.ConfigDict, add_pairs: Report):
         """Connects to the cluster.
 
         Raises:

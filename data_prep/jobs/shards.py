@@ -201,9 +201,7 @@ class HashingWriter(RecordHash):
         return len(self._writer)
 
 
-def check_all(
-    tasks: Sequence[Task],
-) -> Iterator[tuple[Task, dict[str, Any] | None, str | None]]:
+def check_all(tasks: Sequence[Task]) -> Iterator[tuple[Task, dict[str, Any] | None, str | None]]:
     """Every task, its statistics, and what has changed since: config or input, None for nothing.
 
     From a store they are read by many requests at once; the counts are held of a few only.

@@ -32,12 +32,7 @@ from data_prep.teachers.base import Embedded, Teacher
 from data_prep.teachers.registry import open_teacher
 from diht_jax.readers.registry import Skipped, SourceShard, read_pairs
 from diht_jax.records.formats import TFRecordWriter
-from diht_jax.records.labels.shards import (
-    decode_features,
-    decode_key,
-    encode_features,
-    encode_key,
-)
+from diht_jax.records.labels.shards import decode_features, decode_key, encode_features, encode_key
 from diht_jax.records.schema import Record, encode_record
 from diht_jax.records.shard_files import RecordSink, read_records
 from diht_jax.storage import files

@@ -51,19 +51,21 @@ def define_flags() -> None:
 def main() -> None:
     """Writes the page."""
     folder = pathlib.Path(flags.FLAGS.input)
-    render_demo(folder, read_report(folder / "filtered"), flags.FLAGS.output)
+    try:
+        render_demo(folder, read_report(folder / "filtered"), flags.FLAGS.output)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{error.filename}: no such file; run bash run_demo.sh to the end"
+        ) from None
 
 
 def render_demo(folder: pathlib.Path, report: Report, path: str | None = None) -> str:
     """The page of a folder with the runs and results of `STUDENTS`; written when a path is given.
 
     Raises:
-        ValueError: a results file or a picture is missing.
+        FileNotFoundError: a results file, a page or a picture is missing.
     """
     results = {name: _read_results(folder / f"{name}.json") for name in STUDENTS}
-    page = folder / f"{list(STUDENTS)[-1]}.html"
-    if not page.is_file():
-        raise ValueError(f"{page}: no such page; run bash run_demo.sh to the end")
     return render(
         "demo.html",
         path,
@@ -74,18 +76,16 @@ def render_demo(folder: pathlib.Path, report: Report, path: str | None = None) -
         report=funnel_data(report),
         outcomes=pairs_to_show(report, _SHOWN_PAIRS),
         curves=[
-            (title, _picture(folder / name / "curves.png")) for name, title in STUDENTS.items()
+            (title, data_uri((folder / name / "curves.png").read_bytes()))
+            for name, title in STUDENTS.items()
         ],
-        examples=page.read_text("utf-8"),
+        examples=(folder / f"{list(STUDENTS)[-1]}.html").read_text("utf-8"),
     )
 
 
 def _read_results(path: pathlib.Path) -> dict[str, dict[str, Any]]:
     """Task -> its result, of a results file of `diht_jax.evaluate`."""
-    try:
-        return {result["task"]: result for result in json.loads(path.read_text())["results"]}
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such results file; run bash run_demo.sh to the end") from None
+    return {result["task"]: result for result in json.loads(path.read_text())["results"]}
 
 
 def _describe_results(results: Mapping[str, Mapping[str, Any]]) -> list[list[Any]]:
@@ -123,12 +123,6 @@ def _difference(first: Mapping[str, Any], second: Mapping[str, Any], metric: str
     css = "beyond" if low > 0 or high < 0 else ""
     cell = Markup('<span class="{}">{} ({:+.1f} to {:+.1f})</span>')
     return cell.format(css, change, low, high)
-
-
-def _picture(path: pathlib.Path) -> str:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such picture; run bash run_demo.sh to the end")
-    return data_uri(path.read_bytes())
 
 
 if __name__ == "__main__":

@@ -64,12 +64,6 @@ class HeatMaps:
     scale: float
 
 
-@functools.lru_cache(maxsize=1)
-def load_ocr(settings: OcrSettings) -> Ocr:
-    """Boxes and texts, with networks that are loaded once per process, or shared by many."""
-    return Ocr(settings)
-
-
 def resolve_for_networks(settings: OcrSettings) -> OcrSettings:
     """The settings with "auto" replaced by what it means where the networks run.
 
@@ -85,7 +79,7 @@ class Ocr:
     """Boxes and texts of pictures; forms the batches that the networks run on."""
 
     def __init__(self, settings: OcrSettings):
-        """Finds the networks; they are loaded for the first batch."""
+        """Finds the networks: they are loaded for the first batch of a process, or shared."""
         self.settings = settings
         self._networks = open_model(functools.partial(load_networks, settings))
 

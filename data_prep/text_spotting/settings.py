@@ -10,14 +10,7 @@ import ml_collections
 
 from data_prep.text_spotting.networks import PRECISIONS, OcrSettings, not_installed
 from data_prep.text_spotting.ocr import CANVAS_STEPS, resolve_for_networks
-from diht_jax.config.keys import (
-    COUNT,
-    NOT_NEGATIVE,
-    Key,
-    OneOf,
-    Range,
-    build_config,
-)
+from diht_jax.config.keys import COUNT, NOT_NEGATIVE, Key, OneOf, Range, build_config
 from diht_jax.input import transforms as images
 from diht_jax.storage.files import refuse_url
 

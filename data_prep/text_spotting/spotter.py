@@ -13,6 +13,7 @@ match. Where there is text, but hardly any of it could be read, a closer look fo
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Sequence
 
@@ -21,7 +22,7 @@ import numpy as np
 
 from data_prep.text_spotting.match import can_match, caption_matches
 from data_prep.text_spotting.networks import OcrSettings
-from data_prep.text_spotting.ocr import Box, Ocr, Shrunk, crop_line, load_ocr, shrink
+from data_prep.text_spotting.ocr import Box, Ocr, Shrunk, crop_line, shrink
 from data_prep.text_spotting.readings import (
     Lines,
     Reading,
@@ -168,9 +169,9 @@ class TextSpotter:
         for (_, look, i), (text, confidence) in zip(wanted, read, strict=True):
             look.texts[i] = (text, round(confidence, 4))
 
-    @property
+    @functools.cached_property
     def _ocr(self) -> Ocr:
-        return load_ocr(self.settings.ocr)
+        return Ocr(self.settings.ocr)
 
 
 def open_spotter(config: ml_collections.ConfigDict, max_pixels: int, shard: str) -> TextSpotter:

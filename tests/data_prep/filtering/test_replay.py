@@ -179,7 +179,7 @@ def test_a_replay_decides_as_the_filter_does(work, before, now, not_known):
 def test_the_lists_are_those_of_the_filter(work):
     filtered, config, folder = work
     finished, other = filtered(), filtered(**_SMALL)
-    result = replay.run(str(finished), config(**_SMALL), str(folder / "lists"))
+    result = replay.Replay(str(finished), config(**_SMALL)).run(str(folder / "lists"))
     truth = json.loads((other / "stats.json").read_text())["counts"]
     assert result.funnel.kept == truth["kept"] and result.funnel.read == 132
     assert {stage: sum(found.values()) for stage, found in result.funnel.dropped().items()} == {
@@ -193,7 +193,7 @@ def test_the_lists_are_those_of_the_filter(work):
     ]
     assert (folder / "lists" / "not_known.txt").read_text() == ""
     # Without a config the lists are those of the folder.
-    replay.run(str(finished), None, str(folder / "lists"))
+    replay.Replay(str(finished), None).run(str(folder / "lists"))
     assert (folder / "lists" / "kept_uids.npy").read_bytes() == (
         finished / "kept_uids.npy"
     ).read_bytes()
@@ -243,7 +243,7 @@ def test_the_queries_of_the_page_run(work, tmp_path, monkeypatch, capfd):
     filtered, config, folder = work
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "kept").symlink_to(filtered())
-    replay.run(str(filtered()), None, str(tmp_path / "runs" / "lists"))
+    replay.Replay(str(filtered()), None).run(str(tmp_path / "runs" / "lists"))
     capfd.readouterr()
     monkeypatch.chdir(tmp_path)
     (block,) = (

@@ -79,7 +79,7 @@ def read_lines(monkeypatch) -> list[int]:
 
 @pytest.fixture(scope="module")
 def ocr() -> Ocr:
-    return text_spotting_ocr.load_ocr(_OCR)
+    return text_spotting_ocr.Ocr(_OCR)
 
 
 def test_recognizable_characters_are_those_of_the_network(reader):
@@ -152,7 +152,7 @@ def test_a_closer_look_where_hardly_any_text_was_read(pictures, tmp_path, monkey
     ]
     assert verdicts[0].spots == _judge(dataclasses.replace(whole, ocr=_OCR), pairs[0])[0].spots
     # All is known now, whether it was needed or not.
-    monkeypatch.setattr(text_spotting, "load_ocr", None)
+    monkeypatch.setattr(text_spotting, "Ocr", None)
     again = SpotCache(tmp_path, whole.describe_readings(), "shard")
     assert [v.matches for v in _judge(near, *pairs, cache=again)] == [v.matches for v in verdicts]
     for changes in ({"closer_size": 0}, {"closer_chars": 0}, {"closer_score": 2.0}):
@@ -175,7 +175,7 @@ def test_thresholds_are_replayed_without_reading(pictures, tmp_path, monkeypatch
     def fail(_):
         raise AssertionError("a picture was read")
 
-    monkeypatch.setattr(text_spotting, "load_ocr", fail)
+    monkeypatch.setattr(text_spotting, "Ocr", fail)
     assert _judge(settings, *pairs, cache=open_cache()) == fresh
     strict = dataclasses.replace(settings, min_confidence=1.001)
     assert [v.matches for v in _judge(strict, *pairs, cache=open_cache())] == [(None,), (None,)]
