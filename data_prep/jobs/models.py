@@ -214,14 +214,12 @@ class SharedModel:
     def _receive(self, method: str, under_way: collections.deque[_Call]) -> Any:
         """The result of the first call."""
         call = under_way.popleft()
-        deaths = 0
-        while True:
+        for deaths in range(1, _MAX_DEATHS + 1):
             try:
                 return self._ray.get(call.result)
             except self._ray.exceptions.RayTaskError as error:
                 raise error.cause from error  # of the model itself, as if it had run here
             except self._ray.exceptions.RayError as error:
-                deaths += 1
                 if deaths == _MAX_DEATHS:
                     reason = " ".join(str(error).split())
                     raise ProcessDeath(
@@ -230,3 +228,4 @@ class SharedModel:
             logging.warning("a model actor died, or its node was lost; others take its batches")
             self._actors.ask_again()
             self._send(call, method, under_way)
+        raise AssertionError("the last attempt returns or raises")

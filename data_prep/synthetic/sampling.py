@@ -36,11 +36,6 @@ _MIN_CONTRAST = 110.0  # RGB distance of two shapes that overlap in the picture.
 _HELD_OUT_ONE_IN = 8
 
 
-def kinds(scene: Scene) -> tuple[tuple[str, str], ...]:
-    """The (shape, colour) of every object."""
-    return tuple((o.shape, o.color) for o in scene.objects)
-
-
 def signature(relation: str, pair: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
     """The relation and the (shape, colour) of each object, which full captions distinguish.
 

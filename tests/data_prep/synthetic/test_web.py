@@ -12,7 +12,7 @@ import pytest
 from data_prep.example_data.packages import ExamplePair
 from data_prep.synthetic import captions as synthetic_captions
 from data_prep.synthetic import sampling, web
-from data_prep.synthetic.scenes import COLORS, PAIR_RELATIONS
+from data_prep.synthetic.scenes import COLORS, PAIR_RELATIONS, Scene
 from data_prep.synthetic.shapes import SHAPES
 from diht_jax.evaluation.protocols.base import parse_templates
 from diht_jax.readers.registry import open_source
@@ -178,17 +178,21 @@ def test_captions_give_the_relation_from_the_right_side():
     assert set(seen) == set(PHRASES)
 
 
+def _signature(scene: Scene) -> tuple[str, ...]:
+    return sampling.signature(scene.relation, tuple((o.shape, o.color) for o in scene.objects))
+
+
 def test_retrieval_captions_are_unique_and_their_scenes_held_out():
     settings = web.Settings()
     rng = np.random.default_rng(0)
     scenes = [sampling.sample_held_out(rng, settings.seed, i) for i in range(600)]
     captions = [synthetic_captions.describe_scene(rng, scene, complete=True) for scene in scenes]
     assert len(set(captions)) == len(captions)
-    names = {sampling.signature(s.relation, sampling.kinds(s)) for s in scenes}
+    names = {_signature(s) for s in scenes}
     assert len(names) == len(scenes)
     assert {s.relation for s in scenes} == set(PAIR_RELATIONS)
     trained = [sampling.sample_scene(rng) for _ in range(3000)]
-    trained_names = {sampling.signature(s.relation, sampling.kinds(s)) for s in trained}
+    trained_names = {_signature(s) for s in trained}
     assert not trained_names & names
     assert {s.relation for s in trained} > set(PAIR_RELATIONS)
     assert {o.shape for s in trained for o in s.objects} == set(SHAPES)
