@@ -23,8 +23,9 @@ from data_prep.captions.verbs import build_graph
 _UNUSED_COMPONENTS = ("ner", "senter", "attribute_ruler")
 # Some 10 MB; spaCy's tokenizer caches 10,000 words.
 _MAX_LEXEMES = 30_000
-# Captions, up to so long, whose graphs are kept for later calls: some 40 MB.
-_MAX_REMEMBERED, _REMEMBERED_CHARS = 15_000, 500
+# Captions whose graphs are kept for later calls, some 40 MB, and their most characters: those that
+# repeat are short.
+_MAX_REMEMBERED, _REMEMBERED_CHARS = 15_000, 128
 
 
 class _NumpyBlasOps(NumpyOps):

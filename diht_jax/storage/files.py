@@ -29,6 +29,7 @@ from diht_jax.storage.stores import (
     naming_output,
     note_input,
     open_system,
+    read_whole,
     retry,
 )
 
@@ -94,8 +95,7 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """
     name = os.fspath(path)
     if is_remote(name):
-        system, path_there = open_system(name)
-        return retry(functools.partial(system.cat_file, path_there), name)
+        return read_whole(name)
 
     def read() -> bytes:
         check_ordinary(name)

@@ -270,6 +270,19 @@ def read_start(url: str, num_bytes: int) -> bytes:
     return retry(read, url)
 
 
+def read_whole(url: str) -> bytes:
+    """A file in a store; of up to 16 MiB by one request.
+
+    Without a range, some file systems ask for the size first.
+    """
+    data = read_start(url, BLOCK_BYTES)
+    if len(data) < BLOCK_BYTES:
+        return data
+    system, path = open_system(url, use_listings_cache=False)
+    size = int(retry(functools.partial(system.info, path), url)["size"])
+    return data + read_range(url, len(data), size) if size > len(data) else data
+
+
 def open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
     """Opens a file, local or in a store, whose reads are tried again.
 
