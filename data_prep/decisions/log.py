@@ -300,7 +300,7 @@ def read_samples(path: str) -> bytes:
 
 
 def choose_samples(contents: Iterable[bytes], most: int) -> dict[str, list[dict[str, Any]]]:
-    """Samples of the lowest ranks, at most so many of each outcome.
+    """Samples of the lowest ranks, up to `most` of each outcome.
 
     Takes what `read_samples` gives of any number of shards.
 

@@ -48,7 +48,7 @@ PROMPT_INIT, SCRATCH, PENALTY = "prompt_init", "scratch", "prompt_penalty"
 
 @dataclasses.dataclass(frozen=True)
 class FewShotOptions:
-    """The protocol."""
+    """Settings of few-shot linear probing."""
 
     # Training images a class; "all" for all of them, which is one draw.
     shots: tuple[int | str, ...] = (1, 2, 4, 8, 16, ALL)
