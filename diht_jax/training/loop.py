@@ -215,7 +215,7 @@ class Run:
         self.supply = throughput.InputSupply(self.config.data)
         self.monitor = anomalies.AnomalyMonitor(self.config, self.keys_of_step)
         if self.start_step:
-            self.monitor.lowest_loss = anomalies.lowest_loss(self.workdir)
+            self.monitor.lowest_loss = anomalies.lowest_loss(self.workdir, self.start_step)
         for step in range(self.start_step + 1, last_step + 1):
             if step in (self.start_step + 1, self.patch_dropout_steps + 1):
                 with self.wall_time.during("compile"):

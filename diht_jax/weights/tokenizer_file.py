@@ -165,7 +165,7 @@ def _read_copy(folder: pathlib.Path) -> FileTokenizer:
 
 
 def read_cleaning(text: Mapping[str, Any], path: str) -> str | None:
-    """How open_clip cleans texts before a tokenizer that "text_cfg" names; None for CLIP's.
+    """The cleaning of open_clip before a tokenizer that "text_cfg" names; None for CLIP's.
 
     Raises:
         ValueError: the tokenizer has a setting that ours lacks.

@@ -98,9 +98,13 @@ class AnomalyMonitor:
         self._scale_is_capped = is_capped
 
 
-def lowest_loss(workdir: epath.Path) -> float:
-    """The lowest loss in the metrics of a run."""
-    losses = (row.get("loss", math.nan) for row in read_metrics(workdir))
+def lowest_loss(workdir: epath.Path, start_step: int) -> float:
+    """The lowest loss in the metrics of a run up to a step.
+
+    Those of later steps, which process 0 removes, may still be there for the other processes.
+    """
+    rows = read_metrics(workdir)
+    losses = (row["loss"] for row in rows if row["step"] <= start_step and "loss" in row)
     return min(filter(math.isfinite, losses), default=math.inf)
 
 

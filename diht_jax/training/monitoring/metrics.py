@@ -228,7 +228,7 @@ class WallTime:
             self._secs, self._starts = _known(found["secs"]), found["starts"] + 1
         elif rows:
             logging.warning(
-                "%s is damaged or cannot be read: times are counted on from the last line of "
+                "%s is missing, damaged or cannot be read: times go on from the last line of "
                 "metrics.jsonl",
                 self._path,
             )
