@@ -248,6 +248,7 @@ def _checksums(arrays: list[jax.Array]) -> jax.Array:
     return jnp.stack(list(map(_checksum, arrays)))
 
 
+@jax.jit  # traced once for all arrays of a shape
 def _checksum(array: jax.Array) -> jax.Array:
     array = jnp.asarray(array)
     width = array.dtype.itemsize
