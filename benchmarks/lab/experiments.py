@@ -325,7 +325,7 @@ CLIPART = [
 # Of `concepts.py`: for each seed other concepts are held out. The rate of an arm is the best of
 # three on validation concepts, mean of two other draws; ties go to the lower one. Arms and
 # predictions were registered before any of these runs was made. The rates were 1e-3 to 1e-2 until
-# four runs of the first arm had shown that 1e-3 is better than 3e-3.
+# four runs of the first arm had 1e-3 ahead of 3e-3, by 18.2 to 17.6.
 _UPDATES = 480
 _CONCEPT_ARMS = {
     f"batch_{size}" + (f"_{_beta(beta)}" if beta else ""): {
