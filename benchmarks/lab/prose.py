@@ -275,11 +275,12 @@ NOTES = {
         "test and 200 for validation, others for each seed; those with a word that is then in no "
         "training caption are left out. Students train on Noto's drawings of the rest, 480 "
         "updates whatever the batch is; Twemoji's drawings measure them. The rate of each arm is "
-        "the best of three on OpenMoji's drawings of the validation concepts (`rates`, two other "
-        "draws); the highest of the three, 1e-2, gave way to 3e-4 when four runs of one arm had "
-        "1e-3 ahead of 3e-3, by 18.2 to 17.6. Each arm is measured in four draws; eight were "
-        "registered, and halved before any of these runs. Predicted: beta 0.25 and 0.5 help by a "
-        "point at both batches."
+        "the best of three on OpenMoji's drawings of the validation concepts (`rates`: four other "
+        "draws at a batch of 64, two at 256). Two of its settings were changed while it ran: the "
+        "highest rate, 1e-2, gave way to 3e-4 when four runs of one arm had 1e-3 ahead of 3e-3, "
+        "by 18.2 to 17.6; and a batch of 64 had two draws, which differ by more than rates do. "
+        "Each arm is measured in four draws; eight were registered, and halved before any of these "
+        "runs. Predicted: beta 0.25 and 0.5 help by a point at both batches."
     ),
     "photos": (
         "Registered before any run, after the rows [above](#distillation) were known: half of the "
