@@ -350,7 +350,8 @@ def make_pair(
     if len(image) > MAX_IMAGE_BYTES:
         return Skipped(key, "too_large", f"an image of {len(image)} bytes")
     stated = row.get(options.caption_column) if options.caption_column else None
-    captions = pick_captions(stated)
+    several = row.get("captions")  # next to a column "caption", as in the json of a tar
+    captions = pick_captions(pick_captions(stated) + pick_captions(several))
     if needs_caption and not captions:
         return Skipped(key, "no_caption", explain_no_caption(options.caption_column, stated))
     data = read_image(str(options.image_root), image, key) if isinstance(image, str) else image
@@ -360,4 +361,4 @@ def make_pair(
     used = (options.image_column, options.caption_column, options.key_column)
     metadata = clean({name: value for name, value in row.items() if name not in used})
     caption = captions[0] if captions else ""
-    return Pair(key, data, caption, merge_captions(metadata, captions, stated))
+    return Pair(key, data, caption, merge_captions(metadata, captions, several or stated))

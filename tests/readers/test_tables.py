@@ -41,6 +41,7 @@ def test_jsonl(tmp_path):
         {"image": "a.png", "caption": None},
         {"image": "a.png"},
         {"image": "a.png", "caption": "lone \ud83d surrogate"},
+        {"image": "a.png", "caption": "b", "captions": ["a", "b"], "caption_kinds": ["alt", "new"]},
     ]
     lines = [json.dumps(row) for row in rows] + ["not json", "[1, 2]"]
     path = tmp_path / "t.jsonl"
@@ -52,10 +53,12 @@ def test_jsonl(tmp_path):
         ("t-00000001", "first"),
         ("t-00000002", "an absolute path in the folder"),
         ("t-00000013", "lone \ufffd surrogate"),
+        ("t-00000014", "b"),
     ]
     assert pairs[0].metadata == {"year": 1999}
     assert pairs[1].metadata == {"captions": ["first", "second"]}
     assert pairs[1].image == JPEG
+    assert pairs[4].metadata == {"captions": ["b", "a"], "caption_kinds": ["new", "alt"]}
     assert list(skip_reasons(entries).values()) == (
         ["refused_path"] * 4 + ["no_image"] * 4 + ["no_caption"] * 2 + ["bad_row"] * 2
     )
