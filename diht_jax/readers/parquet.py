@@ -264,7 +264,8 @@ def _read_class_names(metadata: Mapping[bytes, bytes] | None) -> list[str]:
 def clean_row(row: Mapping[str, Any], without: Collection[str] = ()) -> dict[str, Any]:
     """A row's columns but some, as JSON can hold them: no NaN, dates as text, no bytes."""
     kept = {k: v for k, v in row.items() if k not in without and not isinstance(v, bytes | None)}
-    return parse_json(json.dumps(kept, default=str))
+    # Bytes are also in lists and structs, such as Hugging Face's of a second image.
+    return parse_json(json.dumps(kept, default=lambda v: None if isinstance(v, bytes) else str(v)))
 
 
 FORMAT = Format(

@@ -70,7 +70,7 @@ def test_links_of_class_folders_that_lead_out_are_refused(tmp_path):
 
 def test_parquet_with_images(tmp_path):
     rows = [
-        {"key": "a", "jpg": JPEG, "txt": "one", "width": 4},
+        {"key": "a", "jpg": JPEG, "txt": "one", "width": 4, "mask": {"bytes": PNG, "path": "a"}},
         {"key": "b", "jpg": None, "txt": "two", "width": None},
         {"key": "c", "jpg": PNG, "txt": " ", "width": 4},
         {"key": "a", "jpg": JPEG, "txt": "again", "width": 4},
@@ -78,7 +78,7 @@ def test_parquet_with_images(tmp_path):
     path = tmp_path / "00000.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     expected = [
-        Pair("a", JPEG, "one", {"width": 4}),
+        Pair("a", JPEG, "one", {"width": 4, "mask": {"bytes": None, "path": "a"}}),
         Skipped("b", "no_image", "nothing in column 'jpg'"),
         Skipped("c", "no_caption", "nothing in column 'txt'"),
         Skipped("a", "duplicate", "the key was there before"),
