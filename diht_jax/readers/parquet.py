@@ -171,7 +171,7 @@ def read_parquet(source: SourceShard) -> Iterator[Pair | Skipped]:
     file = open_parquet(source.path)
     options = _find_columns(source, file.schema_arrow.names, source.needs_caption)
     class_names = _read_class_names(file.schema_arrow.metadata)
-    stem = os.path.splitext(os.path.basename(source.path))[0]
+    stem = clean_text(os.path.splitext(os.path.basename(source.path))[0])
     used = {options.image_column, options.caption_column, options.key_column}
     unneeded = set(source.unneeded) - used
     seen: set[str] = set()

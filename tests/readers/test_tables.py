@@ -170,7 +170,8 @@ _NAMES = [("image", "caption"), ("filepath", "title"), ("File_Name", "TEXT"), ("
 def write_table(path, form, row):
     """A table of one row in a form."""
     if form == "parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+        with path.open("wb") as file:  # pyarrow takes paths in UTF-8 alone
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), file)
     elif form in ("csv", "tsv"):
         lines = ({"csv": ",", "tsv": "\t"}[form].join(part) for part in (row, row.values()))
         path.write_text("\n".join(lines))
@@ -183,9 +184,9 @@ def write_table(path, form, row):
 def test_columns_of_all_tables_are_found_by_the_same_names(tmp_path, form, image, caption):
     (tmp_path / "a.png").write_bytes(PNG)
     row = {image: "a.png", caption: "one", "year": "1999"}
-    for name in (f"t.{form}", f"T.{form.upper()}"):
+    for name in (f"t.{form}", f"T.{form.upper()}", f"\udce9.{form}"):  # the last is no UTF-8
         write_table(tmp_path / name, form, row)
-        expected = Pair(f"{name[0]}-00000000", PNG, "one", {"year": "1999"})
+        expected = Pair(f"{clean_text(name[0])}-00000000", PNG, "one", {"year": "1999"})
         assert read_entries(str(tmp_path / name)) == [expected]
 
 
