@@ -21,6 +21,7 @@ import collections
 import io
 import json
 import pathlib
+import re
 import tarfile
 
 import numpy as np
@@ -34,7 +35,13 @@ from diht_jax.records.tars import state_checksums, walk_members
 from diht_jax.storage.stores import check_failure, open_file
 
 _BLOCK_BYTES = 512  # headers and contents begin at multiples of it
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
+# A plain tar begins with the name of its first member, which may be BZ001.jpg.
+_COMPRESSED = {
+    "gzip": b"\x1f\x8b",
+    "bzip2": b"BZh[1-9]1AY&SY",
+    "xz": b"\xfd7zXZ\0",
+    "zstd": b"\\(\xb5/\xfd",
+}
 # How the files of the formats begin that webdataset knows.
 _SIGNATURES = ((b"\xff\xd8", 0, "jpg"), (b"\x89PNG", 0, "png"), (b"WEBP", 8, "webp"))
 _MAX_KEY_LETTERS = 200
@@ -52,8 +59,8 @@ def scan_tar(path: str) -> np.ndarray:
     offsets: list[int] = []
     skipped: collections.Counter[str] = collections.Counter()
     with open_file(path) as file:
-        compression = _COMPRESSED.get(file.read(2))
-        if compression is not None:
+        start = file.read(10)
+        for compression in (name for name, form in _COMPRESSED.items() if re.match(form, start)):
             raise TFRecordError(
                 f"{path}: a tar that is compressed ({compression}) has no random access; unpack it "
                 "to a plain .tar, or make record shards of it by `python -m data_prep.filter "

@@ -1,8 +1,11 @@
 """Tars as record shards: against the reader of tars, webdataset and Python's `tarfile`."""
 
+import bz2
+import gzip
 import io
 import json
 import logging as python_logging
+import lzma
 import pickle
 import tarfile
 
@@ -151,6 +154,17 @@ def test_a_member_that_a_tool_has_replaced_by_another_size_is_read(tmp_path):
             after.addfile(member, io.BytesIO(contents))
     captions = [pair.caption for pair in read_tar(str(edited))]
     assert captions == ["a vixen in the snow", records[1].caption]
+
+
+def test_a_compressed_tar_is_told_by_more_than_the_letters_of_a_name(tmp_path):
+    for name in ("BZ001", "BZh9"):
+        path = write_tar(tmp_path / "a.tar", [(f"{name}.png", PNG), (f"{name}.txt", b"one")])
+        assert [r.key for r in map(TarRecordSource.decode, TarRecordSource(path))] == [name]
+        (tmp_path / "a.tar.idx").unlink()
+    for pack in (gzip.compress, bz2.compress, lzma.compress):
+        (tmp_path / "b.tar").write_bytes(pack((tmp_path / "a.tar").read_bytes()))
+        with pytest.raises(TFRecordError, match=r"b\.tar: a tar that is compressed"):
+            scan_tar(str(tmp_path / "b.tar"))
 
 
 def test_webdataset_reads_every_record(tmp_path):
