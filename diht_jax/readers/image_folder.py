@@ -92,9 +92,12 @@ def read_samples(shard: SourceShard) -> Iterator[Pair | Skipped]:
 
 def _read_sample(shard: SourceShard, key: str, names: list[str]) -> Pair | Skipped:
     members: list[tuple[str, bytes | None]] = []
+    has_picture = any(_extension(name) in FOLDER_EXTENSIONS for name in names)
     for name in names:
         extension = _extension(name)
         if extension in UNSUPPORTED_EXTENSIONS:
+            if has_picture:  # such as that of a camera's a.arw and a.jpg
+                continue
             detail = f"expected one of {', '.join(FOLDER_EXTENSIONS)}"
             return Skipped(key, "unsupported_format", detail)
         path = os.path.join(os.path.realpath(shard.path), name)

@@ -173,6 +173,7 @@ def test_captions_in_files_give_the_pairs_of_the_packed_tar(tmp_path):
         "0/a.jpg": JPEG,
         "0/a.txt": b"one",
         "0/a.json": b'{"width": 4}',
+        "0/b.arw": b"the camera's own",
         "0/b.png": PNG,
         "0/b.json": b'{"caption": "two"}',
         "1/c.png": PNG,
