@@ -199,13 +199,12 @@ def _compare(left: ast.expr, kind: ast.cmpop, right: ast.expr, fields: Fields) -
     if isinstance(kind, ast.In | ast.NotIn):
         if not isinstance(right, ast.List | ast.Tuple | ast.Set) or not right.elts:
             raise ValueError(f"'{ast.unparse(right)}' after 'in'; expected a list of constants")
-        values = [element.value for element in right.elts if isinstance(element, ast.Constant)]
-        are_texts = all(isinstance(value, str) for value in values)
-        are_numbers = all(isinstance(value, int | float) for value in values)
-        if len(values) < len(right.elts) or not (are_texts or are_numbers):
+        terms = [_term(element, {}) for element in right.elts]  # "-1" is no `ast.Constant`
+        values, types = [value for value, _ in terms], {form for _, form in terms}
+        if None in values or types not in ({"text"}, {"number"}):
             raise ValueError(f"'{ast.unparse(right)}': expected texts only, or numbers only")
         is_wanted = isinstance(kind, ast.In)
-        read = _as_text if are_texts else _as_number
+        read = _as_text if types == {"text"} else _as_number
         return _apply(lambda value: (value in values) is is_wanted, read, _term(left, fields)[0])
     if type(kind) not in _ORDERS:
         raise ValueError("'is' compares nothing here")

@@ -57,6 +57,8 @@ def test_conditions_are_those_of_sql_with_its_unknown_values():
         ("t == 'en'", {"t": 1}, None),
         ("a / b > 1", {"a": 1, "b": 0}, None),
         ("len(caption) < 4", {"caption": "cat"}, True),
+        ("a in (-1, 0)", {"a": -1}, True),
+        ("a not in (-1, 0)", {"a": 1}, True),
         ("field('NSFW score') < 1", {"NSFW score": 0.5}, True),
     ],
 )
@@ -71,6 +73,8 @@ def test_values_of_one_pair(text, fields, expected):
         ("__import__('os').system('x') == 0", "no field, number or text"),
         ("(lambda: 1)() < a", "is no field"),
         ("open('x') == a", r"open\(\): expected min and max"),
+        ("a in (1, -b)", "expected texts only, or numbers only"),
+        ("a in (1, 'x')", "expected texts only, or numbers only"),
         ("(" * 300 + "a" + ")" * 300, "expected comparisons"),
     ],
 )
