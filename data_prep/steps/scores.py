@@ -249,7 +249,8 @@ class HeadStep(ScoreStep):
         row = embedding.astype(np.float64)
         if self._keys.normalize:
             row /= max(float(np.linalg.norm(row)), 1e-12)
-        return float(row @ self._weights + self._bias)
+        # As it is recorded: a limit taken of the records must not drop a pair with that very score.
+        return float(np.float32(row @ self._weights + self._bias))
 
 
 class AestheticStep(HeadStep):

@@ -17,7 +17,7 @@ from data_prep.filter import run_filter
 from data_prep.filtering import config as filter_config
 from data_prep.filtering import replay
 from data_prep.reports.__main__ import merge_reports
-from data_prep.steps import models, scores
+from data_prep.steps import models, registry, scores
 from data_prep.steps.base import IMAGE_ERROR, Candidate
 from data_prep.steps.scores import read_head
 from diht_jax import load_model
@@ -274,6 +274,11 @@ def test_a_quantile_is_that_of_the_scores(
     filter_config.set_quantile_limit(config)
     limit = np.quantile(head_scores, share, method="inverted_cdf")
     assert config[name].limit == pytest.approx(limit, abs=1e-5)
+    # The filter decides about what it records, as a replay does.
+    step = registry.STEPS[name](config, SourceShard("webdataset", "a.tar"))
+    batch = [Candidate.of(Pair("k", make.png(number), "a dog")) for number in range(8)]
+    found = step.measure(batch)[step.score_name()]
+    assert found == np.float32(found).tolist()
 
 
 def test_scores_of_another_head_are_refused(heads_scored, source, weights, tmp_path):
