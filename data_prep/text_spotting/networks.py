@@ -59,11 +59,15 @@ def resolve(settings: OcrSettings) -> OcrSettings:
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = device.split(":")[0]
-    if kind not in ("cpu", "cuda", "mps"):
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or not (number or "0").isdecimal():
         raise ValueError(f"device='{device}'; expected 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device='{device}', but torch {torch.__version__} sees no CUDA device")
+    if kind != "cpu":
+        is_cuda = kind == "cuda"
+        seen = torch.cuda.device_count() if is_cuda else int(torch.backends.mps.is_available())
+        if int(number or 0) >= seen:
+            found = f"{'only ' * bool(seen)}{seen or 'no'} {kind.upper()} device"
+            raise ValueError(f"device='{device}', but torch {torch.__version__} sees {found}")
     precision = settings.precision
     if precision not in PRECISIONS:
         raise ValueError(f"precision='{precision}'; expected one of {', '.join(PRECISIONS)}")

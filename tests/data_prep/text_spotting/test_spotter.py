@@ -15,7 +15,7 @@ from data_prep.filter import run_filter  # noqa: E402
 from data_prep.text_spotting import ocr as text_spotting_ocr  # noqa: E402
 from data_prep.text_spotting import spotter as text_spotting  # noqa: E402
 from data_prep.text_spotting.match import RECOGNIZABLE, fold_text  # noqa: E402
-from data_prep.text_spotting.networks import OcrSettings, find_weights  # noqa: E402
+from data_prep.text_spotting.networks import OcrSettings, find_weights, resolve  # noqa: E402
 from data_prep.text_spotting.ocr import Ocr, crop_line, shrink  # noqa: E402
 from data_prep.text_spotting.readings import SpotCache  # noqa: E402
 from data_prep.text_spotting.spotter import Settings, TextSpotter  # noqa: E402
@@ -186,6 +186,22 @@ def test_thresholds_are_replayed_without_reading(pictures, tmp_path, monkeypatch
     # Another caption of a known picture: every line is known.
     drawn = pictures["unrelated"].drawn
     assert _judge(settings, (pairs[1][0], [drawn]), cache=open_cache())[0].matches != (None,)
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("mps", "sees no MPS device"),
+        ("cuda:1", "sees only 1 CUDA device"),
+        ("cuda:x", "expected 'auto'"),
+        ("tpu", "expected 'auto'"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(device, message, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match=f"device='{device}'.*{message}"):
+        resolve(OcrSettings(device=device))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
