@@ -228,7 +228,7 @@ def find_outputs(folder: str, named: str) -> tuple[list[str], dict[str, Any]]:
         named: flag or key that names the folder, for errors.
 
     Returns:
-        outputs: in the order of the inputs.
+        outputs: in the order of their records.
         stats: merged statistics of the folder.
 
     Raises:
@@ -247,8 +247,9 @@ def find_outputs(folder: str, named: str) -> tuple[list[str], dict[str, Any]]:
         )
     for where in (files.join(folder, "parts"), folder):
         known = {name.removesuffix(SUFFIX) for name in files.list_names(where, SUFFIX)}
-        # Parts stand in the order of their inputs, not in that of their names.
+        # Parts stand in the order of their inputs; where they are the output, in that of names.
         names = [entry["name"] for entry in read_manifest(where) if entry["name"] in known]
+        names = sorted(names) if where == folder else names
         if known and not names:
             raise ValueError(
                 f"{files.join(where, MANIFEST)}: missing, or damaged; run the filter again"

@@ -192,11 +192,11 @@ def test_the_lists_are_those_of_the_filter(work):
         f"{key}\t{stage}" for key, stage, reason in read_outcomes(other) if reason
     ]
     assert (folder / "lists" / "not_known.txt").read_text() == ""
-    # Without a config the lists are those of the folder.
-    replay.Replay(str(finished), None).run(str(folder / "lists"))
-    assert (folder / "lists" / "kept_uids.npy").read_bytes() == (
-        finished / "kept_uids.npy"
-    ).read_bytes()
+    # Without a config the lists are those of the folder, also where the parts are the output.
+    for done in (finished, filtered(examples_per_shard=None)):
+        replay.Replay(str(done), None).run(str(folder / "lists"))
+        for name in ("kept_keys.txt", "kept_uids.npy"):
+            assert (folder / "lists" / name).read_bytes() == (done / name).read_bytes()
 
 
 def test_a_line_of_a_list_is_one_pair_whatever_its_key_holds():
