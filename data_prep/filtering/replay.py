@@ -29,6 +29,7 @@ from data_prep.decisions.table import (
 )
 from data_prep.filtering import config as filter_config
 from data_prep.filtering.config import score_quantiles
+from data_prep.jobs import shards
 from data_prep.reports.page import format_funnel
 from data_prep.steps import registry
 from data_prep.steps.base import Columns
@@ -104,8 +105,13 @@ class Replay:
             folder: for the lists of kept, dropped and unknown pairs; None writes none.
 
         Raises:
-            ValueError: files are missing or damaged.
+            ValueError: files are missing or damaged, or the lists would replace those of a filter.
         """
+        if folder is not None and files.exists(files.join(folder, shards.MERGED_STATS)):
+            raise ValueError(
+                f"--lists='{folder}': a filter has written its own lists there, of the records; "
+                "expected another folder"
+            )
         counts: collections.Counter[int] = collections.Counter()
         scores = [name for step in self._was_active for name in step.scores]
         columns = make_schema(scores).names

@@ -216,6 +216,8 @@ def test_folders_that_cannot_be_replayed(work, tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path}/stats.json: "):
         replay.Replay(str(tmp_path))
     finished = filtered()
+    with pytest.raises(ValueError, match=rf"--lists='{finished}': a filter has written"):
+        replay.Replay(str(finished)).run(str(finished))
     copied = (finished / "stats.json", finished / "parts" / "manifest.json")
     for path in (*copied, *(finished / "parts").glob("*.decisions.parquet")):
         target = tmp_path / path.relative_to(finished)
