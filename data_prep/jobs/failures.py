@@ -37,8 +37,8 @@ KEYS: dict[str, Any] = {
     # is removed or made again; where they are more, nothing of it is touched.
     "max_changed_shards": Key(0.01, NOT_NEGATIVE),
     "num_workers": Key(int, NOT_NEGATIVE),  # processes; None: one per core, 0: no other process
-    # How often a shard is run again when its worker died; 0: after no failure at all, not even of
-    # its storage or its node, which have limits of their own.
+    # How often a shard is run again when its worker died; 0: after no failure but the first at its
+    # time limit, not even of its storage or its node, which have limits of their own.
     "retries": Key(1, NOT_NEGATIVE),
     # Seconds after which the worker of a shard is stopped; the second time the shard has failed.
     "shard_timeout_secs": Key(float, POSITIVE),
