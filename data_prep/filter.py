@@ -17,6 +17,7 @@ own.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import sys
@@ -47,7 +48,7 @@ from data_prep.jobs.failures import (
 )
 from data_prep.jobs.shards import ShardTask
 from data_prep.reports.page import PAGE, format_funnel, format_noise_table, write_report
-from data_prep.steps.cat import caption_limits
+from data_prep.steps.cat import caption_limits, drops_captions
 from data_prep.steps.registry import active_steps
 from diht_jax import command_line
 from diht_jax.config.checks import validate_config
@@ -105,7 +106,10 @@ def explain(caption: str, config: ml_collections.ConfigDict) -> str:
     """The graph of a caption and the decision, as text."""
     from data_prep.captions import format_graph, parse_captions
 
-    return format_graph(parse_captions([caption])[0], **caption_limits(config))
+    graph = parse_captions([caption])[0]
+    if not drops_captions(config):  # nor do the gates
+        graph = dataclasses.replace(graph, drop_reason=None)
+    return format_graph(graph, **caption_limits(config))
 
 
 def run_filter(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.filter import run_filter
+from data_prep.filter import explain, run_filter
 from diht_jax.input.transforms import decode_rgb
 from tests.data_prep.filtering.jobs import (
     job_config,
@@ -79,6 +79,12 @@ def test_captions_are_dropped_by_reason(captioned):
     assert rows[: len(_CAPTIONS)] == [
         (f"t-{n:08d}", reason) for n, reason in enumerate(_CAPTIONS.values())
     ]
+    # What is explained is what the filter does by the same config.
+    by_cat, by_none = (job_config("unused", captioned, name) for name in ("cat", "convert"))
+    for caption, reason in _CAPTIONS.items():
+        decision = f"drop ({reason})" if reason else "keep"
+        assert explain(caption, by_cat).endswith(f"decision:   {decision}")
+        assert explain(caption, by_none).endswith("decision:   keep")
 
 
 _NAMES = ("dog", "red fox", "container ship", "tabby cat", "tench")
