@@ -7,6 +7,7 @@ the tagger, and does not turn "riding" into "rid". No rule about meaning comes i
 
 import functools
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -117,7 +118,10 @@ class Sentence:
 
     def _join(self, group: list[int]) -> tuple[str, str, str, str, int]:
         """(low, lemma, tag, dep, old head) of the word that a group of tokens makes."""
-        root = next((i for i in group if self.head[i] not in group or self.head[i] == i), group[0])
+        # The one that is below no other: another's head may hang below a later word of the group,
+        # and the joined word would then hang below itself.
+        words = range(group[0], group[-1] + 1)
+        root = next(i for i in words if not any(above in words for above in self._heads_above(i)))
         head = self.head[root]
         tag, dep = self.tag[root], self.dep[root]
         low = "".join(self.low[i] for i in group)
@@ -131,6 +135,12 @@ class Sentence:
             else:
                 tag, dep, lemma = "JJ", "amod", low
         return low, lemma, tag, dep, head
+
+    def _heads_above(self, i: int) -> Iterator[int]:
+        """Head of a token, head of that, and so on up to the root."""
+        while self.head[i] != i:
+            i = self.head[i]
+            yield i
 
 
 _CACHE_SIZE = 100_000

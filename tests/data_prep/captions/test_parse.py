@@ -5,6 +5,7 @@ import random
 import tomllib
 
 import pytest
+from spacy.tokens import Doc
 
 from data_prep.captions import (
     CAT_REASONS,
@@ -19,6 +20,7 @@ from data_prep.captions import (
 )
 from data_prep.captions.gates import gate_caption
 from data_prep.captions.graph import format_edges, format_objects
+from data_prep.captions.sentence import Sentence
 
 EXAMPLES = tomllib.loads(
     pathlib.Path(__file__).with_name("caption_examples.toml").read_text(encoding="utf-8")
@@ -115,6 +117,17 @@ def test_hostile_texts_do_not_hang(parser):
     ]
     graphs = parse_captions(texts, nlp=parser)
     assert len(graphs) == len(texts)
+
+
+def test_a_hyphenated_word_hangs_below_no_word_that_hangs_below_it(parser):
+    """The head of its first word is a dependent of its last one: the joined word is the root."""
+    words = ["part", "of", "pizza", "-", "is", "crust"]
+    spaces = [True, True, False, False, True, False]
+    labels = ["nsubj", "prep", "pobj", "punct", "ROOT", "attr"]
+    doc = Doc(parser.vocab, words, spaces, heads=[4, 0, 1, 4, 4, 4], deps=labels)
+    sentence = Sentence(doc)
+    assert sentence.low == ["part", "of", "pizza-is", "crust"]
+    assert sentence.head == [2, 0, 2, 2]
 
 
 @pytest.fixture
