@@ -236,7 +236,7 @@ class Run:
             if step == self.config.profile.stop_step:
                 self.window.excluded(self.profiler.close)
             progress.update()
-            at_end, stop_requested = step == last_step, stop_request.is_due(step)
+            at_end, stop_requested = step == last_step, stop_request.is_due()
             saves = at_end or stop_requested or self.evaluation.is_due(step)
             saves |= step == self.kept_step or step % self.config.checkpoint.every_steps == 0
             # A line where a checkpoint is, so that a run that goes on from it has the same lines.

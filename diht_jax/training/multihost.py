@@ -12,6 +12,7 @@ signalled. All processes must call each function that compares, sends or waits. 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -229,6 +230,9 @@ class StopRequest(contextlib.ExitStack):
     """Knows whether to stop; a context that gives the signals back when it ends."""
 
     _requested = _interrupted = False
+    # Of this process, in all its runs: the service compares numbers, and steps begin anew in the
+    # next stage.
+    _looks = itertools.count(1)
 
     def listen(self) -> None:
         """Takes over the signals; until then they end the process, which has nothing to save."""
@@ -241,10 +245,10 @@ class StopRequest(contextlib.ExitStack):
             for number in handled:
                 self.callback(signal.signal, number, signal.signal(number, self._remember))
 
-    def is_due(self, step: int) -> bool:
+    def is_due(self) -> bool:
         """Returns whether to save and stop after this step; the same answer in all processes."""
         if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
+            return multihost_utils.reached_preemption_sync_point(next(self._looks))
         return self._requested
 
     def is_waiting(self) -> bool:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from diht_jax.input.pipeline import TrainIterator
 from diht_jax.train import main
@@ -20,6 +21,7 @@ from diht_jax.training.multihost import (
     EXIT_CODE,
     LASTING_EXIT_CODE,
     Stopped,
+    StopRequest,
     begin_job,
     exit_status,
     job_status,
@@ -99,6 +101,18 @@ def test_a_second_sigterm_does_not_disturb_the_last_save(config, tmp_path, monke
     with pytest.raises(Stopped):
         train(config, tmp_path, devices=jax.devices()[:1])
     assert saved_steps(tmp_path) == [1]
+
+
+def test_the_steps_of_all_stages_are_counted_for_the_stop_of_a_job(monkeypatch):
+    """JAX's service has all processes stop at the number behind the highest that any has given."""
+    given = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", given.append)
+    for _ in range(2):
+        stage = StopRequest()
+        for _ in range(3):
+            stage.is_due()
+    assert given == list(range(given[0], given[0] + 6))
 
 
 def test_a_run_whose_input_stalls_saves_and_stops(config, tmp_path, monkeypatch, caplog):
