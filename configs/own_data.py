@@ -63,10 +63,12 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The recipe; `common.parse_arg` describes `arg`.
 
     Raises:
-        ValueError: neither `data` nor `pairs` is given, or there are no shards.
+        ValueError: neither `data` nor `pairs` is given, or there are no pairs.
     """
     args = common.parse_arg(arg, data="", pairs=0)
     pairs = args.pairs or count_pairs(args)
+    if pairs < 1:
+        raise ValueError(f"recipe argument '{arg}': expected at least one pair, found {pairs}")
     machine = common.find_machine(args.topology)
     sizes = SIZES if machine.has_accelerator else SIZES[:3]
     size = next((size for size in sizes if pairs <= size.most_pairs), sizes[-1])

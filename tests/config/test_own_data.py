@@ -64,10 +64,17 @@ def test_the_number_of_pairs_is_that_of_the_data(tmp_path):
     [
         ("", "own_data:data="),
         ("data=nowhere", "'data=nowhere': no record shard"),
+        ("data=empty", "'data=empty': expected at least one pair, found 0"),
+        ("pairs=-3", "'pairs=-3': expected at least one pair, found -3"),
         ("pairs=1000,topology=rtx4090:1", "'topology=rtx4090:1': unknown topology"),
     ],
 )
-def test_missing_data_and_wrong_machines_are_named_as_they_are_typed(arg, named):
+def test_missing_data_and_wrong_machines_are_named_as_they_are_typed(
+    arg, named, tmp_path, monkeypatch
+):
+    (tmp_path / "empty").mkdir()
+    make.write_shard(tmp_path / "empty" / "none.tfrecord", [])
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=f"recipe argument .*{named}"):
         load_recipe(RECIPE, arg)
 
