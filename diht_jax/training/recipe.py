@@ -8,7 +8,8 @@ from typing import Any
 
 import ml_collections
 
-from diht_jax.config.checks import validate_config
+from diht_jax.config import check_optional
+from diht_jax.config.checks import validate_config, walk
 from diht_jax.config.keys import (
     COUNT,
     DURATION_UNITS,
@@ -63,8 +64,13 @@ def default_config() -> ml_collections.ConfigDict:
 def check_config(config: ml_collections.ConfigDict) -> None:
     """Checks name, type and range of every key of a recipe."""
     keys = all_keys()
-    validate_config(config, build_config(keys))
+    defaults = build_config(keys)
+    validate_config(config, defaults)
     check_ranges(config, keys)
+    known = walk(defaults)
+    for name, (value, _) in walk(config).items():
+        if value is None and name in known and known[name][0] is not None:
+            check_optional(name, defaults)
     tracker_names(config.trackers)
     pictures_of(config)
     for name in ("caption_weights", "caption_columns"):

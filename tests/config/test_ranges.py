@@ -70,6 +70,8 @@ def test_values_beyond_both_ends_are_refused(name):
     ("name", "value", "message"),
     [
         ("log_every_steps", None, "config.log_every_steps=None: expected at least 1"),
+        ("trackers", None, "config.trackers=None: this key cannot be unset; its default is "),
+        ("optimizer.frozen", None, "config.optimizer.frozen=None: this key cannot be unset"),
         ("data.crop_scale", (0.9, 0.5), "crop_scale=.*: expected two numbers, the lower first"),
         ("affinity.temperatures", (0.1, -1.0), "temperatures=.*: expected numbers, each more"),
         *((name, "unknown", rf"^config\.{name}=unknown: expected one of ") for name in WORDS),
