@@ -143,7 +143,6 @@ class Run:
         self.kept_step = recipe.steps_before_end(config, num_examples=num_examples)
         if tokenizer is not None:
             keep_tokenizer(tokenizer, workdir)
-        write_config(workdir, config)
         self.program = trusted_program(config, self.total_steps, devices)
         for line in self.mixture.describe_orders():
             logging.info("order: %s", line)
@@ -162,6 +161,8 @@ class Run:
         )
         opening.check_hosts_agree(config.data.train, self.fingerprint)
         self.state = self.first_state()
+        # Once nothing refuses the start any more, as other data do: else the run's own stays.
+        write_config(workdir, config)
         self.start_step = int(self.state.step)
         next_example = self.iterator.get_state()["next_example"]
         self.first_example = next_example - self.start_step * config.data.batch_size

@@ -17,6 +17,7 @@ from diht_jax.records.schema import decode_record
 from diht_jax.storage.locks import lock_folder
 from diht_jax.training.loop import Run, train
 from diht_jax.training.monitoring.metrics import read_metrics
+from diht_jax.training.workdir.saved_run import read_config, write_config
 from tests import make
 from tests.training.conftest import NUM_RECORDS, assert_bitwise_equal, saved_steps, series
 
@@ -217,6 +218,20 @@ def test_changed_shards_are_named_and_refused(finished, caplog):
     config.data.allow_changed = True
     assert_bitwise_equal(state, train_on_one(config, run))
     assert message in caplog.text and "the run goes on" in caplog.text
+
+
+def test_a_start_that_is_refused_leaves_the_config_of_the_run(config, tmp_path, monkeypatch):
+    """Evaluation reads there which data and held-out records are the run's."""
+
+    def refuse(run):
+        raise ValueError("other data")
+
+    write_config(tmp_path, config)
+    monkeypatch.setattr(Run, "first_state", refuse)
+    config.log_every_steps = 3
+    with pytest.raises(ValueError, match="other data"):
+        train_on_one(config, tmp_path)
+    assert read_config(tmp_path).log_every_steps == 1
 
 
 def test_a_new_run_can_start_from_another_with_larger_images_and_longer_texts(
