@@ -99,6 +99,13 @@ class Mixture:
         number, own = self._find_source(position)
         return number, self.sources[number].order[own]
 
+    def count_trained(self, data: ml_collections.ConfigDict, seed: int) -> int:
+        """`num_records` of a run with another `validation_share` or seed."""
+        found = self.num_record_ids
+        for source in self.sources if data.validation_share else ():
+            found -= len(held_out_records(source.records, data, seed))
+        return found
+
     @property
     def num_record_ids(self) -> int:
         """One more than the highest of `record_id`: the records of all sources, held out or not."""

@@ -24,6 +24,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from diht_jax import sharding
+from diht_jax.input.mixing import Mixture
 from diht_jax.models.parameters import fit_positions
 from diht_jax.models.zoo import (
     ARCHITECTURE_FIELDS,
@@ -157,12 +158,13 @@ def end_of_stage(
     mesh: Mesh,
     drawn: dict[str, Any],
     *,
-    num_records: int,
+    mixture: Mixture,
 ) -> tuple[dict[str, Any], dict[str, int], dict[str, Any]]:
     """The end of the stage in `config.stage.previous`, where the run of a config begins.
 
     Args:
         drawn: its initial parameters; what the stage before does not have stays.
+        mixture: its records; the stage before may have held out more of them.
 
     Returns:
         Parameters of the run, on its mesh; the position in the data, as for
@@ -174,7 +176,8 @@ def end_of_stage(
     with _naming("stage.previous", config.stage.previous):
         folder = local_run(config.stage.previous, mesh=mesh)
         before = restore_model(folder, mesh)
-        steps = duration_in_steps(before.config, "total", num_examples=num_records)
+        num_examples = mixture.count_trained(before.config.data, before.config.seed)
+        steps = duration_in_steps(before.config, "total", num_examples=num_examples)
         if before.step < steps:
             raise ValueError(
                 f"it has reached step {before.step} of {steps}; the command that trains it goes on "

@@ -185,7 +185,7 @@ class Run:
         state, arch = self.program.create_state(), self.program.arch
         if config.stage.previous:
             params, position, dataset = end_of_stage(
-                config, arch, self.mesh, state.params, num_records=self.mixture.num_records
+                config, arch, self.mesh, state.params, mixture=self.mixture
             )
             opening.check_same_data(config.data, dataset, self.fingerprint)
             self.iterator.set_state(position)

@@ -7,6 +7,7 @@ one stage differ from it in numbers.
 import functools
 import json
 import signal
+import types
 
 import jax
 import numpy as np
@@ -18,8 +19,10 @@ from diht_jax.data.tokenizer import tokenize
 from diht_jax.input.pipeline import TrainIterator
 from diht_jax.models.parameters import resize_positions, stretch_positions
 from diht_jax.train import load_stages, train_stages
+from diht_jax.training import initial_parameters
 from diht_jax.training.loop import Run, train
 from diht_jax.training.multihost import Stopped
+from diht_jax.training.recipe import duration_in_steps
 from diht_jax.training.workdir.opening import open_data
 from diht_jax.training.workdir.saved_run import write_config
 from tests.docs.commands import parse_command
@@ -179,3 +182,27 @@ def test_a_stage_that_cannot_begin_is_refused(
     config.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match=message):
         train(config, tmp_path / "run", devices=jax.devices()[:1])
+
+
+def test_the_epochs_of_a_stage_are_those_of_the_records_that_it_was_trained_on(
+    labelled, monkeypatch
+):
+    """A later stage may hold out fewer records, or none."""
+    first, config = load(1, labelled), load(2, labelled)
+    first.data.validation_share, first.total_steps, first.total_epochs = 0.5, None, 2.0
+    steps = duration_in_steps(first, "total", num_examples=open_data(first).num_records)
+    before = types.SimpleNamespace(config=first, step=steps)
+
+    def read_position(folder):
+        raise ValueError("it is finished")
+
+    monkeypatch.setattr(initial_parameters, "restore_model", lambda folder, mesh: before)
+    monkeypatch.setattr(initial_parameters, "read_position", read_position)
+    config.stage.previous = "RUN"
+    for change, message in (
+        (0, "it is finished"),
+        (-1, f"has reached step {steps - 1} of {steps}"),
+    ):
+        before.step = steps + change
+        with pytest.raises(ValueError, match=message):
+            initial_parameters.end_of_stage(config, None, None, {}, mixture=open_data(config))
