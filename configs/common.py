@@ -97,7 +97,8 @@ def _gpu_gib() -> list[float]:
     query += [f"--id={visible}"] if visible else []
     try:
         output = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60)
-        return [float(mib) / 1024 for mib in output.stdout.split()] or [_LEAST_GIB]
+        # Rounded up: the driver keeps a part, 0.4 of the 80 GiB of an H100.
+        return [math.ceil(float(mib) / 1024) for mib in output.stdout.split()] or [_LEAST_GIB]
     except (OSError, ValueError, subprocess.SubprocessError):
         return [_LEAST_GIB]
 

@@ -80,13 +80,13 @@ def test_missing_data_and_wrong_machines_are_named_as_they_are_typed(
 
 
 @pytest.mark.parametrize(
-    ("visible", "expected"), [(None, (True, 3, 8.0)), ("0,1", (True, 2, 12.0))]
+    ("visible", "expected"), [(None, (True, 3, 8.0)), ("0,1", (True, 2, 80.0))]
 )
 def test_gpus_are_counted_before_jax_looks(visible, expected, tmp_path, monkeypatch):
     program = tmp_path / "nvidia-smi"
     program.write_text(
         "#!/bin/sh\n"
-        "printf '24576\\n12288\\n'\n"
+        "printf '81920\\n81559\\n'\n"
         "case \"$*\" in *--id=0,1*) ;; *) printf '8192\\n';; esac\n"
     )
     program.chmod(0o755)
