@@ -224,9 +224,10 @@ def _stack(rows: Sequence[np.ndarray | None], dtype: Any) -> np.ndarray | None:
 
 
 def _to_half(embeddings: np.ndarray) -> np.ndarray:
-    """float16 [n, d]; rows beyond its range are scaled, which changes no cosine."""
-    most = np.abs(embeddings).max(axis=1, keepdims=True, initial=1)
-    return (embeddings / np.maximum(most / 2**15, 1)).astype(np.float16)
+    """float16 [n, d]; rows too large or too small for it are scaled, which changes no cosine."""
+    most = np.abs(embeddings).max(axis=1, keepdims=True)
+    is_scaled = (most > 2**15) | ((most < 2**-8) & (most > 0))
+    return (embeddings / np.where(is_scaled, most, 1)).astype(np.float16)
 
 
 def _read_pairs(unit: Unit, config: ml_collections.ConfigDict) -> Iterator[Pair | Skipped]:

@@ -162,6 +162,7 @@ def test_given_embeddings_need_no_pictures(tmp_path):
     emb = generator.standard_normal((40, 8)).astype(np.float32)
     emb[30:] = emb[:10] + 0.01  # near copies of the first ten
     emb[33] *= 1e6
+    emb[34] *= 1e-8  # each beyond one end of float16
     keys = np.array([f"k{i}" for i in range(39)] + ["k5"])  # the last key names two pairs
     np.savez(tmp_path / "a.npz", key=keys[:25], image_emb=emb[:25])
     table = {"key": keys[25:].tolist(), "image_emb": emb[25:].tolist()}
