@@ -76,7 +76,13 @@ def load(config: ml_collections.ConfigDict, batch_size: int) -> ImageTeacher:
     def encode(images: np.ndarray) -> np.ndarray:
         pixels = transforms.normalize(images, mean=mean, std=std).transpose(0, 3, 1, 2)
         with torch.inference_mode(), _one_thread(torch):
-            return module(torch.from_numpy(np.ascontiguousarray(pixels)).to(device)).cpu().numpy()
+            found = module(torch.from_numpy(np.ascontiguousarray(pixels)).to(device))
+        if not isinstance(found, torch.Tensor):
+            raise ValueError(
+                f"config.teacher.torch.function='{config.function}': its module gave a "
+                f"{type(found).__name__}; expected a tensor [b, d]"
+            )
+        return found.cpu().numpy()
 
     return ImageTeacher(encode, info, image_size=config.image_size, batch_size=batch_size)
 

@@ -55,6 +55,10 @@ def no_module():
 class Broken(Pool):
     def forward(self, x):
         return super().forward(x) * float("nan")
+
+class Tuple(Pool):
+    def forward(self, x):
+        return super().forward(x), x
 """
 
 
@@ -180,6 +184,7 @@ def test_identity_follows_the_weights(torch_config, tmp_path, monkeypatch):
         ("my_teacher:no_module", "returned a int; expected a torch.nn.Module"),
         ("my_teacher:two_dimensional", r"gave \[4, 3, 32, 32\] for 4 images; expected \[4, d\]"),
         ("my_teacher:Broken", "not finite"),
+        ("my_teacher:Tuple", "its module gave a tuple; expected a tensor"),
     ],
 )
 def test_functions_that_are_no_teacher(function, message, torch_config):
