@@ -82,7 +82,7 @@ def load(config: ml_collections.ConfigDict, batch_size: int) -> ImageTeacher:
                 f"config.teacher.torch.function='{config.function}': its module gave a "
                 f"{type(found).__name__}; expected a tensor [b, d]"
             )
-        return found.cpu().numpy()
+        return found.float().cpu().numpy()  # NumPy has no bfloat16
 
     return ImageTeacher(encode, info, image_size=config.image_size, batch_size=batch_size)
 

@@ -46,6 +46,10 @@ class Pool(torch.nn.Module):
 def build():
     return Pool()
 
+class Narrow(Pool):
+    def forward(self, x):
+        return super().forward(x).bfloat16()
+
 def two_dimensional():
     return torch.nn.Identity()
 
@@ -144,7 +148,9 @@ def test_swag_weights_by_environment_and_what_is_refused(swag_file, monkeypatch,
     load_teacher(_swag_config(tmp_path / f"swag-{digest[:8]}.pth"))
 
 
-def test_torch_module(torch_config):
+@pytest.mark.parametrize(("function", "error"), [("build", 1e-4), ("Narrow", 0.05)])
+def test_torch_module(torch_config, function, error):
+    torch_config.torch.function = f"my_teacher:{function}"
     records = _pictures(9)
     import my_teacher
 
@@ -159,7 +165,7 @@ def test_torch_module(torch_config):
     )
     pixels = torch.stack([resize(decode_rgb(record.image)) for record in records])
     expected = my_teacher.build().double().eval()(pixels).detach().numpy()
-    np.testing.assert_allclose(np.stack(_embed(torch_config, records)), expected, atol=1e-4)
+    np.testing.assert_allclose(np.stack(_embed(torch_config, records)), expected, atol=error)
 
 
 def test_pictures_are_decoded_where_no_process_is_bound_to_cores(monkeypatch):
