@@ -84,7 +84,8 @@ def resolve_label(raw: RawLabel, names: Sequence[str], index: dict[str, int | No
     An integer counts in the order of `names`; a name is looked up in any case and with "_" for " ".
 
     Raises:
-        ValueError: no label, out of range, an unknown name, or one that two classes bear.
+        ValueError: no label, out of range, an unknown name, or one that two classes bear; or the
+            integer is another class than the class name that the data has for it.
     """
     label = raw.class_name if raw.label in (None, "") else raw.label
     where = f"record '{raw.key}'"
@@ -99,6 +100,11 @@ def resolve_label(raw: RawLabel, names: Sequence[str], index: dict[str, int | No
             raise ValueError(
                 f"{where}: label {label} is outside of the {len(names)} class names given; one "
                 "name per label is needed, in label order"
+            )
+        if index.get(_plain(raw.class_name or "")) not in (None, label):
+            raise ValueError(
+                f"{where}: label {label} is '{raw.class_name}' in the data and '{names[label]}' in "
+                "the class names given; one name per label of the data is needed, in label order"
             )
         return label
     if _plain(label) not in index:

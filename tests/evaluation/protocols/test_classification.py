@@ -232,6 +232,17 @@ def test_labels_among_given_names(label, expected):
             resolve_label(raw, names, name_index(names))
 
 
+def test_an_integer_that_the_data_names_otherwise_is_refused():
+    # As a folder of classes has them, numbered in the order of their names.
+    names = ("dog", "cat", "tench")
+    right, other, unknown = _raws(
+        *(({"label": 2, "class_name": name}, "") for name in ("Tench", "Cat", "n01440764"))
+    )
+    assert [resolve_label(raw, names, name_index(names)) for raw in (right, unknown)] == [2, 2]
+    with pytest.raises(ValueError, match="'k1': label 2 is 'Cat' in the data and 'tench'"):
+        resolve_label(other, names, name_index(names))
+
+
 def test_another_field_holds_the_label():
     pair = Pair("k", b"", "", {"label": 3, "shape": "star", "class_name": "red"})
     assert raw_label(pair, "shape").label == "star"
