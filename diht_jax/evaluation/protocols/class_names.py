@@ -121,6 +121,13 @@ def resolve_label(raw: RawLabel, names: Sequence[str], index: dict[str, int | No
     return found
 
 
+def read_splits(pair: Pair) -> list[int]:
+    """The test splits of an image: `metadata["splits"]` where that is a list of numbers."""
+    splits = pair.metadata.get("splits")
+    is_list = isinstance(splits, list) and all(type(split) is int for split in splits)
+    return splits if is_list else []
+
+
 def read_group(pair: Pair, field: str) -> int | str:
     """The group of an image: a field of its metadata, or the number at a position of its KEY.npy.
 

@@ -52,6 +52,7 @@ from diht_jax.evaluation.protocols.class_names import (
     name_index,
     raw_label,
     read_group,
+    read_splits,
     resolve_label,
 )
 from diht_jax.records.schema import Pair
@@ -126,12 +127,12 @@ def run(task: Task, encoder: Encoder) -> Measured:
     names, group = task.class_names, task.options.get("group")
     index = None if names is None else name_index(names)
 
-    def describe(pair: Pair) -> tuple[Any, tuple[int, ...], list[int | str]]:
+    def describe(pair: Pair) -> tuple[Any, list[int], list[int | str]]:
         label: Any = raw_label(pair, task.label_field)
         if names is not None and index is not None:
             label = resolve_label(label, names, index)
         own_group = [] if group is None else [read_group(pair, group)]
-        return label, tuple(pair.metadata.get("splits", ())), own_group
+        return label, read_splits(pair), own_group
 
     encoded = encoder.images(describe)
     labels, splits, groups = zip(*encoded.notes, strict=True)

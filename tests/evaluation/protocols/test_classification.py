@@ -243,6 +243,13 @@ def test_an_integer_that_the_data_names_otherwise_is_refused():
         resolve_label(other, names, name_index(names))
 
 
+@pytest.mark.parametrize("splits", ["train", 3, None, {"a": 1}, [[1]], ["train"]])
+def test_splits_are_lists_of_numbers(splits):
+    pairs = _pairs(*({"label": label, "splits": splits} for label in (0, 1, 1)))
+    measured = run(_task(("a", "b")), Encoder(HashedModel(), pairs, Batching(4)))
+    assert measured.result.splits == {} and measured.counts["images"] == 3
+
+
 def test_another_field_holds_the_label():
     pair = Pair("k", b"", "", {"label": 3, "shape": "star", "class_name": "red"})
     assert raw_label(pair, "shape").label == "star"
