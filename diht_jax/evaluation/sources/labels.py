@@ -95,7 +95,8 @@ def _read_list(path: str) -> list[str]:
     lines = [line.strip() for line in read_text(path).splitlines()]
     # A training list of UCF-101 has the number of the class behind each clip.
     names = [re.sub(r"\s+\d+$", "", line) for line in lines if line and line != _LIST_HEADER]
-    bad = next((name for name in names if "/" not in name.strip("/")), None)
+    names = [posixpath.normpath(name) for name in names]  # "./Archery/..." is of Archery
+    bad = next((n for n in names if "/" not in n or n.partition("/")[0] in ("", "..")), None)
     if bad is not None or not names:
         raise ValueError(
             f"{path}: expected one picture a line, such as 'Archery/v_Archery_g01_c01.avi', "

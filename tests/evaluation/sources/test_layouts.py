@@ -116,6 +116,8 @@ def test_entries_of_a_store_are_those_of_the_folder(sets):
     ("source", "files", "message"),
     [
         ("list:{}/a.txt", {"a.txt": "no_folder.jpg"}, "expected one picture a line"),
+        ("list:{}/a.txt", {"a.txt": "./no_folder.jpg"}, "expected one picture a line"),
+        ("list:{}/a.txt", {"a.txt": "/bee/0.jpg"}, "expected one picture a line"),
         ("voc:{}", {"ImageSets/Main/aeroplane_test.txt": "000001 2"}, "'IMAGE -1'"),
         (
             "sugarcrepe:{}/a.json",
