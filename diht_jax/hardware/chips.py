@@ -79,6 +79,7 @@ CHIPS: tuple[Chip, ...] = (
     Chip("v5p", r"TPU v5p?", 459e12, 95 * GIB, 2765e9, 600e9, 6, clock_hz=1.75e9),
     Chip("v6e", r"TPU v6 ?(lite|e)", 918e12, 32 * GIB, 1638e9, 400e9, 4, clock_hz=1.75e9),
     Chip("tpu7x", r"TPU ?v?7x?", 2307e12 / 2, 96 * GIB, 7380e9 / 2, 600e9 / 2, 6, clock_hz=2.2e9),
+    Chip("v100_16gb", r".*V100.*16GB.*", 125e12, 16 * GIB, 900e9, 150e9, float32_flops=15.7e12),
     Chip("v100", r".*V100.*", 125e12, 32 * GIB, 900e9, 150e9, float32_flops=15.7e12),
     Chip("t4", r".*\bT4\b.*", 65e12, 16 * GIB, 300e9, 0.0, float32_flops=8.1e12),
     Chip(

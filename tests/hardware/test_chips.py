@@ -28,6 +28,14 @@ def test_peaks_of_the_kinds_of_devices(kind, teraflops):
     assert (chip and chip.peak_flops) == (teraflops and teraflops * 1e12)
 
 
+@pytest.mark.parametrize(
+    ("kind", "gib"),
+    [("Tesla V100-SXM2-16GB", 16), ("Tesla V100-SXM2-32GB", 32), ("NVIDIA A100-SXM4-80GB", 80)],
+)
+def test_memory_of_kinds_that_come_in_two_sizes(kind, gib):
+    assert find_chip(kind).hbm_bytes == gib * 2**30
+
+
 M, K = 6, 10
 LEFT = jax.ShapeDtypeStruct((M, K), jnp.float32)
 SQUARE = jax.ShapeDtypeStruct((K, K), jnp.float32)
