@@ -195,7 +195,9 @@ def read_pictures(shard: SourceShard) -> Iterator[Pair | Skipped]:
 def list_pictures(folder: str) -> Iterator[tuple[str, str, str | None]]:
     """Path, key, and the reason for which it cannot be read or None, of each image of a folder."""
     for path, reason in walk_images(folder, folder):
-        yield path, os.path.relpath(path, folder), reason
+        # A name from another system need not be UTF-8, and keys are.
+        key = os.fsencode(os.path.relpath(path, folder)).decode("utf-8", "replace")
+        yield path, key, reason
 
 
 def read_listed(

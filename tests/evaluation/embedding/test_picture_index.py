@@ -129,6 +129,14 @@ def test_an_update_embeds_what_is_new_and_removes_what_is_gone(tiny_model, folde
     assert update(tiny_model, folder, tmp_path / "index").dropped == {}
 
 
+def test_a_name_that_is_not_utf8_does_not_end_an_update(tiny_model, folder, tmp_path):
+    os.rename(os.fsencode(folder / "00.png"), os.fsencode(folder / "caf") + b"\xe9.png")
+    assert update(tiny_model, folder, tmp_path / "index").added == 20
+    (hits,) = PictureIndex(tmp_path / "index").search(np.ones((1, tiny_model.embed_dim)), 20)
+    assert "caf\ufffd.png" in {hit.key for hit in hits}
+    assert update(tiny_model, folder, tmp_path / "index").kept == 20
+
+
 @pytest.mark.parametrize("listings", [(0, 0, 1), (1, 1, 0)], ids=["added", "removed"])
 def test_a_folder_may_change_during_an_update(listings, tiny_model, folder, tmp_path, monkeypatch):
     shards, found = list_inputs(str(folder)), list(image_folder.list_pictures(str(folder)))
