@@ -240,7 +240,7 @@ def test_work_directory_plain_and_averaged_with_its_card(workdir, tmp_path):
             output,
             ema=ema,
             results=[str(tmp_path / "results.json")],
-            license="cc-by-4.0",
+            license="cc-by-4.0: as the data",
         )
         found = read_weights(output)
         init = ModelDefinition(found.arch, "float32", "float32").init_params
@@ -253,7 +253,7 @@ def test_work_directory_plain_and_averaged_with_its_card(workdir, tmp_path):
     )
     card = (output / "README.md").read_text()
     for line in (
-        "license: cc-by-4.0",
+        'license: "cc-by-4.0: as the data"',  # YAML
         "| dropped, caption: no_action | 10 |",
         "| in training, at step 7 | cifar10/top1 | 0.375 |",
         "| results.json | emoji/t2i_r1 | 0.106 |",
