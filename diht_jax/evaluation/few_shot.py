@@ -240,8 +240,8 @@ def split_by_class(
             )
         order = rng.permutation(indices)
         count = min(max(1, round(options.validation_fraction * len(order))), len(order) - 1)
-        count = min(count, options.validation_per_class or count)
-        held_out.append(order[:count])
+        most = options.validation_per_class
+        held_out.append(order[: count if most is None else min(count, most)])
         kept.append(order[count:])
     train, validation = (examples.take(np.sort(np.concatenate(part))) for part in (kept, held_out))
     return train, validation
