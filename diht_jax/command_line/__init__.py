@@ -28,8 +28,8 @@ from diht_jax.command_line.shared_flags import model_options as model_options
 from diht_jax.command_line.shared_flags import require_flags as require_flags
 from diht_jax.command_line.shared_flags import task_defaults as task_defaults
 from diht_jax.command_line.shared_flags import values as values
-from diht_jax.config import apply_overrides, check_optional, find_recipe, load_recipe
-from diht_jax.config.checks import check_names, walk
+from diht_jax.config import apply_overrides, find_recipe, load_recipe
+from diht_jax.config.checks import check_names, check_optional, walk
 from diht_jax.storage.files import refuse_url
 from diht_jax.terminal import escape_lines, print_escaped
 

@@ -18,7 +18,7 @@ from collections.abc import Collection
 import ml_collections
 from absl import logging
 
-from diht_jax.config.checks import TextOrSections, nearest_name, walk
+from diht_jax.config.checks import nearest_name
 from diht_jax.config.checks import validate_config as validate_config
 from diht_jax.config.keys import DURATIONS
 
@@ -118,15 +118,6 @@ def apply_overrides(config: ml_collections.ConfigDict, given: Collection[str]) -
             steps,
             before,
             steps // 10,
-        )
-
-
-def check_optional(key: str, defaults: ml_collections.ConfigDict) -> None:
-    """Raises ValueError for a key that cannot be None, since its default is another one."""
-    default, kind = walk(defaults).get(key, (None, TextOrSections))  # or inside of one
-    if default is not None and not issubclass(kind, TextOrSections):
-        raise ValueError(
-            f"--config.{key}=None: this key cannot be unset; its default is {default!r:.200}"
         )
 
 

@@ -175,3 +175,12 @@ def _matches(value: Any, expected: type, default: Any = None) -> bool:
         if element is None or not _matches(element, *kinds):
             return False
     return True
+
+
+def check_optional(key: str, defaults: ml_collections.ConfigDict) -> None:
+    """Raises ValueError for a key that cannot be None, since its default is another one."""
+    default, kind = walk(defaults).get(key, (None, TextOrSections))  # or inside of one
+    if default is not None and not issubclass(kind, TextOrSections):
+        raise ValueError(
+            f"--config.{key}=None: this key cannot be unset; its default is {default!r:.200}"
+        )

@@ -8,8 +8,7 @@ from typing import Any
 
 import ml_collections
 
-from diht_jax.config import check_optional
-from diht_jax.config.checks import validate_config, walk
+from diht_jax.config.checks import check_optional, validate_config, walk
 from diht_jax.config.keys import (
     COUNT,
     DURATION_UNITS,
@@ -67,9 +66,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     defaults = build_config(keys)
     validate_config(config, defaults)
     check_ranges(config, keys)
-    known = walk(defaults)
     for name, (value, _) in walk(config).items():
-        if value is None and name in known and known[name][0] is not None:
+        if value is None:
             check_optional(name, defaults)
     tracker_names(config.trackers)
     pictures_of(config)
