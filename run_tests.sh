@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv where it is missing, then runs the tests, in three processes for two cores, since many
-# tests wait for others that they start. One that dies is not started again, since it would run the
+# tests wait for processes that they start. One that dies is not started again, since it would run the
 # test that it died of once more. Arguments go to pytest:
 #   bash run_tests.sh -k contrastive
 set -euo pipefail

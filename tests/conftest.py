@@ -26,8 +26,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 # Processes that tests start read the compiled modules of the project that the first one has left.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-# One thread for torch and NumPy, as there is a process of tests for each core: with two of them on
-# the same two cores, most of the time would go into waiting for each other.
+# One thread for torch and NumPy, as there are more processes of tests than cores: with several in
+# each, most of the time would go into waiting for each other.
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):

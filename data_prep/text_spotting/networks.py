@@ -63,10 +63,10 @@ def resolve(settings: OcrSettings) -> OcrSettings:
     if kind not in ("cpu", "cuda", "mps") or not (number or "0").isdecimal():
         raise ValueError(f"device='{device}'; expected 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'")
     if kind != "cpu":
-        is_cuda = kind == "cuda"
-        seen = torch.cuda.device_count() if is_cuda else int(torch.backends.mps.is_available())
+        has_mps = torch.backends.mps.is_available()
+        seen = torch.cuda.device_count() if kind == "cuda" else int(has_mps)
         if int(number or 0) >= seen:
-            found = f"{'only ' * bool(seen)}{seen or 'no'} {kind.upper()} device"
+            found = f"{f'only {seen}' if seen else 'no'} {kind.upper()} device"
             raise ValueError(f"device='{device}', but torch {torch.__version__} sees {found}")
     precision = settings.precision
     if precision not in PRECISIONS:

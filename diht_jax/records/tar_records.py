@@ -60,7 +60,8 @@ def scan_tar(path: str) -> np.ndarray:
     skipped: collections.Counter[str] = collections.Counter()
     with open_file(path) as file:
         start = file.read(10)
-        for compression in (name for name, form in _COMPRESSED.items() if re.match(form, start)):
+        compression = next((n for n, form in _COMPRESSED.items() if re.match(form, start)), None)
+        if compression is not None:
             raise TFRecordError(
                 f"{path}: a tar that is compressed ({compression}) has no random access; unpack it "
                 "to a plain .tar, or make record shards of it by `python -m data_prep.filter "

@@ -101,7 +101,9 @@ def resolve_label(raw: RawLabel, names: Sequence[str], index: dict[str, int | No
                 f"{where}: label {label} is outside of the {len(names)} class names given; one "
                 "name per label is needed, in label order"
             )
-        if index.get(_plain(raw.class_name or "")) not in (None, label):
+        named = _plain(raw.class_name or "")
+        # A name may be given longer: ImageNet's cardigan is a dog and, as another class, a garment.
+        if index.get(named) not in (None, label) and named not in _plain(names[label]):
             raise ValueError(
                 f"{where}: label {label} is '{raw.class_name}' in the data and '{names[label]}' in "
                 "the class names given; one name per label of the data is needed, in label order"
