@@ -337,16 +337,20 @@ _CONCEPT_ARMS = {
     for size, beta in itertools.product((64, 256), (0.0, 0.25, 0.5))
 }
 _RATE = "optimizer.learning_rate"
-# The best of the runs of "rates"; those of a batch of 256 are the demo's until theirs are made.
+# The best of the runs of "rates".
 _BEST_RATES = {
-    **dict.fromkeys(_CONCEPT_ARMS, 3e-3),
+    "batch_64": 3e-3,
     "batch_64_beta_025": 3e-4,
     "batch_64_beta_050": 3e-4,
+    "batch_256": 1e-3,
+    "batch_256_beta_025": 1e-3,
+    "batch_256_beta_050": 3e-4,
 }
-# Added before any run of `UNSEEN_CONCEPTS`: the tuned rates of a batch of 64 differ tenfold between
+# Added before any run of `UNSEEN_CONCEPTS` at the batch: tuned rates differ up to tenfold between
 # arms, by 0.02 of a point over 1e-3 in the first, and the test artist of the very draws that chose
-# them has 1e-3 ahead in each arm. So these arms are run at that one rate as well.
+# them has 1e-3 ahead in each arm of a batch of 64. So these arms are run at that one rate as well.
 _EQUAL_RATE = 1e-3
+_EQUAL_RATE_ARMS = ("batch_64", "batch_64_beta_025", "batch_64_beta_050", "batch_256_beta_050")
 RATES = [
     Experiment(f"rates_{arm}_lr_{10_000 * rate:g}", "concepts_train_10{seed}",
                {**changes, _RATE: rate}, seeds=4 if changes["data.batch_size"] == 64 else 2,
@@ -359,9 +363,8 @@ UNSEEN_CONCEPTS = [
     for arm, changes in _CONCEPT_ARMS.items()
 ] + [
     Experiment(f"concepts_{arm}_equal_rate", "concepts_train_{seed}",
-               {**changes, _RATE: _EQUAL_RATE}, seeds=FEW_SEEDS, student="concepts")
-    for arm, changes in _CONCEPT_ARMS.items()
-    if changes["data.batch_size"] == 64
+               {**_CONCEPT_ARMS[arm], _RATE: _EQUAL_RATE}, seeds=FEW_SEEDS, student="concepts")
+    for arm in _EQUAL_RATE_ARMS
 ]  # fmt: skip
 # A web for each seed; the smaller ones are the first pairs of the larger. Registered with its
 # predictions before any of these runs was made.
@@ -757,6 +760,10 @@ _CONCEPTS_CONTRASTS = [
              "concepts", 0.01, f"at one rate in all arms beta {beta:g} helps at a batch of 64",
              "it gains less than a point")
     for beta in (0.25, 0.5)
+] + [
+    Contrast("concepts_batch_256_beta_050_equal_rate", "concepts_batch_256", "concepts", 0.01,
+             "at one rate in both arms beta 0.5 helps at a batch of 256",
+             "it gains less than a point")
 ]  # fmt: skip
 _CLIPART_CONTRASTS = [
     Contrast(f"clipart_{treated}", f"clipart_{control}", "clipart", margin, claim, refuted_by)

@@ -281,8 +281,9 @@ NOTES = {
         "by 18.2 to 17.6; and a batch of 64 had two draws, which differ by more than rates do. "
         "The tuned rates of a batch of 64 are 3e-3 without hard negatives, ahead of 1e-3 by 0.02, "
         "and 3e-4 with them, while Twemoji's drawings of the same draws have 1e-3 ahead in each "
-        "arm. So a difference between these arms may be one of rates, and all three are run at "
-        "1e-3 as well, as decided before any of the runs. "
+        "arm; those of a batch of 256 are 1e-3, and 3e-4 with beta 0.5. So a difference between "
+        "arms may be one of rates, and those whose rates differ are run at 1e-3 as well, as "
+        "decided before any run at their batch. "
         "Each arm is measured in four draws; eight were registered, and halved before any of these "
         "runs. Predicted: beta 0.25 and 0.5 help by a point at both batches."
     ),
