@@ -9,13 +9,13 @@ Run, after `data_prep.filter` has written its shards to DATA:
 
     python -m diht_jax.train --config clip_vitb16 --config.data.train=DATA --workdir DIR
 
-Meant for v5e:16x16 (`config.topology`, docs/guides/scale/scale.md); whether it fits another
-machine:
+Meant for v5e:16x16, where it fits as the compiler reports (`config.topology`,
+docs/guides/scale/scale.md):
 
-    python -m diht_jax.compile --config clip_vitb16 --topology h100:8
+    python -m diht_jax.compile --config clip_vitb16
 
 Expected: 68.7% zero-shot top-1 on ImageNet with LAION-CAT, as published there; the released DiHT
-B/16 has 72.2%. This recipe has not been run at full length here, and not compiled for that pod.
+B/16 has 72.2%. This recipe has not been run at full length here.
 """
 
 import ml_collections
