@@ -11,11 +11,11 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
 WORKDIR /diht_jax
 # Packages come before the sources, so that a change there does not install them again.
 COPY LICENSE NOTICE README.md pyproject.toml requirements.txt requirements-dev.txt ./
-# Constraints may not have extras. Of the extra eval the first two give class names and prompts by
-# their data files, which need neither torch nor what else they depend on.
+# Constraints may not have extras. Of the extra eval, clip-benchmark gives class names and prompts by
+# its data files, which need neither torch nor what else it depends on.
 RUN sed 's/\[.*\]//' requirements.txt requirements-dev.txt > /constraints.txt \
     && pip install --constraint /constraints.txt '.[cloud]' \
-    && pip install --constraint /constraints.txt --no-deps clip-benchmark open_clip_torch usearch
+    && pip install --constraint /constraints.txt --no-deps clip-benchmark usearch
 
 FROM base AS cuda
 # The NVIDIA container toolkit hands the driver on to images that ask for it.
