@@ -157,7 +157,7 @@ def evaluate_model(
         tasks: of `parse_tasks`.
         output: the results file (JSON).
         batch_size: images, and texts, a batch over all devices.
-        num_threads: decoding threads; None is one per core.
+        num_threads: decoding threads; None is one per core, 16 at most.
         limit: number of entries of each source, from the first on; None is all.
         num_resamples: for bootstrap intervals; 0 leaves them out.
         pages: whether to write a page (HTML) with the numbers and examples next to it.

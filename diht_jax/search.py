@@ -39,7 +39,7 @@ def define_flags() -> None:
     distributed.define_flags()
     flags.DEFINE_string("input", None, "Folder of pictures, tar, or another source.")
     flags.DEFINE_alias("images", "input")
-    flags.DEFINE_string("output", None, "Page (HTML) of the matches; unset: they are printed.")
+    flags.DEFINE_string("output", None, "Page (HTML) of the matches, which are printed too.")
     flags.DEFINE_integer("num_matches", 8, "Pictures a query.", lower_bound=1)
     flags.DEFINE_alias("count", "num_matches")
     flags.DEFINE_string("index", None, "Folder of an index, which is made or brought up to date.")

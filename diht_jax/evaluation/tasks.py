@@ -67,7 +67,7 @@ def evaluate_task(
         task: what is measured.
         units: the task's source, where it was opened before (`task_parsing.open_source`).
         batch_size: images, and texts, a batch over all devices.
-        num_threads: decoding threads; None is one per core.
+        num_threads: decoding threads; None is one per core, 16 at most.
         limit: number of entries of the source, from the first on; None is all.
         show: shows the examples of the task, such as `page.ResultsPage.add`; None for none.
         num_resamples: for bootstrap intervals; 0 leaves them out.

@@ -50,7 +50,7 @@ class EmbedOptions:
     caption_template: str = "{caption}"  # text that is embedded for a caption
     shard_size: int = 10_000  # most entries of the source a file; what an interruption can cost
     batch_size: int = 256  # examples embedded at once, over all devices
-    num_threads: int | None = None  # that decode; None is one per core
+    num_threads: int | None = None  # that decode; None is one per core, 16 at most
     task_index: int = 0  # number of this process, which takes its share (`inputs.shares_of`)
     num_tasks: int = 1  # processes
 
