@@ -148,7 +148,7 @@ def _measure_processes(captions: list[str], count: int) -> float:
 def _parse_share(captions: list[str], barrier: Barrier, answers: Any) -> None:
     from data_prep.captions.parse import load_parser, parse_captions
 
-    nlp = load_parser()  # for one of one's own no captions are remembered, as those of the warm-up
+    nlp = load_parser()  # our own remembers no captions, such as those of the warm-up
     parse_captions(captions[-_WARM_UP:], nlp=nlp)
     barrier.wait()
     start_secs = time.perf_counter()
