@@ -62,6 +62,12 @@ def test_greedy_soup_follows_the_rule(lower_is_better):
     np.testing.assert_allclose(soup.params["a"]["kernel"], expected, rtol=1e-6)
 
 
+def test_a_soup_is_not_chosen_by_what_is_not_a_number():
+    models, values = trees(3), iter([0.5, float("nan"), 0.6])
+    with pytest.raises(ValueError, match="m1: "):
+        greedy_soup(list(models), models.__getitem__, lambda _: next(values))
+
+
 def test_models_whose_ids_mean_other_words_are_not_averaged():
     models = trees(2)
     models["m1"] = dataclasses.replace(models["m1"], tokenizer=FileTokenizer(__file__, pad=""))

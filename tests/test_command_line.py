@@ -185,6 +185,17 @@ def test_what_is_wrong_is_one_line(capsys, arguments, named):
     assert status == 2 and named in text and len(text.splitlines()) == 1
 
 
+def test_a_tilde_behind_an_equals_sign_is_the_home_folder(monkeypatch, no_flags):
+    monkeypatch.setenv("HOME", "/home/\\1")  # a group to `re.sub`
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    for name in ("output", "input", "text"):
+        flags.DEFINE_string(name, None, "")
+    given = ["command", "--output=~/kept", "--input=~", "--text=~people"]
+    command_line.parse_flags(given)
+    assert flags.FLAGS.output == "/home/\\1/kept" and flags.FLAGS.input == "/home/\\1"
+    assert flags.FLAGS.text == "~people"
+
+
 def test_help_after_a_double_dash_is_an_argument(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     assert answer(capsys, "--help")[0] == 0

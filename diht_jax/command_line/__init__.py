@@ -137,7 +137,9 @@ def parse_flags(
 
     A wrong flag or config key exits with 2.
     """
-    given = list(argv)
+    # A shell expands the `~` of `--workdir ~/run`, but not that of `--config.output=~/kept`.
+    home = os.path.expanduser("~")
+    given = [re.sub(r"^--?[\w.]+=~(?=/|$)", lambda m: m[0][:-1] + home, each) for each in argv]
     try:
         if config_defaults is not None:
             defaults = config_defaults()

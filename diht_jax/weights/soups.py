@@ -8,6 +8,7 @@ comes, so that not all of them are in memory.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -119,7 +120,7 @@ def greedy_soup(
         The soup, and the decisions in their order.
 
     Raises:
-        ValueError: the models are not of one architecture.
+        ValueError: the models are not of one architecture, or one measures NaN.
     """
     sign = -1 if lower_is_better else 1
     first, alone = None, []
@@ -128,6 +129,8 @@ def greedy_soup(
         first = first or _without_values(model)
         check_same_architecture(first, model)
         alone.append(measure(model))
+        if math.isnan(alone[-1]):
+            raise ValueError(f"{name}: what the soup is chosen by is not a number for this model")
     order = sorted(range(len(names)), key=lambda i: -sign * alone[i])
     best, sums, size, trials = alone[order[0]], None, 0, []
     for i in order:
