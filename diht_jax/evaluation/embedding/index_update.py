@@ -40,6 +40,7 @@ from diht_jax.readers.base import SourceShard
 from diht_jax.records.schema import Pair
 from diht_jax.storage import files
 from diht_jax.storage.locks import lock_folder
+from diht_jax.storage.stores import is_remote
 
 # Pictures a part: what an interruption can cost.
 PART_ROWS = 10_000
@@ -213,7 +214,9 @@ def _write_part(
 
 
 def _unit(shard: SourceShard) -> str:
-    return f"{shard.kind}:{shard.path}[{shard.start}:{shard.stop}]{json.dumps(dict(shard.options))}"
+    # "photos/" is the folder "photos", and one that was moved is another, whose pictures are there.
+    path = shard.path if is_remote(shard.path) else os.path.abspath(shard.path)
+    return f"{shard.kind}:{path}[{shard.start}:{shard.stop}]{json.dumps(dict(shard.options))}"
 
 
 def _states(shard: SourceShard) -> dict[str, Any]:

@@ -129,6 +129,19 @@ def test_an_update_embeds_what_is_new_and_removes_what_is_gone(tiny_model, folde
     assert update(tiny_model, folder, tmp_path / "index").dropped == {}
 
 
+def test_a_folder_is_known_by_its_place(tiny_model, folder, tmp_path, monkeypatch):
+    assert update(tiny_model, folder, tmp_path / "index").added == 20
+    monkeypatch.chdir(tmp_path)
+    assert update(tiny_model, "pictures/", tmp_path / "index").kept == 20
+    (tmp_path / "moved").mkdir()
+    folder.rename(tmp_path / "moved/pictures")
+    monkeypatch.chdir("moved")
+    update(tiny_model, "pictures", tmp_path / "index")
+    index = PictureIndex(tmp_path / "index")
+    (hits,) = index.search(np.ones((1, tiny_model.embed_dim)), 20)
+    assert len(hits) == 20 and all(index.picture(*hit.place) for hit in hits)
+
+
 def test_a_name_that_is_not_utf8_does_not_end_an_update(tiny_model, folder, tmp_path):
     os.rename(os.fsencode(folder / "00.png"), os.fsencode(folder / "caf") + b"\xe9.png")
     assert update(tiny_model, folder, tmp_path / "index").added == 20
