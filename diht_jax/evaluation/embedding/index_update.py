@@ -35,7 +35,7 @@ from diht_jax.evaluation.embedding.picture_index import (
     read_manifests,
     write_part,
 )
-from diht_jax.readers import image_folder
+from diht_jax.readers import image_folder, registry
 from diht_jax.readers.base import SourceShard
 from diht_jax.records.schema import Pair
 from diht_jax.storage import files
@@ -222,10 +222,12 @@ def _unit(shard: SourceShard) -> str:
 def _states(shard: SourceShard) -> dict[str, Any]:
     """What shows that a shard was changed, or each picture of a folder, by its key.
 
-    Of a picture, size and time of change, or why it cannot be read.
+    Of a picture, size and time of change, or why it cannot be read; of a table, those that it names
+    as well.
     """
     if shard.kind != PICTURES:
-        return {"": shard.identity()}
+        identity, linked = shard.identity(), registry.describe_linked(shard)
+        return {"": identity if linked is None else [identity, linked]}
     states = {}
     for path, key, reason in image_folder.list_pictures(shard.path):
         if reason is None:

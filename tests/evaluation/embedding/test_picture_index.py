@@ -233,6 +233,17 @@ def test_shards_are_followed_by_their_identity(tiny_model, tmp_path):
         assert thumbnail.size == (160, 16)
 
 
+def test_pictures_that_a_table_names_are_followed(tiny_model, tmp_path):
+    for i in range(3):
+        write_picture(tmp_path / f"{i}.png", i)
+    table = tmp_path / "a.csv"
+    table.write_text("image,caption\n0.png,a\n1.png,b\n2.png,c\n")
+    assert update(tiny_model, table, tmp_path / "index").added == 3
+    assert update(tiny_model, table, tmp_path / "index").kept == 3
+    os.utime(tmp_path / "1.png", ns=(0, 12345))
+    assert update(tiny_model, table, tmp_path / "index").added == 3
+
+
 def test_other_work_and_damage_are_errors(tiny_model, folder, tmp_path):
     with pytest.raises(ValueError, match="--index=.*: no index; --input=SOURCE makes one"):
         PictureIndex(tmp_path / "index")
