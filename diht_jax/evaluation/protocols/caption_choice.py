@@ -85,7 +85,7 @@ def run(task: Task, encoder: Encoder) -> Measured:
     template, ties = task.prompt, task.options.get("ties", "wrong")
     encoded = encoder.images(questions_of)
     asked = [
-        (image, picture, question)
+        (image, image if picture is None else picture, question)
         for image, (picture, questions) in enumerate(encoded.notes)
         for question in questions
     ]
@@ -132,12 +132,12 @@ def run(task: Task, encoder: Encoder) -> Measured:
     )
 
 
-def questions_of(pair: Pair) -> tuple[str, list[Question]]:
+def questions_of(pair: Pair) -> tuple[str | None, list[Question]]:
     """The picture of a pair and the questions on it; raises `UnusablePair` where there is none.
 
     `metadata["questions"]` lists them, with `captions` and maybe `group`, and
-    `metadata["picture"]` names the picture, where it is not the key. Without questions there is
-    one, on all captions of the pair, of which the first is the right one.
+    `metadata["picture"]` names the picture; without it, the pair has one of its own. Without
+    questions there is one, on all captions of the pair, of which the first is the right one.
     """
     alone = {"captions": pair.metadata.get("captions") or [pair.caption]}
     stated = pair.metadata.get("questions")
@@ -152,7 +152,7 @@ def questions_of(pair: Pair) -> tuple[str, list[Question]]:
     questions = [question for question in questions if len(question.captions) > 1]
     if not questions:
         raise UnusablePair("no_wrong_caption")
-    return pair.metadata.get("picture", pair.key), questions
+    return pair.metadata.get("picture"), questions
 
 
 def _distinct_texts(model: EmbeddingModel, texts: Sequence[str]) -> tuple[list[str], np.ndarray]:

@@ -205,17 +205,21 @@ def test_orders_count_equal_captions_as_right_and_others_as_wrong(tmp_path):
 
 
 def test_captions_of_any_source_are_choices_whose_first_is_right(tmp_path):
-    members, hits = {}, []
+    tars, hits = ({}, {}), []  # with the same keys
     for number in range(9):
         captions = [f"right {number}", f"wrong {number}"]
         sidecar = json.dumps({"captions": captions}).encode()
-        members |= {f"{number}.png": png(number), f"{number}.json": sidecar}
+        key = str(number // 2)
+        tars[number % 2].update({f"{key}.png": png(number), f"{key}.json": sidecar})
         image = _embed_picture(io.BytesIO(png(number)))
         right, wrong = (embed(text.encode()) @ image for text in captions)
         hits.append(right > wrong)
-    (task,) = parse_tasks(f"caption_choice:{write_tar(tmp_path / 'a.tar', members)}")
-    metrics = evaluate_task(HashedModel(), task, batch_size=8)["metrics"]
-    assert metrics == {"accuracy": pytest.approx(np.mean(hits))} and 0 < np.mean(hits) < 1
+    for number, members in enumerate(tars):
+        write_tar(tmp_path / f"{number}.tar", members)
+    (task,) = parse_tasks(f"caption_choice:{tmp_path}/*.tar")
+    result = evaluate_task(HashedModel(), task, batch_size=8)
+    assert result["metrics"] == {"accuracy": pytest.approx(np.mean(hits))} and 0 < np.mean(hits) < 1
+    assert result["counts"]["pictures"] == 9
 
 
 def test_other_questions_in_the_metadata_name_their_record():
