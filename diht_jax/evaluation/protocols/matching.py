@@ -40,12 +40,12 @@ def run_winoground(task: Task, encoder: Encoder) -> Measured:
     Examples of which an image cannot be used are left out. Items are the examples.
     """
 
-    def describe(pair: Pair) -> tuple[str, int, str]:
+    def describe(pair: Pair) -> tuple[int, int, str]:
         text = fill_caption_template(task.prompt, pair.caption)
         return pair.metadata["example"], pair.metadata["side"], text
 
     encoded = encoder.images(describe)
-    sides: dict[str, dict[int, int]] = defaultdict(dict)
+    sides: dict[int, dict[int, int]] = defaultdict(dict)
     for row, (example, side, _) in enumerate(encoded.notes):
         sides[example][side] = row
     complete = [(rows[0], rows[1]) for rows in sides.values() if len(rows) == 2]

@@ -111,13 +111,14 @@ def winoground_units(
 ) -> Units:
     """Both images of every example of Winoground (arXiv 2204.03162), one after the other.
 
-    The caption is the image's own; `metadata` holds `example` (its `id`) and `side` (0 or 1).
+    The caption is the image's own; `metadata` holds `example` (number of its row) and `side` (0 or
+    1).
     """
     items = []
     for number, row in enumerate(read_rows(path, "Winoground's examples.jsonl")):
         check_texts(path, number, row, ("image_0", "image_1", "caption_0", "caption_1"))
         for side in (0, 1):
-            metadata = {"example": str(row.get("id", number)), "side": side}
+            metadata = {"example": number, "side": side}
             pair = Pair(f"{number}_{side}", b"", row[f"caption_{side}"], metadata)
             items.append((_file_name(image_name, row[f"image_{side}"]), [pair]))
     return picture_units(image_root or join(os.path.dirname(path), "images"), items)

@@ -73,18 +73,18 @@ def _write(path, rows):
 
 
 def _winoground(folder):
-    rows = [
+    rows = [  # of two files that were joined, which have the same ids
         {"id": 7, "caption_0": "a", "caption_1": "b", "image_0": "0", "image_1": "1"},
-        {"id": 8, "caption_0": "c", "caption_1": "d", "image_0": "2", "image_1": "3"},
+        {"id": 7, "caption_0": "c", "caption_1": "d", "image_0": "2", "image_1": "3"},
         {"id": 9, "caption_0": "e", "caption_1": "f", "image_0": "4", "image_1": "none"},
     ]
     return _write(folder / "examples.jsonl", rows)
 
 
 def test_winoground_scores(folder, photos):
-    # Example 7: image 0 prefers its own a (.9 > .5), image 1 its own b (.8 > .6): text is right.
+    # Example 0: image 0 prefers its own a (.9 > .5), image 1 its own b (.8 > .6): text is right.
     #            a prefers image 0 (.9 > .6), b image 1 (.8 > .5): image is right.
-    # Example 8: image 2 has c .5 > d .4, image 3 has d .9 > c .7: text is right;
+    # Example 1: image 2 has c .5 > d .4, image 3 has d .9 > c .7: text is right;
     #            c prefers the wrong image 3 (.7 > .5): image is wrong.
     model = _oracle(
         photos,
