@@ -230,6 +230,9 @@ def test_winogavil_from_its_csv(tmp_path, photos):
     assert result["counts"]["games"] == 2 and result["counts"]["incomplete_games"] == 1
     assert result["counts"]["images"] == 4 and result["counts"]["dropped"] == {"no_image": 1}
     assert set(result["metrics"]) == {"jaccard", "jaccard_5_6"}
+    file.write_text(f'{header}\n0,"[{quoted[0]}, {quoted[1]}]",bald,"[{quoted[2]}]"')
+    with pytest.raises(ValueError, match="row 0: expected a cue, and associations that are some"):
+        evaluate_task(make.HashedModel(), task)
     file.write_text(f"{header}\n0,eagle,bald,eagle")
     with pytest.raises(ValueError, match="row 0: expected a JSON list of images as 'candidates'"):
         evaluate_task(make.HashedModel(), task)

@@ -137,9 +137,11 @@ def winogavil_units(
     for number, row in enumerate(read_csv(path, "WinoGAViL's winogavil_dataset.csv")):
         candidates = _read_images(path, number, row, "candidates")
         associations = _read_images(path, number, row, "associations")
-        if not row.get("cue") or not 0 < len(associations) < len(candidates):
+        is_part = set(associations) < set(candidates)
+        if not row.get("cue") or not associations or not is_part:
             raise ValueError(
-                f"{path}: row {number}: expected a cue, and fewer associations than candidates"
+                f"{path}: row {number}: expected a cue, and associations that are some of the "
+                "candidates"
             )
         for image in candidates:
             game = {
