@@ -100,9 +100,16 @@ def evaluate_few_shot(
         `measure_few_shot`.
 
     Raises:
-        ValueError: a source cannot be read, or has other classes or too few images.
+        ValueError: a source cannot be read, or has other classes, another label field than that of
+            the test, or too few images.
     """
     options, batching = options or FewShotOptions(), batching or Batching()
+    for task in (train, validation or train):
+        if task.label_field not in (None, test.label_field):
+            raise ValueError(
+                f"{task.source}: label={task.label_field}, and the test has its labels in "
+                f"'{test.label_field or 'label'}'; all splits need them in one field"
+            )
     start = time.perf_counter()
     tasks = [train, *([validation] if validation else []), test]
     splits, zero_shot = _embed(model, tasks, batching)

@@ -11,10 +11,12 @@ from diht_jax.evaluation.few_shot import (
     FewShotData,
     FewShotOptions,
     draw_shots,
+    evaluate_few_shot,
     measure_few_shot,
     split_by_class,
 )
 from diht_jax.evaluation.linear_probe import LabelledEmbeddings, ProbeSettings, fit_probes
+from diht_jax.evaluation.protocols.base import Task
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.fewshot import task_text
 from tests import make
@@ -137,6 +139,13 @@ def test_the_command_writes_numbers_and_plot(workdir, tmp_path, capsys):
     assert "zero-shot" in capsys.readouterr().out
     with Image.open(tmp_path / "out" / "few.png") as plot:
         assert plot.width > 800
+
+
+@pytest.mark.parametrize("label, field", [(None, "'label'"), ("kind", "'kind'")])
+def test_splits_have_their_labels_in_one_field(label, field):
+    train, test = (Task("x", "classification", "a.tar", label_field=f) for f in ("shape", label))
+    with pytest.raises(ValueError, match=f"a.tar: label=shape, and the test .* in {field}"):
+        evaluate_few_shot(make.HashedModel(), train, test)
 
 
 def parsed(task, source="train.tar", **defaults):
