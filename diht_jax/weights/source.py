@@ -46,7 +46,12 @@ from diht_jax.weights.tensor_files import (
     read_metadata,
     read_tensors,
 )
-from diht_jax.weights.tokenizer_file import TOKENIZER_FILES, read_cleaning, read_tokenizer
+from diht_jax.weights.tokenizer_file import (
+    TOKENIZER_FILES,
+    is_copy,
+    read_cleaning,
+    read_tokenizer,
+)
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 HUGGINGFACE_CONFIG = "config.json"
@@ -303,8 +308,10 @@ def _read_huggingface(folder: pathlib.Path) -> Settings:
             "transformers, which needs it"
         )
     arch = huggingface.read_architecture(read_config(path), str(path))
-    has_clips = arch.vocab_size == tokenizer.VOCAB_SIZE or _has_our_merges(
-        folder / HUGGINGFACE_MERGES, arch.vocab_size
+    # A vocabulary of CLIP's size is CLIP's, but where an export of ours has another tokenizer.
+    has_clips = not is_copy(os.listdir(folder)) and (
+        arch.vocab_size == tokenizer.VOCAB_SIZE
+        or _has_our_merges(folder / HUGGINGFACE_MERGES, arch.vocab_size)
     )
     own = None if has_clips else read_tokenizer(folder)
     kind = "Siglip" if huggingface.model_type(arch) == "siglip" else "CLIP"

@@ -26,7 +26,7 @@ from diht_jax.records.schema import Pair, Record
 from diht_jax.training.loop import train
 from diht_jax.training.workdir.saved_run import keep_tokenizer, open_tokenizer
 from diht_jax.weights.export import write_model
-from diht_jax.weights.source import ModelFiles
+from diht_jax.weights.source import ModelFiles, read_weights
 from diht_jax.weights.tokenizer_file import copy_tokenizer, read_cleaning, read_tokenizer
 from tests import make
 from tests.data_prep.filtering.jobs import job_config
@@ -274,16 +274,26 @@ def test_transformers_reads_the_tokenizer_of_an_export(model, inputs, tmp_path):
     np.testing.assert_array_equal(found, other(inputs[0], **options).input_ids)
 
 
-def test_open_clip_reads_the_tokenizer_of_an_export(xlm, tmp_path):
-    open_clip = pytest.importorskip("open_clip")
-    overrides = {"vocab_size": 400, "context_length": LENGTH}
+def write_drawn(folder, format, made, vocab_size):
+    overrides = {"vocab_size": vocab_size, "context_length": LENGTH}
     config = make.tiny_config()
     arch = get_architecture("tiny_32px", config.model.overrides.to_dict() | overrides)
     params = make.draw_parameters(ModelDefinition(arch, "float32", "float32").init_params)
+    write_model(folder, format, ModelFiles(arch, params, "drawn", tokenizer=made), card="")
+
+
+@pytest.mark.parametrize("format", ["huggingface", "safetensors"])
+def test_another_tokenizer_with_a_vocabulary_of_clips_size_comes_back(xlm, format, tmp_path):
     made = read_tokenizer(xlm, "canonicalize")
+    write_drawn(tmp_path / "out", format, made, tokenizer.VOCAB_SIZE)
+    found = read_weights(tmp_path / "out").tokenizer
+    assert found is not None and found.describe() == made.describe()
+
+
+def test_open_clip_reads_the_tokenizer_of_an_export(xlm, tmp_path):
+    open_clip = pytest.importorskip("open_clip")
     folder = tmp_path / "out"
-    drawn = ModelFiles(arch, params, "drawn", tokenizer=made)
-    write_model(folder, "open_clip", drawn, card="")
+    write_drawn(folder, "open_clip", read_tokenizer(xlm, "canonicalize"), 400)
     captions = make_captions(300)
     expected = open_clip.get_tokenizer(f"local-dir:{folder}")(captions).numpy()
     np.testing.assert_array_equal(load_model(folder).tokenize(captions), expected)
