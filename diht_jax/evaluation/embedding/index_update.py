@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -87,6 +88,13 @@ def update_index(
     """
     files.refuse_url(folder, "--index")
     folder, processes, removed = pathlib.Path(folder), processes or Processes(), 0
+    # Of no use here are the numbers of classes, which change where a class comes before them.
+    shards = [
+        dataclasses.replace(shard, options={**shard.options, "label": 0})
+        if "label" in shard.options
+        else shard
+        for shard in shards
+    ]
     settings = {
         "index": LAYOUT,
         "model_sha256": model.fingerprint(),

@@ -233,6 +233,14 @@ def test_shards_are_followed_by_their_identity(tiny_model, tmp_path):
         assert thumbnail.size == (160, 16)
 
 
+def test_a_class_that_is_added_leaves_the_others_as_they_are(tiny_model, tmp_path):
+    for i, name in enumerate(["b", "c", "a"]):
+        (tmp_path / "classes" / name).mkdir(parents=True)
+        write_picture(tmp_path / "classes" / name / "0.png", i)
+        done = update(tiny_model, tmp_path / "classes", tmp_path / "index")
+        assert (done.added, done.removed, done.kept) == (1, 0, i)
+
+
 def test_pictures_that_a_table_names_are_followed(tiny_model, tmp_path):
     for i in range(3):
         write_picture(tmp_path / f"{i}.png", i)
