@@ -28,9 +28,9 @@ from diht_jax.weights.settings import read_config
 TOKENIZER_JSON, _CONFIG = "tokenizer.json", "tokenizer_config.json"
 SIGLIP_MODEL, _SIGLIP = "spiece.model", "SiglipTokenizer"
 _MODEL_FILES = (TOKENIZER_JSON, SIGLIP_MODEL)
-TOKENIZER_FILES = (*_MODEL_FILES, _CONFIG, "special_tokens_map.json")
 # Of a copy: what was read of the configs in the folder that it is of.
 _SETTINGS = "tokenizer_settings.json"
+TOKENIZER_FILES = (*_MODEL_FILES, _CONFIG, "special_tokens_map.json", _SETTINGS)
 _DESCRIBED = "described"  # there, with a hash of the file
 
 START_OF_TEXT, END_OF_TEXT = "<|startoftext|>", "<|endoftext|>"

@@ -26,7 +26,7 @@ from diht_jax.records.schema import Pair, Record
 from diht_jax.training.loop import train
 from diht_jax.training.workdir.saved_run import keep_tokenizer, open_tokenizer
 from diht_jax.weights.export import write_model
-from diht_jax.weights.source import ModelFiles, read_weights
+from diht_jax.weights.source import ModelFiles, choose_files, read_weights
 from diht_jax.weights.tokenizer_file import copy_tokenizer, read_cleaning, read_tokenizer
 from tests import make
 from tests.data_prep.filtering.jobs import job_config
@@ -286,8 +286,12 @@ def write_drawn(folder, format, made, vocab_size):
 def test_another_tokenizer_with_a_vocabulary_of_clips_size_comes_back(xlm, format, tmp_path):
     made = read_tokenizer(xlm, "canonicalize")
     write_drawn(tmp_path / "out", format, made, tokenizer.VOCAB_SIZE)
-    found = read_weights(tmp_path / "out").tokenizer
-    assert found is not None and found.describe() == made.describe()
+    (tmp_path / "hub").mkdir()
+    for name in choose_files([path.name for path in (tmp_path / "out").iterdir()]):
+        shutil.copy(tmp_path / "out" / name, tmp_path / "hub")
+    for folder in ("out", "hub"):
+        found = read_weights(tmp_path / folder).tokenizer
+        assert found is not None and found.describe() == made.describe()
 
 
 def test_open_clip_reads_the_tokenizer_of_an_export(xlm, tmp_path):
