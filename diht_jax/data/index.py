@@ -114,9 +114,9 @@ def update_index(
     Args:
         overwrite: scan all shards, also those that an index describes.
         vocabulary: what all shards are labelled with (`Vocabulary.describe`); None looks at
-            their statistics, if the folder has a vocabulary.
-        labels: what `labels.shards.describe_labels` states of shards of labels; None keeps what an
+            their statistics, if the folder has a vocabulary; of shards of labels it keeps what an
             older index states.
+        labels: what `labels.shards.describe_labels` states of shards of labels; None likewise.
 
     Raises:
         ValueError: there is no shard, or some are broken (the others need not be read again), or
@@ -130,6 +130,8 @@ def update_index(
         for part in work.glob(f"*{INDEX_SUFFIX}") if overwrite else ():
             part.unlink()  # it may be of an `.idx`
         labels = labels or (old.labels if old else {})
+        if labels and old and vocabulary is None:  # nothing else in their folder states it
+            vocabulary = old.vocabulary
         old = None if overwrite else old
         changes, rows = [], {}
         if old:

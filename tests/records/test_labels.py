@@ -183,6 +183,14 @@ def test_a_mixture_partly_in_a_store(folders, tmp_path):
         np.testing.assert_array_equal(found.object_ids, expected.object_ids)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_index_of_labels_that_is_made_again_knows_their_vocabulary(tmp_path, overwrite):
+    labels = write_folders(tmp_path) / "labels"
+    (labels / "labels/squares-00000.tfrecord").unlink()
+    assert update_index(labels / "labels", overwrite=overwrite).num_shards == len(LENGTHS) - 1
+    assert find_train_vocabulary(str(labels)) == VOCABULARY
+
+
 def test_records_with_labels_but_no_vocabulary_are_no_source_of_a_mixture(folders, tmp_path):
     shutil.copytree(folders / "merged", tmp_path / "copied")
     sources = {
