@@ -288,7 +288,7 @@ class OpenShard:
             offsets = cls.index.scan(shard.path)
             try:
                 cls.index.write(shard.path, offsets, size)
-            except OSError:
+            except Exception:  # a web server refuses by an error of its client's own
                 return len(offsets), size, offsets
         return len(offsets), size, None
 

@@ -119,12 +119,14 @@ def test_pickled_and_read_by_threads(tmp_path, monkeypatch):
         assert list(pool.map(source.__getitem__, order)) == [expected[i] for i in order]
 
 
-def test_missing_index_stays_in_memory_on_a_read_only_disk(tmp_path, monkeypatch):
+# Of a disk, and of a web server, whose client has errors of its own.
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), RuntimeError("405")])
+def test_missing_index_stays_in_memory_where_it_cannot_be_written(tmp_path, monkeypatch, error):
     path = make.write_shard(tmp_path / "a.tfrecord", _RECORDS)
     _index(path).unlink()
 
     def refuse(*_):
-        raise PermissionError(13, "Permission denied")
+        raise error
 
     # Tests may run as root, whom no permission stops.
     monkeypatch.setattr(ShardIndex, "write", refuse)
