@@ -164,7 +164,7 @@ def relative_input(path: str, folder: str) -> str:
     Both may then be copied elsewhere together.
     """
     (system, path_there), (own, folder_there) = _split(path), _split(folder)
-    return posixpath.relpath(path_there, folder_there) if system == own else path
+    return posixpath.relpath(path_there, folder_there) if system == own else system + path_there
 
 
 def _split(path: str) -> tuple[str, str]:

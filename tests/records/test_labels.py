@@ -6,6 +6,7 @@ The truth is the same labels written into the records themselves.
 import collections
 import dataclasses
 import functools
+import os
 import pickle
 import shutil
 
@@ -36,7 +37,11 @@ from diht_jax.records.labels.shards import (
 from diht_jax.records.schema import CONCEPT_FIELDS
 from diht_jax.records.shard_files import DamagedRecordError
 from diht_jax.records.shard_files import read_records as read_tfrecords
-from diht_jax.records.train_data import find_inputs, open_records, relative_input
+from diht_jax.records.train_data import (
+    find_inputs,
+    open_records,
+    relative_input,
+)
 from diht_jax.records.vocabulary import (
     ConceptList,
     Vocabulary,
@@ -386,6 +391,7 @@ def test_a_checkpoint_knows_the_labels(folders, tmp_path):
 def test_labels_find_their_records_when_both_were_moved(folders, tmp_path):
     assert relative_input("s3://x/a/kept", "s3://x/labels") == "../a/kept"
     assert relative_input("gs://x/kept", "/labels") == "gs://x/kept"
+    assert relative_input("kept", "gs://x/labels") == os.path.abspath("kept")
     shutil.copytree(folders, tmp_path / "elsewhere")
     assert find_inputs(str(tmp_path / "elsewhere/labels")) == [str(tmp_path / "elsewhere/plain")]
     assert find_inputs(str(folders / "plain")) is None
