@@ -150,7 +150,9 @@ def find_inputs(folder: str) -> list[str] | None:
 
 def resolve_source(source: TrainSource) -> TrainSource:
     """A source whose path is a folder of labels alone, as the records that these belong to."""
-    if source.labels or not isinstance(source.path, str) or is_glob(source.path):
+    if source.labels or not isinstance(source.path, str):
+        return source
+    if is_remote(source.path) and is_glob(source.path):  # a local folder may have brackets
         return source
     inputs = find_inputs(source.path)
     return (

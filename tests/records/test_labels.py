@@ -40,7 +40,9 @@ from diht_jax.records.shard_files import read_records as read_tfrecords
 from diht_jax.records.train_data import (
     find_inputs,
     open_records,
+    parse_train,
     relative_input,
+    resolve_source,
 )
 from diht_jax.records.vocabulary import (
     ConceptList,
@@ -392,6 +394,7 @@ def test_labels_find_their_records_when_both_were_moved(folders, tmp_path):
     assert relative_input("s3://x/a/kept", "s3://x/labels") == "../a/kept"
     assert relative_input("gs://x/kept", "/labels") == "gs://x/kept"
     assert relative_input("kept", "gs://x/labels") == os.path.abspath("kept")
-    shutil.copytree(folders, tmp_path / "elsewhere")
-    assert find_inputs(str(tmp_path / "elsewhere/labels")) == [str(tmp_path / "elsewhere/plain")]
+    shutil.copytree(folders, tmp_path / "run[3]")
+    (source,) = parse_train(str(tmp_path / "run[3]/labels"))
+    assert resolve_source(source).path == [str(tmp_path / "run[3]/plain")]
     assert find_inputs(str(folders / "plain")) is None
