@@ -156,7 +156,10 @@ class TarWriter(RecordWriter):
         self._offsets.append(self._tar.offset)
         metadata = dict(record.metadata) | {"key": record.key}
         text = json.dumps(metadata, sort_keys=True, allow_nan=False)
-        members = {extension: record.image, "txt": record.caption.encode(), "json": text.encode()}
+        # Readers take one byte order mark off a text; one of the caption's own stays.
+        codec = "utf-8-sig" if record.caption.startswith("\ufeff") else "utf-8"
+        caption = record.caption.encode(codec)
+        members = {extension: record.image, "txt": caption, "json": text.encode()}
         headers = state_checksums(members)
         for name, contents in members.items():
             info = tarfile.TarInfo(f"{stem}.{name}")

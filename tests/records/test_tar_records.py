@@ -187,6 +187,13 @@ def test_webdataset_reads_every_record(tmp_path):
     assert [record.metadata for record in ours] == [metadata] * len(keys)
 
 
+def test_captions_that_begin_with_a_byte_order_mark_stay_what_they_are(tmp_path):
+    metadata = {"captions": ["\ufeffa fox", "a cup"], "caption_kinds": ["synthetic", "alt"]}
+    records = [Record("a", JPEG, "\ufeffa fox", metadata), Record("b", JPEG, "\ufeff", {})]
+    source = open_records(str(make.write_shard(tmp_path / "a.tar", records)))
+    assert [source.decode(element) for element in source] == records
+
+
 def test_equal_records_give_equal_bytes(tmp_path):
     records = [Pair(str(number), PNG, "c", {"b": 1, "a": 2}) for number in range(3)]
     one, other = (make.write_shard(tmp_path / f"{n}.tar", records).read_bytes() for n in "ab")
