@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -97,10 +97,10 @@ def clean_text(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
 
 
-def find_name(names: Iterable[str], wanted: Sequence[str]) -> str | None:
+def find_name(names: Collection[str], wanted: Sequence[str]) -> str | None:
     """The first of the wanted names that is there in any case; None where there is none."""
     present = {name.strip().lower(): name for name in names}
-    present |= {name: name for name in present.values()}  # "text" before "TEXT"
+    present |= {name: name for name in names}  # "text" before "TEXT"
     return next((present[name] for name in wanted if name in present), None)
 
 

@@ -190,6 +190,13 @@ def test_columns_of_all_tables_are_found_by_the_same_names(tmp_path, form, image
         assert read_entries(str(tmp_path / name)) == [expected]
 
 
+@pytest.mark.parametrize("names", [("text", "TEXT"), ("TEXT", "text")])
+def test_of_columns_that_differ_in_case_alone_the_usual_one_is_read(tmp_path, names):
+    (tmp_path / "a.png").write_bytes(PNG)
+    write_table(tmp_path / "t.jsonl", "jsonl", {"image": "a.png"} | {name: name for name in names})
+    assert [pair.caption for pair in read_entries(str(tmp_path / "t.jsonl"))] == ["text"]
+
+
 @pytest.mark.parametrize("delimiter", [",", "\t", ";"])
 def test_the_header_shows_what_separates_the_fields_of_a_csv(tmp_path, delimiter):
     (tmp_path / "a.png").write_bytes(PNG)
