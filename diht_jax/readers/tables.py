@@ -301,7 +301,7 @@ def _read_lines(path: str, file: BinaryIO, stop: int | None = None) -> Iterator[
 
 FORMAT = Format(
     suffixes=TABLE_SUFFIXES,
-    named_only=(".json",),
+    named_only=(".json", ".samples.tsv"),  # the second: what the filter keeps next to a shard
     list_shards=list_table_shards,
     options=TableOptions,
     read=read_table,

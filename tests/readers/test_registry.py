@@ -93,6 +93,9 @@ def test_parquet_with_images(tmp_path):
     tar = write_tar(tmp_path / "00000.tar", [("k.png", PNG), ("k.txt", b"text")])
     for spec in (str(tmp_path), str(tmp_path / "0*")):
         assert [shard.path for shard in list_shards(spec)] == [tar]
+    # Nor is a table what the filter keeps next to a shard.
+    (tmp_path / "00000.tar.samples.tsv").write_text("kept\t0\t{}\n")
+    assert [shard.path for shard in list_shards(str(tmp_path))] == [tar]
 
 
 def test_nothing_or_too_much_found(tmp_path):
