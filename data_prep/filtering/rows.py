@@ -65,7 +65,7 @@ def filter_rows(
         source.options.get(name, config.source[name]) for name in ("caption_column", "key_column")
     )
     columns = parse_columns(config.caption_columns, "config.caption_columns")
-    captions, keys = [caption, *columns], [key, "key", "uid"]
+    captions, keys = [caption, "captions", *columns], [key, "key", "uid"]
     numbers = itertools.count()
 
     def keep(candidate: Candidate, log: ShardLog) -> int:

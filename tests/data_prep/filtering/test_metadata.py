@@ -95,7 +95,7 @@ def test_lines_are_kept_byte_for_byte(tmp_path):
         '{"caption": "sunset"}',
         "",
         '{"url": "u"}',
-        '{"caption": "Dog wearing sunglasses"}',
+        '{"caption": "sunset", "captions": ["sunset", "Dog wearing sunglasses"]}',
     ]
     (tmp_path / "t.jsonl").write_text("\n".join(lines))  # without a line break at the end
     assert run_filter(_config(str(tmp_path / "t.jsonl"), tmp_path / "out")) == {}
