@@ -25,7 +25,13 @@ from data_prep.jobs import shards
 from data_prep.jobs.engine import Report, WorkRecord
 from data_prep.steps.base import Candidate, Step
 from diht_jax.readers.base import ColumnOptions, Skipped, SourceShard, find_columns
-from diht_jax.readers.parquet import BadRow, batch_rows, explain_errors, open_parquet
+from diht_jax.readers.parquet import (
+    BadRow,
+    batch_rows,
+    clean_row,
+    explain_errors,
+    open_parquet,
+)
 from diht_jax.readers.registry import list_shards
 from diht_jax.records.samples import clean_text, parse_columns, pick_captions
 from diht_jax.records.schema import Pair
@@ -115,7 +121,7 @@ def _make_pair(
     )
     if not texts:
         return Skipped(key, "no_caption", "")
-    return Pair(key, b"", texts[0], {**row, "captions": texts})
+    return Pair(key, b"", texts[0], {**clean_row(row), "captions": texts})
 
 
 def _filter_parquet(

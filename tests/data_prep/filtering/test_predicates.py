@@ -1,9 +1,13 @@
 """Conditions on the metadata: the language against SQLite, and what the filter does with them."""
 
+import datetime
+import decimal
 import json
 import random
 import sqlite3
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from data_prep.decisions.report import read_report
@@ -91,6 +95,19 @@ _ROWS = [
     {"caption": "a red car", "punsafe": 0.2, "pwatermark": 0.2},
 ]
 _REQUIRE = ("punsafe  < 0.5", "pwatermark < 0.5")
+
+
+def test_decimals_and_dates_of_a_table_are_compared(tmp_path):
+    scores = [decimal.Decimal("0.1"), decimal.Decimal("0.9")]
+    days = [datetime.date(2021, 1, 2)] * 2
+    table = pyarrow.table({"caption": ["a dog runs"] * 2, "punsafe": scores, "day": days})
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+    require = ("punsafe < 0.5", "day > '2020-12-31'")
+    config = job_config(
+        str(tmp_path / "t.parquet"), tmp_path / "out", "metadata", predicates__require=require
+    )
+    assert run_filter(config) == {}
+    assert pyarrow.parquet.read_table(tmp_path / "out" / "t.parquet").equals(table[:1])
 
 
 @pytest.mark.parametrize(("missing", "kept"), [("drop", [0]), ("keep", [0, 3])])
