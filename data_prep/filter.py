@@ -243,7 +243,7 @@ def _write_output(job: Job, found: Survey) -> tuple[dict[str, str], list[ShardTa
             missing |= plan.find_undecided(outputs)
             if missing:
                 return {}, [task for task, _ in parts if task.output in missing]
-        elif not config.metadata_only:  # as training reads them: in the order of their names
+        else:  # as training, and a replay, reads them: in the order of their names
             parts = sorted(parts, key=lambda part: part[0].output)
         report = _gather(job, found, outputs)
         if not report["counts"]["kept"] and not config.metadata_only:

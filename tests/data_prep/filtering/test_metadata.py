@@ -138,10 +138,13 @@ def test_a_table_in_capitals_that_states_its_own_columns_is_replayed(tmp_path):
     )
     pyarrow.parquet.write_table(table, tmp_path / "A.PARQUET")
     source = f"{tmp_path}/A.PARQUET?caption_column=title&key_column=id"
-    assert run_filter(_config(source, tmp_path / "out")) == {}
+    (tmp_path / "b.jsonl").write_text('{"caption": "a man riding a horse", "key": "z"}\n')
+    assert run_filter(_config(f"{tmp_path}/b.jsonl,{source}", tmp_path / "out")) == {}
     assert pyarrow.parquet.read_table(tmp_path / "out" / "A.PARQUET").equals(table.slice(0, 1))
-    assert (tmp_path / "out" / "kept_keys.txt").read_text() == "q\n"
-    assert Replay(str(tmp_path / "out")).run().funnel.kept == 1
+    # In the order of the names, whatever that of the inputs is.
+    assert (tmp_path / "out" / "kept_keys.txt").read_text() == "q\nz\n"
+    assert Replay(str(tmp_path / "out")).run(str(tmp_path / "lists")).funnel.kept == 2
+    assert (tmp_path / "lists" / "kept_keys.txt").read_text() == "q\nz\n"
 
 
 def test_a_table_of_others_is_not_overwritten(tmp_path):
