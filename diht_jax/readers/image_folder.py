@@ -35,6 +35,7 @@ _SPLITS = frozenset(
 )
 _PICTURES = (*FOLDER_EXTENSIONS, *UNSUPPORTED_EXTENSIONS)
 _SAMPLES_PER_SHARD = 10_000
+_STATS = "_stats.json"  # of img2dataset, about the folder next to it
 
 
 class FolderLayoutError(ValueError):
@@ -116,7 +117,8 @@ def _read_sample(shard: SourceShard, key: str, names: list[str]) -> Pair | Skipp
 def _list_samples(folder: str) -> dict[str, list[str]]:
     """Names of pictures and texts in a folder by their common stem, both sorted."""
     with os.scandir(folder) as entries:
-        names = sorted(e.name for e in entries if e.name[0] != "." and not os.path.isdir(e))
+        files = (e for e in entries if not os.path.isdir(e.path.removesuffix(_STATS)))
+        names = sorted(e.name for e in files if e.name[0] != ".")
     samples: dict[str, list[str]] = {}
     for name in names:
         if _extension(name) in (*_PICTURES, *TEXT_EXTENSIONS):

@@ -184,7 +184,8 @@ def test_captions_in_files_give_the_pairs_of_the_packed_tar(tmp_path):
     }
     for name, data in members.items():
         _write(tmp_path / "files", name, data=data)
-    # img2dataset's description of a folder.
+    # img2dataset's description of a folder, and what it counted there.
+    _write(tmp_path / "files", "0_stats.json", data=b'{"count": 2}')
     pyarrow.parquet.write_table(pyarrow.table({"key": ["a"]}), tmp_path / "files" / "0.parquet")
     entries = read_entries(str(tmp_path / "files"))
     assert entries == read_entries(write_tar(tmp_path / "a.tar", members))
