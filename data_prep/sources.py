@@ -251,9 +251,13 @@ def _plain_path(path: str) -> str:
 def read_download_stats(source: SourceShard) -> dict[str, Any] | None:
     """The `COUNTS` of a shard that img2dataset downloaded, and its outcomes ("status_dict").
 
+    Those of a folder of pictures come with its first part.
+
     Raises:
         ValueError: the file is damaged.
     """
+    if source.start:
+        return None
     path = f"{_stem(source.path)}_stats.json"
     try:
         stats = json.loads(files.read_bytes(path))

@@ -10,6 +10,7 @@ import pytest
 
 from data_prep.decisions.report import read_report
 from data_prep.filter import run_filter
+from data_prep.sources import read_download_stats
 from diht_jax.readers.base import Skipped, SourceShard
 from diht_jax.readers.registry import read_pairs
 from diht_jax.records.formats import TFRecordWriter
@@ -86,6 +87,13 @@ def test_tars_with_statistics_and_metadata(tmp_path, with_json):
     assert read_report(tmp_path / "out")["download"] == {
         k: v for k, v in _STATS.items() if k != "duration"
     }
+
+
+def test_statistics_of_a_folder_come_with_its_first_part(tmp_path):
+    (tmp_path / "00000_stats.json").write_text(json.dumps(_STATS))
+    parts = [SourceShard("caption_files", str(tmp_path / "00000"), i, i + 2) for i in (0, 2)]
+    first, second = map(read_download_stats, parts)
+    assert first is not None and (first["count"], second) == (4, None)
 
 
 def test_parquet_with_images(tmp_path):
