@@ -23,6 +23,7 @@ from data_prep import captions
 from data_prep.captions.graph import GATE_REASONS, CaptionGraph
 from data_prep.steps.base import IMAGE_ERROR, Candidate, Columns, Step
 from data_prep.text_spotting import settings as spotter_settings
+from data_prep.text_spotting.match import SURE
 from data_prep.text_spotting.ocr import resolve_for_networks
 from data_prep.text_spotting.readings import longest_match
 from data_prep.text_spotting.spotter import TextSpotter, Verdict, open_spotter
@@ -306,6 +307,8 @@ class TextStep(Step):
             least = np.float32(new.min_confidence)
             is_sure = (columns.numbers("match_confidence") >= least) & ~several
             unknown |= dropped & ~is_sure
+            # Lines that are sure speak against a match, but only where they count.
+            unknown |= new.weigh_words and max(old.min_confidence, new.min_confidence) > SURE
         # Of several captions others may come here now than those that were looked for.
         fewer, more = compare_captions(before, now)
         least, least_now = (

@@ -18,6 +18,7 @@ from data_prep.filtering.config import score_quantiles
 from data_prep.steps import cat, models
 from data_prep.steps.base import Candidate, Columns
 from data_prep.text_spotting.match import caption_matches
+from data_prep.text_spotting.readings import Lines, find_match
 from data_prep.text_spotting.settings import Settings
 from data_prep.text_spotting.spotter import Spot, Verdict
 from diht_jax.input.transforms import decode_rgb
@@ -226,6 +227,22 @@ def test_folders_that_cannot_be_replayed(work, tmp_path):
     next((tmp_path / "parts").glob("*.decisions.parquet")).unlink()
     with pytest.raises(ValueError, match=r"2 files of decisions hold 88 pairs, .* has read 132"):
         replay.Replay(str(tmp_path)).run()
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "is_unknown"), [(0.1, 0.5, False), (0.1, 0.7, True), (0.7, 0.1, True)]
+)
+def test_a_line_that_speaks_against_a_match_may_count_no_longer(before, now, is_unknown):
+    boxes = [(0.0, 100.0, top, top + 20.0) for top in (0.0, 200.0)]
+    look = Lines(boxes, [("zebra", 0.9), ("unrelated words", 0.6)])
+    configs = [job_config("", "", spotter__min_confidence=least) for least in (before, now)]
+    first, second = (
+        find_match(look, "a zebra drinks water", Settings(min_confidence=least))
+        for least in (before, now)
+    )
+    assert (first != second) == is_unknown
+    columns = Columns({"captions": [1], "match": [first], "match_confidence": [0.9]}, 1)
+    assert cat.TextStep.find_unknown(columns, *configs).tolist() == [is_unknown]
 
 
 @pytest.mark.parametrize(
