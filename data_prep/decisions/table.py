@@ -246,7 +246,10 @@ def find_outputs(folder: str, named: str) -> tuple[list[str], dict[str, Any]]:
             f"{found} of `python -m data_prep.filter`; run the filter to its end first"
         )
     for where in (files.join(folder, "parts"), folder):
-        known = {name.removesuffix(SUFFIX) for name in files.list_names(where, SUFFIX)}
+        # What an attempt before has left of an input that failed is not in the output.
+        notes = files.list_names(where, shards.FAILED_SUFFIX)
+        failed = {name.removesuffix(shards.FAILED_SUFFIX) for name in notes}
+        known = {name.removesuffix(SUFFIX) for name in files.list_names(where, SUFFIX)} - failed
         # Parts stand in the order of their inputs; where they are the output, in that of names.
         names = [entry["name"] for entry in read_manifest(where) if entry["name"] in known]
         names = sorted(names) if where == folder else names
@@ -256,9 +259,10 @@ def find_outputs(folder: str, named: str) -> tuple[list[str], dict[str, Any]]:
             )
         if names:
             return [files.join(where, name) for name in names], stats
-    tables = files.list_names(files.join(folder, FOLDER), ".parquet")
-    if tables:
-        return [files.join(folder, name.removesuffix(".parquet")) for name in tables], stats
+    names = files.list_names(files.join(folder, FOLDER), ".parquet")
+    tables = [name.removesuffix(".parquet") for name in names]
+    if tables := [name for name in tables if name not in failed]:
+        return [files.join(folder, name) for name in tables], stats
     raise ValueError(f"{named}='{folder}': no files of decisions; filter it again with --overwrite")
 
 

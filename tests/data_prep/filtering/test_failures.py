@@ -8,6 +8,8 @@ import pytest
 
 from data_prep.decisions.report import read_report
 from data_prep.filter import run_filter
+from data_prep.filtering.replay import Replay
+from data_prep.jobs import shards
 from data_prep.jobs.engine import BATCH, PAIR, CrashSearch
 from data_prep.steps import registry
 from data_prep.steps.base import Step
@@ -31,6 +33,21 @@ def test_of_a_tar_that_is_cut_off_the_pairs_before_are_kept_where_the_config_ask
     assert read_counts(tmp_path / "kept")["read"] == 10
     warnings = read_report(tmp_path / "kept")["warnings"]
     assert len([text for text in warnings if f"{cut}: the tar archive cannot be read" in text]) == 1
+
+
+def test_what_an_input_gave_before_it_was_damaged_is_no_part_of_a_replay(tmp_path, monkeypatch):
+    pattern = write_tars(tmp_path / "in", 3, pairs_per_tar=4)
+    cut, finish = tmp_path / "in" / "00001.tar", shards.finish_task
+
+    def finish_and_cut(task, *rest):
+        stats = finish(task, *rest)
+        if task.source.path == str(cut):
+            cut.write_bytes(cut.read_bytes()[:3000])
+        return stats
+
+    monkeypatch.setattr(shards, "finish_task", finish_and_cut)
+    assert list(run_filter(job_config(pattern, tmp_path / "out"))) == [str(cut)]
+    assert Replay(str(tmp_path / "out")).run().funnel.read == 8
 
 
 @pytest.mark.parametrize("output_format", ["tfrecord", "array_record", "webdataset"])
