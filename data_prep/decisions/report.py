@@ -354,13 +354,15 @@ def _warn_of_names(funnel: Funnel, words: Mapping[str, Mapping[str, int]]) -> It
         dropped = sum(found.values())
         if stage == "caption":
             break
-    short = 0
+    captions = short = 0
     for of_side in words.values():
         for number, pairs in of_side.items():
+            captions += pairs
             short += pairs if int(number) < _NAME_WORDS else 0
-    if funnel.kept <= _FEW * arrived and min(dropped, short) > arrived / 2:
+    least = short - (captions - arrived)  # of those that were dropped before, all may be short
+    if funnel.kept <= _FEW * arrived and min(dropped, least) > arrived / 2:
         yield (
-            f"{short:,} of {arrived:,} captions have fewer than {_NAME_WORDS} words, as "
+            f"{short:,} of {captions:,} captions have fewer than {_NAME_WORDS} words, as "
             "names of classes have, and the rules for captions are made for the sentences of the "
             "web: --config prep/convert is for names, and keeps every pair whose picture can be "
             "read"
