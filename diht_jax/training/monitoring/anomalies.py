@@ -81,7 +81,9 @@ class AnomalyMonitor:
     def check_window(self, step: int, scalars: Mapping[str, float]) -> None:
         """Warns of a loss spike, and once of a logit scale that has reached its cap."""
         loss = scalars["loss"]
-        if loss > SPIKE_FACTOR * self.lowest_loss + SPIKE_MARGIN:
+        # A loss without its positive in the denominator (alpha 0) falls below 0.
+        rise = (SPIKE_FACTOR - 1) * max(self.lowest_loss, 0.0) + SPIKE_MARGIN
+        if loss > self.lowest_loss + rise:
             logging.warning(
                 "step %d: loss %.4g, while it has been down to %.4g", step, loss, self.lowest_loss
             )

@@ -12,6 +12,7 @@ from tensorboard.compat.proto import event_pb2
 
 from diht_jax.records.shard_files import read_records
 from diht_jax.training import loop
+from diht_jax.training.monitoring.anomalies import AnomalyMonitor
 from diht_jax.training.monitoring.metrics import (
     USES,
     WALL_TIME_FILE,
@@ -87,6 +88,15 @@ class Clock:
 
     def spend(self, secs):
         self.secs += secs
+
+
+@pytest.mark.parametrize("losses", [(2.0, 3.4, 3.6), (-4.0, -3.9, -4.5, -3.9)])
+def test_a_loss_far_above_the_lowest_one_is_a_spike_also_below_0(losses, caplog):
+    monitor = AnomalyMonitor(make.tiny_config(), str)
+    for step, loss in enumerate(losses, start=1):
+        monitor.check_window(step, {"loss": loss, "logit_scale": 10.0})
+    spike = f"step {len(losses)}: loss {losses[-1]:g}, while it has been down to {min(losses):g}"
+    assert [record.getMessage() for record in caplog.records] == [spike]
 
 
 def secs(scalars):
