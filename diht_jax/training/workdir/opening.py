@@ -42,7 +42,7 @@ from diht_jax.storage.stores import is_remote
 from diht_jax.training.multihost import check_same, check_together, gather_texts
 from diht_jax.training.objective import label_sizes, needs_pair_ids, num_record_means
 from diht_jax.training.recipe import check_config, key_of, pictures_of, steps_before_end
-from diht_jax.training.workdir.saved_run import CONFIG_FILE, read_config, steps_of_run
+from diht_jax.training.workdir.saved_run import read_config, steps_of_run
 from diht_jax.training.workdir.stored_run import LOCK_FILE, StagedDirectory
 
 # At a file of the first process, before hosts are taken to share no folder.
@@ -112,7 +112,7 @@ def bind_order(config: ml_collections.ConfigDict, workdir: epath.Path) -> ml_col
     A run that is there already goes on in its own order, also when its data has moved to or from an
     object store.
     """
-    stored = _values(read_config(workdir)) if (workdir / CONFIG_FILE).exists() else {}
+    stored = _values(read_config(workdir)) if steps_of_run(workdir) else {}
     bound = config.copy_and_resolve_references()
     data = bound.data
     for source in parse_train(data.train, data.labels):

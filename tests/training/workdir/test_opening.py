@@ -104,9 +104,12 @@ def test_labels_on_disk_of_records_in_a_store_are_read_in_the_order_of_the_store
 
 def test_a_run_without_a_checkpoint_begins_anew_with_another_config(config, tmp_path):
     (tmp_path / "checkpoints" / "10.orbax-checkpoint-tmp-1").mkdir(parents=True)
-    write_config(tmp_path, config)
+    config.data.train = "/data/kept"
+    write_config(tmp_path, bind_order(config, epath.Path(tmp_path)))
     config.data.batch_size *= 2
     check_same_run(config, epath.Path(tmp_path))
+    config.data.train = "gs://bucket/kept"
+    assert bind_order(config, epath.Path(tmp_path)).data.order == "blocks"
     workdir = begun_run(read_config(tmp_path), tmp_path)
     with pytest.raises(ValueError, match="another config; changed: data.batch_size"):
         check_same_run(config, workdir)
