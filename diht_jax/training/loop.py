@@ -46,7 +46,12 @@ from diht_jax.training.step import TrainState, initial_average
 from diht_jax.training.workdir import opening
 from diht_jax.training.workdir.checkpoint import Checkpointer
 from diht_jax.training.workdir.opening import bind_records, open_data, open_iterator
-from diht_jax.training.workdir.saved_run import keep_tokenizer, open_tokenizer, write_config
+from diht_jax.training.workdir.saved_run import (
+    keep_tokenizer,
+    open_tokenizer,
+    steps_of_run,
+    write_config,
+)
 
 
 def train(
@@ -131,7 +136,8 @@ class Run:
         self.profiler = throughput.StepProfiler(config.profile, workdir)
         check_together(check_trackers, config.trackers)
         tasks = task_evaluation.open_tasks(config)
-        tokenizer = check_together(open_tokenizer, config, workdir)
+        begins = not steps_of_run(workdir)
+        tokenizer = check_together(open_tokenizer, config, None if begins else workdir)
         self.mixture = open_data(config, tokenizer)
         self.config = config = check_together(bind_records, config, self.mixture, workdir)
         num_examples = self.mixture.num_records
@@ -142,7 +148,7 @@ class Run:
         check_together(opening.check_same_start, config, workdir, num_examples=num_examples)
         self.kept_step = recipe.steps_before_end(config, num_examples=num_examples)
         if tokenizer is not None:
-            keep_tokenizer(tokenizer, workdir)
+            keep_tokenizer(tokenizer, workdir, replace=begins)
         self.program = trusted_program(config, self.total_steps, devices)
         for line in self.mixture.describe_orders():
             logging.info("order: %s", line)

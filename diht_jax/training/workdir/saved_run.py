@@ -74,19 +74,23 @@ def read_config(workdir: str | epath.Path) -> ml_collections.ConfigDict:
 
 
 def open_tokenizer(
-    config: ml_collections.ConfigDict, workdir: str | epath.Path
+    config: ml_collections.ConfigDict, workdir: str | epath.Path | None
 ) -> FileTokenizer | None:
     """The tokenizer of a run, from its work directory, or else from `config.model.tokenizer`.
+
+    Args:
+        workdir: None for a run that begins: what is there may be of an attempt before.
 
     Returns:
         None where it is CLIP's.
     """
     if config.model.tokenizer is None:
         return None
-    folder = files.join(os.fspath(workdir), TOKENIZER_DIRECTORY)
-    names = files.list_names(folder)
-    if is_copy(names):
-        return read_tokenizer(_local_folder(folder, names))
+    if workdir is not None:
+        folder = files.join(os.fspath(workdir), TOKENIZER_DIRECTORY)
+        names = files.list_names(folder)
+        if is_copy(names):
+            return read_tokenizer(_local_folder(folder, names))
     try:
         found = read_tokenizer(config.model.tokenizer)
     except ValueError as error:
@@ -100,11 +104,16 @@ def open_tokenizer(
     return found if clean is None else dataclasses.replace(found, clean=clean)
 
 
-def keep_tokenizer(found: FileTokenizer, workdir: str | epath.Path) -> None:
-    """Copies a tokenizer into the work directory, unless it is there."""
+def keep_tokenizer(
+    found: FileTokenizer, workdir: str | epath.Path, *, replace: bool = False
+) -> None:
+    """Copies a tokenizer into the work directory, unless one is there that it does not replace."""
     folder = files.join(os.fspath(workdir), TOKENIZER_DIRECTORY)
-    if jax.process_index() != 0 or is_copy(files.list_names(folder)):
+    names = files.list_names(folder)
+    if jax.process_index() != 0 or (is_copy(names) and not replace):
         return
+    for name in names:
+        files.remove(files.join(folder, name))
     copy_tokenizer(found, folder)
 
 

@@ -5,11 +5,12 @@ The texts that hosts exchange are injected here.
 
 import fsspec
 import pytest
+import tokenizers
 from etils import epath
 
 from diht_jax.records.labels.shards import NO_CONCEPTS
 from diht_jax.records.vocabulary import ConceptList, Vocabulary
-from diht_jax.training import multihost
+from diht_jax.training import loop, multihost
 from diht_jax.training.workdir import opening
 from diht_jax.training.workdir.opening import (
     bind_order,
@@ -113,6 +114,26 @@ def test_a_run_without_a_checkpoint_begins_anew_with_another_config(config, tmp_
     workdir = begun_run(read_config(tmp_path), tmp_path)
     with pytest.raises(ValueError, match="another config; changed: data.batch_size"):
         check_same_run(config, workdir)
+
+
+def test_the_tokenizer_of_an_attempt_without_a_checkpoint_is_replaced(
+    config, tmp_path, monkeypatch
+):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(loop, "trusted_program", fail)
+    config.data.train = str(make.write_records(tmp_path / "records", 20))
+    for name, words in (("one", ["cat", "dog"]), ("other", ["dog", "cat"])):
+        ids = {word: number for number, word in enumerate(["<pad>", "<unk>", *words])}
+        (tmp_path / name).mkdir()
+        model = tokenizers.models.WordLevel(ids, unk_token="<unk>")
+        tokenizers.Tokenizer(model).save(str(tmp_path / name / "tokenizer.json"))
+        config.model.tokenizer = str(tmp_path / name)
+        with pytest.raises(MemoryError):
+            loop.train(config, tmp_path / "run")
+        kept, given = (tmp_path / f / "tokenizer.json" for f in ("run/tokenizer", name))
+        assert kept.read_bytes() == given.read_bytes()
 
 
 def test_a_mixture_keeps_its_orders_weights_and_sources_and_may_move(config, tmp_path):
