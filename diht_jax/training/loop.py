@@ -372,7 +372,7 @@ class Run:
     def _draw_curves(self, last_step: int) -> None:
         """Draws the metrics of the whole run, and says which step was the best."""
         if self.best is not None:
-            task_evaluation.log_best(self.config, self.best)
+            task_evaluation.log_best(self.config, self.best, self.checkpointer.steps)
         with self.wall_time.during("evaluation"):
             curves = plot_curves(self.workdir)
         if curves is not None:

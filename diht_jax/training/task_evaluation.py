@@ -104,9 +104,9 @@ def read_best(best_metric: str, tasks: list[Task], workdir: epath.Path) -> BestS
     return BestStep(check_task(task).metrics[name].lower_is_better, values)
 
 
-def log_best(config: ml_collections.ConfigDict, best: BestStep) -> None:
-    """Says at the end of a run which step is the best, and how to take it as it was measured."""
-    step = best.step(list(best.values))
+def log_best(config: ml_collections.ConfigDict, best: BestStep, steps: Sequence[int]) -> None:
+    """Says at the end of a run which of the saved steps is the best, and how to take it as such."""
+    step = best.step(steps)
     if step is not None:
         value = best.values[step]
         flags = f"--step={step}" + (" --ema" if config.evaluation.use_ema else "")

@@ -114,6 +114,11 @@ class Checkpointer:
             return self._manager.latest_step()
         return max(self._found, default=None)
 
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints, that under way included; once it is open."""
+        return sorted(self._manager.all_steps())
+
     def save(self, state: TrainState, iterator: TrainIterator | Position) -> None:
         """Starts saving, unless this step is saved; returns before the files are finished.
 
@@ -225,7 +230,7 @@ class Checkpointer:
         """Removes what was the best until the last evaluation; `save` does so for those before."""
         if not best.values or self._failure is not None:
             return
-        steps = sorted(self._manager.all_steps())
+        steps = self.steps
         kept = {*steps[-self._keep_last :], *self._keep_steps, best.step(steps)}
         for step in (step for step in steps if step not in kept):
             self._manager.delete(step)
