@@ -63,8 +63,14 @@ def open_tasks(config: ml_collections.ConfigDict) -> list[Task]:
         tasks: list[Task] = []
         if config.evaluation.tasks:
             tasks += parse_config_tasks(config.evaluation.tasks)
-        if config.data.validation_share:
-            tasks += validation_tasks(config)
+        names = {task.name for task in tasks}
+        for task in validation_tasks(config):
+            if task.name in names:
+                raise ValueError(
+                    f"config.evaluation.tasks: '{task.name}' is what config.data.validation_share "
+                    "holds out; give the other task another name"
+                )
+            tasks.append(task)
         best_metric = config.checkpoint.best_metric
         if best_metric is not None:
             known = [f"{task.name}/{name}" for task in tasks for name in check_task(task).metrics]

@@ -83,6 +83,11 @@ def test_a_source_that_vanishes_costs_its_evaluations_only(run, tmp_path, monkey
 
 def test_a_missing_source_or_metric_ends_the_run_before_its_first_step(run, tmp_path):
     config, train_as = run
+    colors, config.data.validation_share = config.evaluation.tasks, 0.3
+    config.evaluation.tasks = colors.replace("colors", "validation")
+    with pytest.raises(ValueError, match="tasks: 'validation' is what config.data.validation_sh"):
+        train_as("run")
+    config.evaluation.tasks, config.data.validation_share = colors, 0.0
     config.checkpoint.best_metric = "colors/top1"
     with pytest.raises(ValueError, match="best_metric='colors/top1' is not among"):
         train_as("run")
