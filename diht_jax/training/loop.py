@@ -326,9 +326,8 @@ class Run:
         """Evaluates the current state, and notes how good it is for the checkpointer."""
         with self.wall_time.during("evaluation"):
             measured = self.evaluation.run(self.state)
-        best_metric = self.config.checkpoint.best_metric
-        if self.best is not None and best_metric in measured:
-            self.best.values[int(self.state.step)] = measured[best_metric]
+        if self.best is not None:
+            task_evaluation.note_result(self.config, self.best, int(self.state.step), measured)
 
     def close(self, error_type: type[BaseException] | None = None, *_: object) -> None:
         """Finishes the checkpoints and ends the workers, as the end of a context.

@@ -110,6 +110,23 @@ def read_best(best_metric: str, tasks: list[Task], workdir: epath.Path) -> BestS
     return BestStep(check_task(task).metrics[name].lower_is_better, values)
 
 
+def note_result(
+    config: ml_collections.ConfigDict, best: BestStep, step: int, measured: dict[str, float]
+) -> None:
+    """Notes how good a step is; a warning where that was not measured, as top-5 of four classes."""
+    name = config.checkpoint.best_metric
+    if name in measured:
+        best.values[step] = measured[name]
+    else:
+        logging.warning(
+            "step %d cannot be the best: config.checkpoint.best_metric='%s' is none of what was "
+            "measured: %s",
+            step,
+            name,
+            ", ".join(measured) or "nothing",
+        )
+
+
 def log_best(config: ml_collections.ConfigDict, best: BestStep, steps: Sequence[int]) -> None:
     """Says at the end of a run which of the saved steps is the best, and how to take it as such."""
     step = best.step(steps)

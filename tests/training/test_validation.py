@@ -12,7 +12,7 @@ from diht_jax.loading import load_model
 from diht_jax.records.schema import Pair
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
-from diht_jax.training.task_evaluation import log_best
+from diht_jax.training.task_evaluation import log_best, note_result
 from diht_jax.training.workdir.checkpoint import BestStep
 from diht_jax.training.workdir.opening import open_data
 from diht_jax.training.workdir.saved_run import write_config
@@ -120,6 +120,15 @@ def test_the_best_step_is_named_with_the_flags_that_load_it(use_ema, config, cap
     with caplog.at_level("INFO"):
         log_best(config, BestStep(values={3: 0.25, 6: 0.5, 7: 0.75}), [3, 6, 9])  # 7 is gone
     assert "--step=6" in caplog.text and ("--ema" in caplog.text) == use_ema
+
+
+def test_a_step_without_the_best_metric_is_named(config, caplog):
+    config.checkpoint.best_metric, best = "pets/top5", BestStep()
+    note_result(config, best, 3, {"pets/top1": 0.5, "pets/top5": 0.75})
+    assert not caplog.text
+    note_result(config, best, 6, {"pets/top1": 0.5})  # of four classes
+    assert best.values == {3: 0.75}
+    assert "step 6 cannot be the best" in caplog.text and ": pets/top1" in caplog.text
 
 
 def test_a_model_without_held_out_records_has_no_such_task(tmp_path):
