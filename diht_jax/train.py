@@ -93,6 +93,12 @@ def load_stages(config: ml_collections.ConfigDict) -> list[ml_collections.Config
         return []
     if config.stage.number:
         return [config]
+    if config.stage.previous is not None:
+        raise ValueError(
+            f"config.stage.previous={config.stage.previous}: all stages would begin there, none "
+            "with the one before; name a stage by the recipe's argument, such as :stage=2, or take "
+            "config.model.init_from for the first one"
+        )
     numbers = range(1, config.stage.count + 1)
     stages = [command_line.load_again(f"stage={number}") for number in numbers]
     for stage in stages:

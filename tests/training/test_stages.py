@@ -155,6 +155,9 @@ def test_a_stage_alone_takes_the_one_before_from_the_same_work_directory():
     train_stages(lambda *arguments: trained.append(arguments), load_stages(config), "RUN")
     assert trained == [(config, "RUN/stage_2")]
     assert config.stage.previous == "RUN/stage_1"
+    config.stage.number = None  # of all stages, each would begin there
+    with pytest.raises(ValueError, match="config.stage.previous=RUN/stage_1: all stages would"):
+        load_stages(config)
 
 
 @pytest.mark.parametrize(
