@@ -3,8 +3,9 @@
 Runs on the same data are compared seed by seed: they share their order of examples. Runs on
 different data share nothing but the number of their seed, so that all runs of both arms are
 compared as two samples (Welch). The interval that decides is the wider of Student's t over the runs
-and a bootstrap over runs and test items. Holm's correction is over the primary claims, those
-without runs included, so that no claim becomes easier by not making the runs of another one.
+and a bootstrap over runs and test items; over items within runs where runs have their own, as other
+concepts that are held out. Holm's correction is over the primary claims, those without runs
+included, so that no claim becomes easier by not making the runs of another one.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ def estimate(
     control_items: Sequence[np.ndarray] | None = None,
     *,
     paired: bool,
+    own_items: bool = False,
 ) -> Estimate:
     """The difference between two arms.
 
@@ -58,6 +60,7 @@ def estimate(
         treated, control: the metric of each run; paired ones in one order.
         treated_items, control_items: of each run the results of the test items, float [n].
         paired: whether runs of equal place are compared with each other.
+        own_items: whether each pair of runs has test items of its own.
 
     Raises:
         ValueError: no runs of an arm, or not as many of both where they are paired.
@@ -77,7 +80,7 @@ def estimate(
     low, high = t_interval(mean, error, freedom)
     p_value = t_test(mean, error, freedom)
     if treated_items is not None and control_items is not None and freedom > 0:
-        means = bootstrap(np.asarray(treated_items), np.asarray(control_items), paired=paired)
+        means = bootstrap(treated_items, control_items, paired=paired, own_items=own_items)
         tail = 50 * (1 - LEVEL)
         ends = np.percentile(means, [tail, 100 - tail])
         low, high = min(low, float(ends[0])), max(high, float(ends[1]))
@@ -125,27 +128,38 @@ def _welch(treated: np.ndarray, control: np.ndarray) -> tuple[float, float]:
 
 
 def bootstrap(
-    treated: np.ndarray,
-    control: np.ndarray,
+    treated: Sequence[np.ndarray],
+    control: Sequence[np.ndarray],
     *,
     paired: bool,
+    own_items: bool = False,
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> np.ndarray:
-    """Differences of means over resamples of two crossed factors: runs and test items.
+    """Differences of means over resamples of two factors: runs and test items.
 
     Args:
-        treated, control: float [runs, items]. Items are the same in both arms and drawn once for
-            both; runs are drawn once for both where they are paired, else for each arm.
-        paired: whether rows of equal number belong together.
+        treated, control: of each run its items, float [items], the same ones in both arms and drawn
+            once for both. Runs are drawn once for both where they are paired, else for each arm.
+        paired: whether runs of equal place belong together.
+        own_items: whether paired runs have items of their own, which are drawn pair by pair; else
+            all runs have the same ones.
         num_resamples: how many draws.
         seed: of the draws.
 
     Returns:
         Float [num_resamples].
     """
-    items = _draw(treated.shape[1], num_resamples, seed).T
     runs = _draw(len(treated), num_resamples, seed + 1)
+    if own_items:
+        assert paired
+        means = [
+            _draw(len(ours), num_resamples, seed + 3 + place) @ (ours - others)
+            for place, (ours, others) in enumerate(zip(treated, control, strict=True))
+        ]
+        return (runs * np.stack(means, axis=1)).sum(axis=1)
+    treated, control = np.asarray(treated), np.asarray(control)
+    items = _draw(treated.shape[1], num_resamples, seed).T
     if paired:
         return (runs * ((treated - control) @ items).T).sum(axis=1)
     others = _draw(len(control), num_resamples, seed + 2)

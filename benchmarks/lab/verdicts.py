@@ -100,7 +100,9 @@ def _compare(contrast: Contrast, results: dict[str, dict[str, Any]]) -> Row:
         [_items(run, metric) for run in arm.values()]
         for arm, metric in zip(arms, metrics, strict=True)
     ]
-    found = estimate(*values, *items, paired=paired)
+    # For each seed other concepts are held out.
+    own_items = EXPERIMENTS[contrast.treated].student == "concepts"
+    found = estimate(*values, *items, paired=paired, own_items=own_items)
     means = tuple(float(np.mean(each)) for each in values)
     is_complete = runs == runs_of(contrast)
     return Row(

@@ -96,6 +96,19 @@ def test_the_bootstrap_covers_a_known_difference_of_crossed_factors(paired):
     assert 0.9 <= np.mean(covered) <= 0.99
 
 
+def test_the_bootstrap_covers_a_known_difference_where_each_run_has_its_own_items():
+    rng = np.random.default_rng(2)
+    covered = []
+    for _ in range(150):
+        treated, control = [], []
+        for number in rng.integers(20, 60, 12):
+            control.append(rng.normal(0, 0.3, number))
+            treated.append(control[-1] + 0.05 + rng.normal(0, 0.04) + rng.normal(0, 0.3, number))
+        means = bootstrap(treated, control, paired=True, own_items=True, num_resamples=300)
+        covered.append(np.percentile(means, 2.5) <= 0.05 <= np.percentile(means, 97.5))
+    assert 0.9 <= np.mean(covered) <= 0.99
+
+
 def test_primary_and_secondary_claims_are_registered_and_few():
     registered = {key_of(contrast) for contrast in CONTRASTS}
     assert len(registered) == len(CONTRASTS)
