@@ -104,12 +104,7 @@ def evaluate_few_shot(
             the test, or too few images.
     """
     options, batching = options or FewShotOptions(), batching or Batching()
-    for task in (train, validation or train):
-        if task.label_field not in (None, test.label_field):
-            raise ValueError(
-                f"{task.source}: label={task.label_field}, and the test has its labels in "
-                f"'{test.label_field or 'label'}'; all splits need them in one field"
-            )
+    _check_label_fields((train, validation or train), test)
     start = time.perf_counter()
     tasks = [train, *([validation] if validation else []), test]
     splits, zero_shot = _embed(model, tasks, batching)
@@ -145,6 +140,15 @@ def evaluate_few_shot(
         "seconds_embedding": embedded - start,
         "seconds_fitting": time.perf_counter() - embedded,
     }
+
+
+def _check_label_fields(others: Sequence[Task], test: Task) -> None:
+    for task in others:
+        if task.label_field not in (None, test.label_field):
+            raise ValueError(
+                f"{task.source}: label={task.label_field}, and the test has its labels in "
+                f"'{test.label_field or 'label'}'; all splits need them in one field"
+            )
 
 
 def measure_few_shot(
