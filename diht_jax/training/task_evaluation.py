@@ -63,9 +63,8 @@ def open_tasks(config: ml_collections.ConfigDict) -> list[Task]:
         tasks: list[Task] = []
         if config.evaluation.tasks:
             tasks += parse_config_tasks(config.evaluation.tasks)
-        names = {task.name for task in tasks}
-        for task in validation_tasks(config):
-            if task.name in names:
+        for task in validation_tasks(config) if config.data.validation_share else ():
+            if any(task.name == other.name for other in tasks):
                 raise ValueError(
                     f"config.evaluation.tasks: '{task.name}' is what config.data.validation_share "
                     "holds out; give the other task another name"
