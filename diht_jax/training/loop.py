@@ -136,7 +136,7 @@ class Run:
         self.profiler = throughput.StepProfiler(config.profile, workdir)
         check_together(check_trackers, config.trackers)
         tasks = task_evaluation.open_tasks(config)
-        begins = not steps_of_run(workdir)
+        begins = not check_together(steps_of_run, workdir)
         tokenizer = check_together(open_tokenizer, config, None if begins else workdir)
         self.mixture = open_data(config, tokenizer)
         self.config = config = check_together(bind_records, config, self.mixture, workdir)
