@@ -158,12 +158,12 @@ def bootstrap(
             for place, (ours, others) in enumerate(zip(treated, control, strict=True))
         ]
         return (runs * np.stack(means, axis=1)).sum(axis=1)
-    treated, control = np.asarray(treated), np.asarray(control)
-    items = _draw(treated.shape[1], num_resamples, seed).T
+    first, second = np.asarray(treated), np.asarray(control)
+    items = _draw(first.shape[1], num_resamples, seed).T
     if paired:
-        return (runs * ((treated - control) @ items).T).sum(axis=1)
-    others = _draw(len(control), num_resamples, seed + 2)
-    return (runs * (treated @ items).T).sum(axis=1) - (others * (control @ items).T).sum(axis=1)
+        return (runs * ((first - second) @ items).T).sum(axis=1)
+    others = _draw(len(second), num_resamples, seed + 2)
+    return (runs * (first @ items).T).sum(axis=1) - (others * (second @ items).T).sum(axis=1)
 
 
 @functools.lru_cache(maxsize=16)  # contrasts of as many runs and items have the same draws
