@@ -32,6 +32,7 @@ GIVEN = "given"
 _MADE_WITH = {
     r"clip_score_(\d+)": "raw",
     r"second_\d+_clip_score_(\d+)": "raw",
+    r"drawn_clip_score_(\d+)": "raw",
     r"clipart_clip_score_\d+": "emoji_clip_teacher",
     r"raw_rewritten_(\d+)": "cat_captioning",
     r"cifar10_wrong_\d+_clips": "cifar10_clip_teacher",
@@ -128,9 +129,9 @@ def identity(name: str) -> dict:
         return {"name": name, "web": digest, "caption_rules": RULES_VERSION, **model}
     if name.startswith("clipart"):
         return {"name": name, "held_out": clipart.digest(), "caption_rules": RULES_VERSION, **model}
-    if name.startswith("amount_"):
+    if name.startswith(("amount_", "drawn_")):
         digest = _digest_of_web()
-        return {"name": name, "web": digest, "caption_rules": RULES_VERSION}
+        return {"name": name, "web": digest, "caption_rules": RULES_VERSION, **model}
     if name == "openmoji" or name.startswith("concepts_"):
         return {"name": name, "held_out": concepts.NUM_HELD_OUT}
     if name.startswith(("emoji", "cifar10", "photos")):

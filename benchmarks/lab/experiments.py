@@ -214,6 +214,8 @@ class Contrast:
 # Block -> (title, what it asks). Runs are made in this order.
 BLOCKS = {
     "filter": ("Filter", "Does CAT help a student, and is it the choice of pairs that helps?"),
+    "drawn": ("Webs drawn anew", "Do the claims hold for other webs, passes of the filter and "
+              "teachers, and with all parts together?"),
     "hard_negatives": ("Hard negatives", "Does HN-NCE help on filtered and on raw pairs?"),
     "batch": ("Batch size", "Does what hard negatives bring depend on the batch?"),
     "emoji": ("Wrong captions", "Do hard negatives help where captions are unique, and do wrong "
@@ -281,6 +283,8 @@ CLIP_TEACHERS = {
     "emoji_clip_teacher": "emoji_shuffled_0_0",
 }
 _AFFINITY = {"affinity.weight": 1.0}
+_MIXED_CAPTIONS = {"data.captions": "sample", "data.caption_weights": "alt=1,synthetic=1"}
+_ADAMW = {"optimizer.kind": "adamw", "optimizer.learning_rate": 1e-3}
 _AFFINITY_SHARES = (0, 50)  # percent of wrong captions
 
 
@@ -300,6 +304,25 @@ FILTER = [
     # As many epochs as the run on the raw pairs has, so fewer samples.
     Experiment("cat_equal_epochs", "cat", {"total_epochs": _EXAMPLES / WEB_PAIRS}),
 ]
+# The primary claims once more, with a web of the demo's kind, a pass of the filter and a teacher
+# for each seed; the scoring student is one of the first web, of the same seed. Arms, margins and
+# predictions were registered before any of these runs was made, as the primary claims from when
+# all of them are.
+DRAWN = [
+    Experiment(name, f"{data}_{{seed}}", config, seeds=8)
+    for name, data, config in (
+        ("drawn_raw", "drawn_raw", {}),
+        ("drawn_cat", "drawn_cat", {}),
+        ("drawn_random", "drawn_random", {}),
+        ("drawn_clip_score", "drawn_clip_score", {}),
+        ("drawn_raw_beta_025", "drawn_raw", {BETA: 0.25}),
+        ("drawn_cat_beta_025", "drawn_cat", {BETA: 0.25}),
+        ("drawn_cat_concepts", "drawn_labelled", _CONCEPTS),
+        ("drawn_cat_beta_025_concepts", "drawn_labelled", {BETA: 0.25, **_CONCEPTS}),
+        ("drawn_cat_captions_mixed", "drawn_recaptioned", _MIXED_CAPTIONS),
+        ("drawn_cat_adamw_1e_3", "drawn_cat", _ADAMW),
+    )
+] + [Experiment("drawn_unseen", "drawn_unseen_{seed}", seeds=8, student="unseen_k")]
 # Of `second_web.py`: a web, a pass of the filter, and a scoring student for each seed. Registered
 # with their predictions before any of these runs was made, the larger webs with eight seeds. What
 # the caption rules keep of 240 of its pairs was known by then: 46 of 46 sentences, 0 of 50 names, 0
@@ -524,13 +547,13 @@ CAPTIONS = [
     Experiment(
         f"{data}_captions_{name}",
         f"{data}_recaptioned",
-        {"data.captions": "sample", "data.caption_weights": weights},
+        {**_MIXED_CAPTIONS, **changes},
         seeds=seeds,
     )
-    for data, name, weights, seeds in (
-        ("cat", "mixed", "alt=1,synthetic=1", 8),
-        ("raw", "mixed", "alt=1,synthetic=1", FEW_SEEDS),
-        ("raw", "synthetic", "alt=0,synthetic=1", FEW_SEEDS),
+    for data, name, changes, seeds in (
+        ("cat", "mixed", {}, 8),
+        ("raw", "mixed", {}, FEW_SEEDS),
+        ("raw", "synthetic", {"data.caption_weights": "alt=0,synthetic=1"}, FEW_SEEDS),
     )
 ]
 # 24 tokens hold about two of the four sentences, 72 all of them.
@@ -553,11 +576,7 @@ CAPTIONING = [
         {"captioning.weight": 1.0, "captioning.layers": 2},
         keep_model=True,
     ),
-    Experiment(
-        "raw_rewritten",
-        "raw_rewritten_{seed}",
-        {"data.captions": "sample", "data.caption_weights": "alt=1,synthetic=1"},
-    ),
+    Experiment("raw_rewritten", "raw_rewritten_{seed}", _MIXED_CAPTIONS),
 ]
 NOISE = [
     Experiment(f"{kind}_{change}_{kept}", f"{kept}_of_{kind}_{change}")
@@ -590,12 +609,7 @@ FINE_TUNING = [
 _WSD = {"optimizer.schedule": "wsd", "optimizer.decay_steps": _EXAMPLES // _BATCH_SIZE // 5}
 OPTIMIZER = [
     Experiment("cat_adamw", "cat", {"optimizer.kind": "adamw"}, seeds=FEW_SEEDS),
-    Experiment(
-        "cat_adamw_1e_3",
-        "cat",
-        {"optimizer.kind": "adamw", "optimizer.learning_rate": 1e-3},
-        seeds=8,
-    ),
+    Experiment("cat_adamw_1e_3", "cat", _ADAMW, seeds=8),
     Experiment("cat_wsd", "cat", _WSD, seeds=FEW_SEEDS),
 ]
 CUT_SIZES = (16, 32)
@@ -663,7 +677,7 @@ EXPERIMENTS = {
         *(*OPTIMIZER, *SIZES),
         *(*CAPTIONS, *LONG_TEXTS, *CAPTIONING, *FEW_SHOT, *NOISE, *ORDER, *GRID, *GRID_B32),
         *COMPOSITION,
-        *SECOND_WEB,
+        *(*DRAWN, *SECOND_WEB),
         *CLIPART,
         *(*DRAWN_DISTILLATION, *AMOUNT, *RATES, *UNSEEN_CONCEPTS),
     )
@@ -703,6 +717,34 @@ _FILTER_CONTRASTS = [
              "by the CLIP score of a model trained on raw", "the score chooses as well"),
     Contrast("oracle", "cat", "filter", 0.01, "pairs known to be clean teach more than CAT's, so "
              "CAT leaves something to gain", "CAT is within a point of the labels of the noise"),
+]  # fmt: skip
+_DRAWN_CONTRASTS = [
+    Contrast(f"drawn_{treated}", f"drawn_{control}", "drawn", margin,
+             f"{claim}, on eight webs", refuted_by, *metrics)
+    for treated, control, margin, claim, refuted_by, *metrics in (
+        ("cat", "raw", 0.02, "CAT pairs teach more than raw pairs, at equal samples seen",
+         "what CAT drops teaches as much as what it keeps"),
+        ("cat", "random", 0.02, "CAT beats a random subset of its size",
+         "any subset of that size does as well"),
+        ("cat", "clip_score", 0.01, "CAT beats the best pairs, as many, by the CLIP score of a "
+         "model of another web", "the score chooses as well"),
+        ("cat_beta_025", "cat", 0.01, "beta 0.25 helps on filtered pairs",
+         "it gains less than a point"),
+        ("raw_beta_025", "raw", 0.01, "beta 0.25 helps on raw pairs",
+         "it gains less than a point"),
+        ("cat_concepts", "cat", 0.01, "concepts help on filtered pairs",
+         "they gain less than a point"),
+        ("cat_beta_025_concepts", "raw", 0.02, "all parts together: CAT, hard negatives and "
+         "concepts teach more than raw pairs alone", "they gain less than two points"),
+        ("cat_captions_mixed", "cat", 0.01, "one of five captions, drawn each time, teaches more "
+         "than the first one", "it gains less than a point"),
+        ("cat", "cat_adamw_1e_3", 0.01, "Muon at 3e-3 beats AdamW at 1e-3",
+         "it gains less than a point"),
+        ("unseen", "unseen", 0.02, "the prompts help at 1 shot", "a probe from scratch is within "
+         "two points", "prompts_1", "scratch_1"),
+        ("unseen", "unseen", 0.02, "the prompts do nothing at 16 shots",
+         "they gain or cost more than two points", "prompts_16", "scratch_16"),
+    )
 ]  # fmt: skip
 _SECOND_WEB_CONTRASTS = [
     Contrast(f"second_{size}_{treated}", f"second_{size}_{control}", "second_web", margin,
@@ -1009,6 +1051,7 @@ _OTHER_CONTRASTS = [
 CONTRASTS = [
     *_FINE_TUNING_CONTRASTS,
     *_FILTER_CONTRASTS,
+    *_DRAWN_CONTRASTS,
     *_SECOND_WEB_CONTRASTS,
     *_CLIPART_CONTRASTS,
     *_AMOUNT_CONTRASTS,
@@ -1097,8 +1140,11 @@ def metrics_of(contrast: Contrast) -> tuple[str, str]:
 
 
 def is_paired(contrast: Contrast) -> bool:
-    """Whether runs of equal seeds are compared: those on the same data."""
-    return EXPERIMENTS[contrast.treated].data == EXPERIMENTS[contrast.control].data
+    """Whether runs of equal seeds are compared: those on the same data or drawn web."""
+    return (
+        contrast.block == "drawn"
+        or EXPERIMENTS[contrast.treated].data == EXPERIMENTS[contrast.control].data
+    )
 
 
 def runs_of(contrast: Contrast) -> tuple[int, int]:

@@ -44,6 +44,7 @@ from diht_jax.storage.files import write_bytes
 _DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs"
 # Page -> (title, its blocks).
 PAGES = {
+    "drawn": ("Webs drawn anew", ("drawn",)),
     "filter": ("Filter and captions", ("filter", "noise", "captions", "captioning", "long_texts")),
     "second_web": ("A second web, and amounts", ("second_web", "amount")),
     "clipart": ("Real titles", ("clipart",)),

@@ -229,6 +229,16 @@ themselves. Runs that are compared may be of several versions of this project; `
 
 # What its rows need to be read.
 NOTES = {
+    "drawn": (
+        "Registered before any run, when the same claims were known of the first web "
+        "([filter](filter.md), [hard negatives](hard_negatives.md), [teachers](distillation.md)): "
+        "eight webs of 3,000 pairs of the demo's kind, each with a pass of the filter and a "
+        "teacher of its own, so that intervals are about webs too. The score is that of a student "
+        "of the first web, another for each seed. Arms are compared web by web. The scenes of the "
+        "test and the shots are those of the first web. Predicted: a gain of at least the margin "
+        "wherever something helps there, nothing at 16 shots, and against a CLIP score less than "
+        "a point."
+    ),
     "clipart": (
         "Frozen before any run (`benchmarks/lab/clipart.py`): 6,824 drawings of the Open Clip Art "
         "Library with the titles of their artists. Of these, 4,099 have a title that three or "

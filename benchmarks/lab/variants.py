@@ -55,6 +55,7 @@ _FILTERS = {"c": "complexity", "a": "action", "t": "text_spotting"}
 _GATES = {"cat": "cat", "c_and_t": "ct", "only_c": "c", "only_a": "a", "only_t": "t"}
 _CHANGES = {"double": 2.0, "half": 0.5}
 _AMOUNT_SEED = 100  # plus that of a run: none of these webs is the demo's
+_DRAWN_SEED = 200  # the same, of other webs again
 _PHOTO_SEED = 1  # plus that of a run: none of these exchanges is that of `cifar10_wrong_*`
 _VOTES = 10  # nearest neighbours
 
@@ -221,9 +222,7 @@ def _make_clipart_arm(data: Data, folder: pathlib.Path, arm: str, seed: str) -> 
 def _make_amount(data: Data, folder: pathlib.Path, size: str, arm: str, seed: str) -> None:
     """The first pairs of the web of a seed, or those of them that CAT keeps of the largest."""
     if arm == "raw":
-        settings = web.Settings(seed=_AMOUNT_SEED + int(seed))
-        made = (web.make_pair(settings, "train", index) for index in range(int(size)))
-        write(folder, [Record(p.key, p.image, p.caption, dict(p.metadata)) for p in made])
+        _write_web(folder, _AMOUNT_SEED + int(seed), int(size))
     elif int(size) == max(AMOUNTS):
         _run_filter("cat", str(data.make(f"amount_{size}_raw_{seed}")), folder)
     else:
@@ -231,28 +230,69 @@ def _make_amount(data: Data, folder: pathlib.Path, size: str, arm: str, seed: st
         write(folder, _intersect(read(data.make(f"amount_{size}_raw_{seed}")), [kept]))
 
 
+def _write_web(folder: pathlib.Path, seed: int, size: int) -> None:
+    settings = web.Settings(seed=seed)
+    made = (web.make_pair(settings, "train", index) for index in range(size))
+    write(folder, [Record(p.key, p.image, p.caption, dict(p.metadata)) for p in made])
+
+
+def _make_drawn(data: Data, folder: pathlib.Path, arm: str, seed: str) -> None:
+    """The web of a seed, what is chosen of it, its teacher, or what is made of CAT's choice."""
+
+    def make(of_arm: str) -> str:
+        return str(data.make(f"drawn_{of_arm}_{seed}"))
+
+    if arm == "raw":
+        _write_web(folder, _DRAWN_SEED + int(seed), WEB_PAIRS)
+    elif arm == "cat":
+        _run_filter("cat", make("raw"), folder)
+    elif arm == "random":
+        write(folder, _sample(read(make("raw")), len(read(make("cat"))), int(seed)))
+    elif arm == "clip_score":
+        _write_best(data, folder, make("raw"), f"drawn_raw_{seed}", f"drawn_cat_{seed}")
+    elif arm == "teacher":
+        _train_teacher(folder, make("raw"), f"--seed={_DRAWN_SEED + int(seed)}")
+    elif arm == "labelled":
+        _label_web(folder, make("cat"), make("teacher"))
+    elif arm == "recaptioned":
+        _make_recaptioned(data, folder, f"drawn_cat_{seed}")
+    else:
+        _make_unseen(data, folder, f"drawn_cat_{seed}")
+
+
 def _make_teacher(data: Data, folder: pathlib.Path) -> None:
+    _train_teacher(folder, f"{data.make('web')}/train-*.tar")
+
+
+def _train_teacher(folder: pathlib.Path, pairs: str, *flags: str) -> None:
     run_command(
         "data_prep.synthetic.teacher",
-        f"--input={data.make('web')}/train-*.tar",
+        f"--input={pairs}",
         f"--output={folder}/teacher.npz",
         f"--num_scenes={_TEACHER_SCENES}",
+        *flags,
     )
 
 
 def _make_cat_labelled(data: Data, folder: pathlib.Path) -> None:
+    _label_web(folder, data.make("cat"), data.make("teacher"))
+
+
+def _label_web(
+    folder: pathlib.Path, pairs: pathlib.Path | str, teacher: pathlib.Path | str
+) -> None:
     run_command(
         "data_prep.label",
         "--config=configs/prep/concepts.py",
-        f"--config.input={data.make('cat')}",
+        f"--config.input={pairs}",
         f"--config.output={folder}",
         "--config.teacher.kind=precomputed",
-        f"--config.teacher.precomputed.files={data.make('teacher')}/teacher.npz",
+        f"--config.teacher.precomputed.files={teacher}/teacher.npz",
     )
 
 
-def _make_unseen(data: Data, folder: pathlib.Path) -> None:
-    write(folder, [r for r in read(data.make("cat")) if not _shows_unseen(r)])
+def _make_unseen(data: Data, folder: pathlib.Path, of_variant: str = "cat") -> None:
+    write(folder, [r for r in read(data.make(of_variant)) if not _shows_unseen(r)])
 
 
 def _shows_unseen(record: Record) -> bool:
@@ -524,7 +564,7 @@ def exchange(texts: Sequence[str], share: float, seed: int) -> list[str]:
     return changed
 
 
-def read(folder: pathlib.Path) -> list[Record]:
+def read(folder: pathlib.Path | str) -> list[Record]:
     """The records of a variant."""
     return [decode_record(each) for shard in find_shards(folder) for each in read_records(shard)]
 
@@ -553,6 +593,7 @@ MAKERS: dict[str, Callable] = {
     "clipart_all_(raw|only_[cat])": _make_clipart_all,
     r"clipart_(raw|own_title|random|only_[cat]|c_and_t|cat|clip_score)_(\d+)": _make_clipart_arm,
     r"amount_(\d+)_(raw|cat)_(\d+)": _make_amount,
+    r"drawn_(raw|cat|random|clip_score|teacher|labelled|recaptioned|unseen)_(\d+)": _make_drawn,
     "openmoji": _make_openmoji,
     r"concepts_(\d+)": _make_concepts,
     r"concepts_train_(\d+)": _make_concepts_train,

@@ -212,6 +212,22 @@ def test_neighbours_vote_without_the_row_itself():
     assert some[0] == "left" and some[4] == "up"
 
 
+def test_the_arms_of_a_drawn_web_are_chosen_from_its_pairs(empty, monkeypatch):
+    monkeypatch.setattr(variants, "WEB_PAIRS", 24)
+    raw = variants.read(empty.make("drawn_raw_3"))
+    assert [r.caption for r in raw] != [r.caption for r in variants.read(empty.make("drawn_raw_4"))]
+    place(empty, "drawn_cat_3", raw[::3])
+    assert len(keys(empty.make("drawn_random_3"))) == 8
+    assert keys(empty.make("drawn_recaptioned_3")) == [record.key for record in raw[::3]]
+    shown = [
+        {(o["shape"], o["color"]) for o in (record.metadata.get("scene") or {}).get("objects", ())}
+        for record in variants.read(empty.make("drawn_unseen_3"))
+    ]
+    assert 0 < len(shown) < 8 and not set().union(*shown) & set(variants.UNSEEN)
+    # Another student of the first web scores each.
+    assert data.identity("drawn_clip_score_3")["model"] == data.identity("clip_score_3")["model"]
+
+
 def test_webs_of_other_amounts_are_the_first_pairs_of_the_largest(empty, monkeypatch):
     monkeypatch.setattr(variants, "AMOUNTS", (6, 12))
 
