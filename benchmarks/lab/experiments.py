@@ -1111,6 +1111,8 @@ SECONDARY = (
     ("emoji_shuffled_50_beta_025", "emoji_shuffled_50"),
     ("emoji_shuffled_25_beta_025_doubted", "emoji_shuffled_25_beta_025"),
     ("composition_beta_025", "composition"),
+    ("concepts_batch_64_beta_025_equal_rate", "concepts_batch_64_equal_rate"),
+    ("concepts_batch_256_beta_025", "concepts_batch_256"),
     ("cat_beta_025_concepts", "cat_beta_025"),
     ("cifar10_wrong_0_teacher", "cifar10_wrong_0"),
     ("photos_teacher", "photos_given"),
