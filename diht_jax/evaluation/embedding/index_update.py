@@ -234,7 +234,8 @@ def _states(shard: SourceShard) -> dict[str, Any]:
     as well.
     """
     if shard.kind != PICTURES:
-        identity, linked = shard.identity(), registry.describe_linked(shard)
+        identity = shard.identity()
+        linked = registry.describe_linked(shard) if registry.names_files(shard) else None
         return {"": identity if linked is None else [identity, linked]}
     states = {}
     for path, key, reason in image_folder.list_pictures(shard.path):

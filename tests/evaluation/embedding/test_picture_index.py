@@ -13,6 +13,7 @@ import urllib.request
 
 import numpy as np
 import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -23,7 +24,7 @@ from diht_jax.evaluation.embedding.index_update import update_index
 from diht_jax.evaluation.embedding.inputs import list_inputs
 from diht_jax.evaluation.embedding.picture_index import PictureIndex
 from diht_jax.evaluation.embedding.search import is_own_host, make_server
-from diht_jax.readers import image_folder
+from diht_jax.readers import image_folder, parquet
 from tests import make
 from tests.evaluation.embedding.processes import Processes as Threads
 
@@ -250,6 +251,17 @@ def test_pictures_that_a_table_names_are_followed(tiny_model, tmp_path):
     assert update(tiny_model, table, tmp_path / "index").kept == 3
     os.utime(tmp_path / "1.png", ns=(0, 12345))
     assert update(tiny_model, table, tmp_path / "index").added == 3
+
+
+def test_pictures_within_a_parquet_file_are_read_once(tiny_model, tmp_path, monkeypatch):
+    write_picture(tmp_path / "0.png", 0)
+    rows = {"image": [(tmp_path / "0.png").read_bytes()], "caption": ["a"]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "a.parquet")
+    reads, read = [], parquet.read_rows
+    monkeypatch.setattr(parquet, "read_rows", lambda *a: reads.append(a) or read(*a))
+    assert update(tiny_model, tmp_path / "a.parquet", tmp_path / "index").added == 1
+    assert update(tiny_model, tmp_path / "a.parquet", tmp_path / "index").kept == 1
+    assert len(reads) == 1
 
 
 def test_other_work_and_damage_are_errors(tiny_model, folder, tmp_path):
