@@ -102,6 +102,7 @@ def resolve_label(raw: RawLabel, names: Sequence[str], index: dict[str, int | No
                 "name per label is needed, in label order"
             )
         named = _plain(raw.class_name or "")
+        named = "" if named == str(label) else named  # TFDS numbers classes that have no names
         # A name may be given longer: ImageNet's cardigan is a dog and, as another class, a garment.
         if index.get(named) not in (None, label) and named not in _plain(names[label]):
             raise ValueError(

@@ -239,6 +239,8 @@ def test_an_integer_that_the_data_names_otherwise_is_refused():
         *(({"label": 2, "class_name": name}, "") for name in (names[2], "Cardigan", "n02", "Dog"))
     )
     assert [resolve_label(raw, names, name_index(names)) for raw in right] == [2, 2, 2]
+    (angle,) = _raws(({"label": 2, "class_name": "2"}, ""))  # as a class without a name has it
+    assert resolve_label(angle, ("0", "2", "4"), name_index(("0", "2", "4"))) == 2
     with pytest.raises(ValueError, match="'k3': label 2 is 'Dog' in the data and 'cardigan welsh"):
         resolve_label(other, names, name_index(names))
 
