@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from diht_jax.readers.base import (
@@ -197,9 +198,18 @@ def read_pictures(shard: SourceShard) -> Iterator[Pair | Skipped]:
 def list_pictures(folder: str) -> Iterator[tuple[str, str, str | None]]:
     """Path, key, and the reason for which it cannot be read or None, of each image of a folder."""
     for path, reason in walk_images(folder, folder):
-        # A name from another system need not be UTF-8, and keys are.
-        key = os.fsencode(os.path.relpath(path, folder)).decode("utf-8", "replace")
+        # A name from another system need not be UTF-8, and keys are; no two of them become one.
+        key = os.fsencode(os.path.relpath(path, folder)).decode("utf-8", "backslashreplace")
         yield path, key, reason
+
+
+def find_picture(folder: str, key: str) -> str:
+    """The path of the picture to which `list_pictures` gave a key."""
+    if os.path.exists(os.path.join(folder, key)):
+        return os.path.join(folder, key)
+    escaped = re.compile(rb"\\x([89a-f][0-9a-f])")
+    name = escaped.sub(lambda match: bytes.fromhex(match[1].decode()), key.encode())
+    return os.path.join(folder, os.fsdecode(name))
 
 
 def read_listed(

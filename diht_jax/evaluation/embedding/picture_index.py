@@ -117,7 +117,8 @@ class PictureIndex:
         folder, key = found.manifest["folder"], found.rows["key"][row].as_py()
         if folder is None:
             return found.thumbnail(row) or None
-        entry = next(image_folder.read_listed(folder, [(os.path.join(folder, key), key, None)]))
+        path = image_folder.find_picture(folder, key)
+        entry = next(image_folder.read_listed(folder, [(path, key, None)]))
         return make_thumbnail(entry.image) or None if isinstance(entry, Pair) else None
 
     def load_pictures(self, matches: Iterable[Match]) -> dict[Place, Image.Image]:

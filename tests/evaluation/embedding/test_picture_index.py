@@ -143,12 +143,19 @@ def test_a_folder_is_known_by_its_place(tiny_model, folder, tmp_path, monkeypatc
     assert len(hits) == 20 and all(index.picture(*hit.place) for hit in hits)
 
 
-def test_a_name_that_is_not_utf8_does_not_end_an_update(tiny_model, folder, tmp_path):
-    os.rename(os.fsencode(folder / "00.png"), os.fsencode(folder / "caf") + b"\xe9.png")
+def test_names_that_are_not_utf8_are_names_like_others(tiny_model, folder, tmp_path):
+    names = [os.fsencode(folder / "m") + name for name in (b"\xf6ller.png", b"\xfcller.png")]
+    for i, name in enumerate(names):
+        os.rename(os.fsencode(folder / f"0{2 * i}.png"), name)
     assert update(tiny_model, folder, tmp_path / "index").added == 20
-    (hits,) = PictureIndex(tmp_path / "index").search(np.ones((1, tiny_model.embed_dim)), 20)
-    assert "caf\ufffd.png" in {hit.key for hit in hits}
+    index = PictureIndex(tmp_path / "index")
+    (hits,) = index.search(np.ones((1, tiny_model.embed_dim)), 20)
+    first, second = sorted((hit for hit in hits if "ller" in hit.key), key=lambda hit: hit.key)
+    assert None not in {index.picture(*first.place), index.picture(*second.place)}
+    assert index.picture(*first.place) != index.picture(*second.place)
     assert update(tiny_model, folder, tmp_path / "index").kept == 20
+    os.utime(names[0], ns=(0, 12345))
+    assert update(tiny_model, folder, tmp_path / "index").added == 1
 
 
 @pytest.mark.parametrize("listings", [(0, 0, 1), (1, 1, 0)], ids=["added", "removed"])
