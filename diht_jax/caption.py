@@ -125,9 +125,9 @@ def caption_shards(
         task_index, num_tasks: every `num_tasks`-th shard from this number on is written.
 
     Raises:
-        ValueError: the model has no decoder, two shards have one name, a shard of the input is in
-            `output`, `output` has captions of another model or of other options, another process
-            works on this task, or a whole shard is damaged.
+        ValueError: the model has no decoder, an option is out of its range, two shards have one
+            name, a shard of the input is in `output`, `output` has captions of another model or of
+            other options, another process works on this task, or a whole shard is damaged.
     """
     shards = list(shards)
     targets = {str(output / pathlib.PurePosixPath(shard).name): shard for shard in shards}
@@ -136,7 +136,10 @@ def caption_shards(
     for target, shard in targets.items():
         if pathlib.Path(target).absolute() == pathlib.Path(shard).absolute():
             raise ValueError(f"--output={output}: holds the input, {shard}; name another folder")
-    model.caption([])  # raises without a decoder
+    # Raises without a decoder, and for an option that is out of its range.
+    model.caption(
+        [], max_tokens=options.max_tokens, top_k=options.top_k, temperature=options.temperature
+    )
     settings = {"model": model.fingerprint(decoder=True), **dataclasses.asdict(options)}
     check_settings(output, settings, name=SETTINGS_FILE, what="captions")
     own = list(targets)[task_index::num_tasks]

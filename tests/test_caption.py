@@ -147,6 +147,8 @@ def test_errors(model, tmp_path):
         caption_shards(model, shards, tmp_path / "in", CaptionOptions())
     with pytest.raises(ValueError, match="two shards have the same name"):
         caption_shards(model, [*shards, shards[0]], tmp_path / "out", CaptionOptions())
+    with pytest.raises(ValueError, match="top_k=0: expected 1 to"):
+        caption_shards(model, shards, tmp_path / "out", CaptionOptions(top_k=0))
     caption_shards(model, shards[:1], tmp_path / "out", CaptionOptions())
     with pytest.raises(ValueError, match="captions made with other settings; changed: kind"):
         caption_shards(model, shards, tmp_path / "out", CaptionOptions(kind="new"))
