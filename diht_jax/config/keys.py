@@ -163,7 +163,7 @@ KEYS: dict[str, Key] = {
     "optimizer.final_learning_rate": Key(0.0, NOT_NEGATIVE, END),  # after the last step
     "optimizer.b1": Key(0.9, SHARE),  # decay of AdamW's mean of gradients
     "optimizer.b2": Key(0.98, SHARE),  # and of the mean of their squares
-    "optimizer.eps": Key(1e-6, NOT_NEGATIVE),  # added to AdamW's divisor
+    "optimizer.eps": Key(1e-6, POSITIVE),  # added to AdamW's divisor
     "optimizer.weight_decay": Key(0.1, NOT_NEGATIVE),  # on matrices only
     "optimizer.clip_global_norm": Key(1.0, POSITIVE_OR_INF),  # of the gradients; inf: no limit
     "optimizer.max_logit_scale": Key(100.0, POSITIVE_OR_INF),  # after exp
