@@ -62,7 +62,7 @@ class DecodeExample:
     image_size: int  # pixels, of both sides
     context_length: int  # t, token ids per text
     crop_scale: tuple[float, float]  # range of the crop's share of the picture's area
-    text_template: str  # with `{caption}` in it
+    text_template: str  # with `{caption}` in it, once
     fast_decode: bool = True  # by `plan_random_crop`; otherwise as exactly as evaluation does
     num_concepts: int = 0  # k, the teacher's labels to take of each kind; 0 for none
     # How many concepts of each of `vocabulary.KINDS` there are; a record with an id beyond them is
@@ -81,8 +81,10 @@ class DecodeExample:
     interpolation: str = "bicubic"  # of the pictures, as in `transforms.Preprocessing`
 
     def __post_init__(self):
-        if _CAPTION not in self.text_template:
-            raise ValueError(f"config.data.text_template='{self.text_template}': lacks {_CAPTION}")
+        if self.text_template.count(_CAPTION) != 1:  # as evaluation fills it
+            raise ValueError(
+                f"config.data.text_template='{self.text_template}': expected {_CAPTION} once"
+            )
         try:
             if self.own_tokenizer is None:
                 tokenizer.check_vocab_size(self.vocab_size)

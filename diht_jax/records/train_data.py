@@ -202,8 +202,8 @@ def _parse_source(name: str, section: Any, labels: str | None) -> TrainSource:
 
     is_path = is_list and all(isinstance(p, str | os.PathLike) and os.fspath(p) for p in paths)
     check("path", is_path, "expected a directory, a glob or a list of shards")
-    has_caption = template is None or (isinstance(template, str) and _CAPTION in template)
-    check("text_template", has_caption, f"lacks {_CAPTION}")
+    has_caption = template is None or (isinstance(template, str) and template.count(_CAPTION) == 1)
+    check("text_template", has_caption, f"expected {_CAPTION} once")
     orders = (None, "auto", "global", "blocks")
     check("order", order in orders, "expected 'auto', 'global' or 'blocks'")
     is_folder = own_labels is None or (isinstance(own_labels, str) and own_labels != "")

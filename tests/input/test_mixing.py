@@ -150,6 +150,10 @@ def test_the_fingerprint_covers_all_sources(tmp_path):
         ("/many", r"config.data.train.a: expected a section such as dict\(path="),
         ({"path": "/many", "weight": 1, "tempalte": "x"}, "a.tempalte: no such key; did you mean"),
         ({"path": "/many", "weight": [(0, 1), (9, 0)]}, "all weights are 0 from step 9 on"),
+        (
+            {"path": "/many", "weight": 1, "text_template": "{caption} {caption}"},
+            "a.text_template=.*: expected {caption} once",
+        ),
         ({"path": "/none", "weight": 1}, "config.data.train.a.path: .*holds no record"),
     ],
 )
