@@ -78,7 +78,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     # Data.
     config.data.train = args.data or None
     config.data.validation_share = min(0.1, MOST_VALIDATION_PAIRS / pairs)
-    config.data.batch_size = machine.divisible(min(size.batch_size, max(8, pairs // 5)))
+    batch_size = machine.divisible(min(size.batch_size, max(8, pairs // 5)))
+    config.data.batch_size, streams = batch_size, config.data.num_streams
+    if batch_size > streams:  # which divide it where the data are in a store
+        config.data.num_streams = next(n for n in range(streams, 0, -1) if batch_size % n == 0)
     config.data.crop_scale = (size.crop_scale, 1.0)
     config.data.captions = "sample"
     config.data.num_workers = None if machine.has_accelerator else 0

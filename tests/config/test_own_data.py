@@ -5,6 +5,7 @@ import pytest
 
 from configs import common
 from diht_jax.config import load_recipe
+from diht_jax.input.order import count_streams
 from diht_jax.sharding import create_mesh
 from diht_jax.training.program import check_micro_batch
 from diht_jax.training.recipe import check_config, duration_in_steps
@@ -31,6 +32,7 @@ def test_the_settings_fit_each_other_and_the_machine(machine, pairs, monkeypatch
     create_mesh(config.mesh.data, config.mesh.fsdp, jax.devices()[:count])
     assert config.data.batch_size % count == 0
     check_micro_batch(config.micro_batch, config.data.batch_size, count)
+    assert config.data.batch_size % count_streams(config.data) == 0  # raises where they do not
     trained = pairs * (1 - config.data.validation_share)
     assert config.data.batch_size < trained
     assert pairs - trained == pytest.approx(min(pairs / 10, 5_000))
