@@ -26,6 +26,7 @@ row is like `emoji`, and those behind it have not been run at full length here.
 """
 
 import dataclasses
+import os
 
 import ml_collections
 
@@ -66,6 +67,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         ValueError: neither `data` nor `pairs` is given, or there are no pairs.
     """
     args = common.parse_arg(arg, data="", pairs=0)
+    args.data = os.path.expanduser(args.data)  # no shell does, behind a colon
     pairs = args.pairs or count_pairs(args)
     if pairs < 1:
         raise ValueError(f"recipe argument '{arg}': expected at least one pair, found {pairs}")

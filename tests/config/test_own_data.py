@@ -52,9 +52,10 @@ def test_larger_sets_get_larger_models_where_there_is_an_accelerator(monkeypatch
     assert models("node") == ["small_64px"] * 4 + ["diht_vitb32_224px", "diht_vitb16_224px"]
 
 
-def test_the_number_of_pairs_is_that_of_the_data(tmp_path):
+def test_the_number_of_pairs_is_that_of_the_data(tmp_path, monkeypatch):
     folder = make.write_records(tmp_path / "pairs", 30, lengths=[10, 20])
-    config = load_recipe(RECIPE, f"data={folder}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load_recipe(RECIPE, "data=~/pairs")
     assert config.data.train == str(folder)
     expected = load_recipe(RECIPE, "pairs=30")
     expected.data.train = str(folder)
