@@ -373,15 +373,11 @@ def print_funnel(report: Report) -> None:
         print_escaped(format_noise_table(report["measures"]["labels"], report["clean_label"]))
 
 
-def _optional_keys() -> ml_collections.ConfigDict:
-    """The config with None for every key that `--config.KEY=None` may unset."""
-    config = filter_config.default_config()
-    config.examples_per_shard = None
-    return config
-
-
 if __name__ == "__main__":
     define_flags()
     command_line.run(
-        main, config_defaults=_optional_keys, comment_files=filter_config.COMMENT_FILES
+        main,
+        config_defaults=filter_config.default_config,
+        optional_keys=filter_config.OPTIONAL_KEYS,
+        comment_files=filter_config.COMMENT_FILES,
     )

@@ -21,6 +21,7 @@ from diht_jax.config.checks import walk
 from diht_jax.evaluate import evaluate_model
 from diht_jax.export import export_model
 from diht_jax.training.recipe import COMMENT_FILES, default_config
+from tests.docs.commands import parse_command
 
 _PROGRAM = """
 import ctypes, resource, sys
@@ -171,6 +172,21 @@ def test_keys_have_the_values_of_the_recipe(capsys):
     assert status == 0
     assert "optimizer.weight_decay=0.2" in text  # of the recipe; 0.1 by default
     assert help_text.read_comments(COMMENT_FILES)["optimizer.weight_decay"] in text
+
+
+@pytest.mark.parametrize(
+    ("command", "recipe", "key", "default"),
+    [("data_prep.filter", "prep/cat", "examples_per_shard", 10_000)],
+)
+def test_keys_with_a_default_that_may_be_unset(command, recipe, key, default):
+    found = []
+
+    def check(options):
+        for config in (options["config_defaults"](), flags.FLAGS.config):
+            found.append(walk(config)[key][0])
+
+    parse_command(command, [f"--config={recipe}", f"--config.{key}=None"], check)
+    assert found == [default, None]  # `--config.help` shows the first
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,9 @@ KEYS: dict[str, Any] = failures.KEYS | {
 }
 
 
+OPTIONAL_KEYS = ("examples_per_shard",)  # they may be None, which is not their default
+
+
 def all_keys() -> dict[str, Any]:
     """The keys of the filter and of its steps: dotted name -> a `Key`, or a default."""
     keys = dict(KEYS)

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -53,6 +53,7 @@ def run(
     *,
     takes_arguments: bool = False,
     config_defaults: Callable[[], ml_collections.ConfigDict] | None = None,
+    optional_keys: Collection[str] = (),
     comment_files: Mapping[str, str] | None = None,
     writes_to_stores: bool = False,
 ) -> None:
@@ -60,7 +61,8 @@ def run(
 
     With `takes_arguments`, what is no flag is given to `main` as a list; else it is a mistake.
     `config_defaults` makes all keys of a command that has `--config`: `--config.KEY=None` works for
-    those whose default is None, and a duration on the command line replaces the recipe's.
+    those whose default is None and for `optional_keys`, and a duration on the command line replaces
+    the recipe's.
     `comment_files` say where `--config.help` reads what they mean, as for `read_comments`.
     With `writes_to_stores`, `--output` may be a URL.
 
@@ -74,6 +76,7 @@ def run(
             _help_or_flags,
             takes_arguments=takes_arguments,
             config_defaults=config_defaults,
+            optional_keys=optional_keys,
             comment_files=comment_files or {},
         ),
     )
@@ -105,6 +108,7 @@ def _help_or_flags(
     takes_arguments: bool,
     config_defaults: Callable[[], ml_collections.ConfigDict] | None,
     comment_files: Mapping[str, str],
+    optional_keys: Collection[str] = (),
 ) -> list[str]:
     """Answers `--help` and `--config.help`, and exits; else `parse_flags`."""
     asked = re.search(_HELP_FLAG, "\0".join(argv))
@@ -125,13 +129,14 @@ def _help_or_flags(
         found, has_config = help_text.command_flags(), config_defaults is not None
         print_escaped(help_text.describe_command(description, found, has_config=has_config))
         sys.exit(0)
-    return parse_flags(argv, takes_arguments, config_defaults)
+    return parse_flags(argv, takes_arguments, config_defaults, optional_keys)
 
 
 def parse_flags(
     argv: Sequence[str],
     takes_arguments: bool = False,
     config_defaults: Callable[[], ml_collections.ConfigDict] | None = None,
+    optional_keys: Collection[str] = (),
 ) -> list[str]:
     """Parses a command line as `run` does; returns the arguments that are no flags.
 
@@ -154,7 +159,8 @@ def parse_flags(
             overrides = config_flag.override_values
             for name, value in overrides.items():
                 if value in (None, (None,)):  # the other one is that of a tuple
-                    check_optional(name, defaults)
+                    if name not in optional_keys:
+                        check_optional(name, defaults)
                     overrides[name] = None
                     flags.FLAGS.config.update_from_flattened_dict({name: None})
             apply_overrides(flags.FLAGS.config, overrides)
