@@ -46,5 +46,8 @@ def main() -> None:
 if __name__ == "__main__":
     define_flags()
     command_line.run(
-        main, config_defaults=label_config.default_config, comment_files=label_config.COMMENT_FILES
+        main,
+        config_defaults=label_config.default_config,
+        optional_keys=label_config.OPTIONAL_KEYS,
+        comment_files=label_config.COMMENT_FILES,
     )

@@ -176,7 +176,10 @@ def test_keys_have_the_values_of_the_recipe(capsys):
 
 @pytest.mark.parametrize(
     ("command", "recipe", "key", "default"),
-    [("data_prep.filter", "prep/cat", "examples_per_shard", 10_000)],
+    [
+        ("data_prep.filter", "prep/cat", "examples_per_shard", 10_000),
+        ("data_prep.label", "prep/concepts", "teacher.swag.architecture", "vit_h_14"),
+    ],
 )
 def test_keys_with_a_default_that_may_be_unset(command, recipe, key, default):
     found = []

@@ -86,6 +86,8 @@ KEYS: dict[str, Any] = failures.KEYS | {
     "seed": Key(0, NOT_NEGATIVE),
 }
 
+OPTIONAL_KEYS = ("teacher.swag.architecture",)  # they may be None, which is not their default
+
 # Prefix of keys -> files whose comments describe them.
 COMMENT_FILES = {
     "": "data_prep/labelling/config.py data_prep/jobs/failures.py",
