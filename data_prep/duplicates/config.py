@@ -10,6 +10,7 @@ from data_prep.duplicates.search import KEEP
 from data_prep.jobs import failures
 from data_prep.jobs.shards import IDENTITIES
 from data_prep.sources import default_source
+from diht_jax.config.checks import check_unset
 from diht_jax.config.keys import (
     COUNT,
     NOT_NEGATIVE,
@@ -81,6 +82,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     Raises:
         ValueError: a value is out of its range.
     """
+    check_unset(config, default_config())
     check_ranges(config, KEYS)
     failures.check_job(config)
     kind = config.embeddings.kind

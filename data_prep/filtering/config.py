@@ -18,6 +18,7 @@ from data_prep.jobs import failures, shards
 from data_prep.sources import default_source
 from data_prep.steps import registry
 from data_prep.steps.scores import ScoreStep
+from diht_jax.config.checks import check_unset
 from diht_jax.config.keys import COUNT, NOT_NEGATIVE, Key, OneOf, build_config, check_ranges
 from diht_jax.records.formats import check_format
 from diht_jax.records.samples import USUAL_KIND, check_kind, parse_columns
@@ -101,6 +102,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     Raises:
         ValueError: a value is out of its range.
     """
+    check_unset(config, default_config(), OPTIONAL_KEYS)
     failures.check_job(config)
     check_ranges(config, all_keys())
     parse_columns(config.caption_columns, "config.caption_columns")

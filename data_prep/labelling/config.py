@@ -13,6 +13,7 @@ from data_prep.jobs import failures
 from data_prep.labelling.embeddings import DTYPES
 from data_prep.teachers import clip
 from data_prep.teachers.registry import default_teacher
+from diht_jax.config.checks import check_unset
 from diht_jax.config.keys import (
     COUNT,
     NOT_NEGATIVE,
@@ -114,6 +115,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     Raises:
         ValueError: a value is out of its range.
     """
+    check_unset(config, default_config(), OPTIONAL_KEYS)
     check_format(config.output_format, _OUTPUT_FORMATS)
     check_ranges(config, KEYS)
     clip.check_config(config.clip_teachers)

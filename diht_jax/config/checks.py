@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import ml_collections
@@ -175,6 +175,17 @@ def _matches(value: Any, expected: type, default: Any = None) -> bool:
         if element is None or not _matches(element, *kinds):
             return False
     return True
+
+
+def check_unset(
+    config: ml_collections.ConfigDict,
+    defaults: ml_collections.ConfigDict,
+    optional_keys: Collection[str] = (),
+) -> None:
+    """Raises ValueError for a key that is None and cannot be, unless it is one of some."""
+    for name, (value, _) in walk(config).items():
+        if value is None and name not in optional_keys:
+            check_optional(name, defaults)
 
 
 def check_optional(key: str, defaults: ml_collections.ConfigDict) -> None:

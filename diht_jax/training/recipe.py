@@ -8,7 +8,7 @@ from typing import Any
 
 import ml_collections
 
-from diht_jax.config.checks import check_optional, validate_config, walk
+from diht_jax.config.checks import check_unset, validate_config
 from diht_jax.config.keys import (
     COUNT,
     DURATION_UNITS,
@@ -66,9 +66,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     defaults = build_config(keys)
     validate_config(config, defaults)
     check_ranges(config, keys)
-    for name, (value, _) in walk(config).items():
-        if value is None:
-            check_optional(name, defaults)
+    check_unset(config, defaults)
     tracker_names(config.trackers)
     pictures_of(config)
     for name in ("caption_weights", "caption_columns"):

@@ -189,6 +189,8 @@ def test_wrong_inputs_and_outputs(tmp_path):
         job_config(source, tmp_path / "out", image__max_side=0)
     with pytest.raises(ValueError, match=r"config\.dataset_name.*'My pairs'"):
         job_config(source, tmp_path / "out", dataset_name="My pairs")
+    with pytest.raises(ValueError, match="config.drop_metadata=None: this key cannot be unset"):
+        job_config(source, tmp_path / "out", drop_metadata=None)
 
 
 def test_conversion_needs_no_spacy(tmp_path):
