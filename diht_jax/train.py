@@ -42,6 +42,7 @@ def main() -> None:
     began = time.monotonic()
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     try:
+        command_line.require_flags("workdir")  # an empty one would be the folder at hand
         check_config(config)
         stages = load_stages(config)
         if os.environ.get("JAX_PLATFORMS") == "cpu":

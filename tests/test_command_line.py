@@ -22,6 +22,7 @@ from diht_jax.evaluate import evaluate_model
 from diht_jax.export import export_model
 from diht_jax.training.recipe import COMMENT_FILES, default_config
 from tests.docs.commands import parse_command
+from tests.make import REPOSITORY
 
 _PROGRAM = """
 import ctypes, resource, sys
@@ -140,6 +141,23 @@ def test_old_spellings_still_work(command, old, new, text, no_flags):
     flags.FLAGS[old].parse(text)
     parsed = flags.FLAGS[new].parser.parse(text)
     assert flags.FLAGS[new].value == flags.FLAGS[old].value == parsed
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "name"),
+    [
+        ("diht_jax.train", [f"--config={REPOSITORY}/configs/emoji.py", "--workdir="], "workdir"),
+        ("data_prep.reports.__main__", ["--input="], "input"),
+        ("data_prep.synthetic.__main__", ["--output="], "output"),
+    ],
+)
+def test_an_empty_flag_is_one_that_is_missing(command, arguments, name, no_flags, monkeypatch):
+    module, argv = importlib.import_module(command), ["command", *arguments]
+    monkeypatch.setattr(sys, "argv", argv)
+    module.define_flags()
+    flags.FLAGS(argv)
+    with pytest.raises(ValueError, match=f"^--{name} is required$"):
+        module.main()
 
 
 def listed_keys(text):

@@ -33,13 +33,14 @@ _SHOWN_CHARS = 80  # of a caption
 
 def define_flags() -> None:
     """Defines this command's flags; not at import, since commands share names."""
-    flags.DEFINE_list("input", None, "Folders with a report.json each.", required=True)
+    flags.DEFINE_list("input", None, "Folders with a report.json each.")
     flags.DEFINE_alias("inputs", "input")
     flags.DEFINE_string("output", None, "Folder for the merged report; unset: only print it.")
 
 
 def main() -> None:
     """Shows the reports that the flags name as one, and writes it."""
+    command_line.require_flags("input")
     report = merge_reports(flags.FLAGS.input)
     lines = [
         f"{spell_outcome(outcome):36} {escape(sample['caption'][:_SHOWN_CHARS])}"

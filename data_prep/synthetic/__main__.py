@@ -14,7 +14,7 @@ from diht_jax.terminal import print_escaped
 def define_flags() -> None:
     """Defines the flags of the command; only as a command, so that imports stay free of them."""
     defaults = web.Settings()
-    flags.DEFINE_string("output", None, "Directory to write to.", required=True)
+    flags.DEFINE_string("output", None, "Directory to write to.")
     integer = functools.partial(flags.DEFINE_integer, lower_bound=0)
     integer("num_pairs", defaults.num_pairs, "Training pairs, clean and noisy.")
     integer("seed", defaults.seed, "Seed of everything; same seed, same bytes.")
@@ -37,6 +37,7 @@ def define_flags() -> None:
 def main() -> None:
     """Writes the data set that the flags describe and prints number and example of each kind."""
     given = flags.FLAGS
+    command_line.require_flags("output")
     names = [field.name for field in dataclasses.fields(web.Settings) if field.name != "noise"]
     settings = web.Settings(
         noise=_parse_noise(given.noise), **{name: getattr(given, name) for name in names}
