@@ -96,7 +96,8 @@ def train(
         opened = opening.open_workdir(workdir, config.checkpoint.staging)
         workdir = stack.enter_context(opened)
         # All hosts take part, also one whose own `init_from` is missing: it is compared below.
-        bind = bind_architecture if config.model.init_from else lambda config, *_: config
+        is_from_model = config.model.init_from is not None
+        bind = bind_architecture if is_from_model else lambda config, *_: config
         config = check_together(bind, config, workdir, set_keys)
         config = check_together(bind_data, config)
         config = check_together(opening.bind_order, config, workdir)

@@ -171,6 +171,12 @@ def test_a_config_made_in_python_keeps_what_differs_from_the_defaults(weights):
     assert architecture_of(bind_architecture(config)).embed_dim == 8
 
 
+def test_an_empty_name_is_no_model(recipe, tmp_path):
+    recipe.model.init_from = ""
+    with pytest.raises(ValueError, match="^config.model.init_from=: '': no such work directory"):
+        train(recipe, tmp_path / "run")
+
+
 def test_a_setting_that_does_not_fit_is_named_with_the_models_value(recipe, tmp_path):
     recipe.model.overrides.embed_dim = 8
     message = r"config\.model\.overrides\.embed_dim=16 \(the run has 8\)\. Leave"
