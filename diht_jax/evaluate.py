@@ -28,6 +28,7 @@ from diht_jax.evaluation.comparison import (
 from diht_jax.evaluation.results import (
     begin_results,
     check_output,
+    drawn_path,
     format_results,
     read_results,
     write_results,
@@ -178,7 +179,7 @@ def evaluate_model(
     # A missing file should not have to wait for the model.
     sources = list(map(open_source, tasks))
     output, is_first = pathlib.Path(output), distributed.is_first()
-    page_path = output.with_suffix(".html") if pages else None
+    page_path = drawn_path(output, ".html") if pages else None
     if is_first:
         check_output(output, page_path)
     loaded = load_model(model, batch_size=batch_size, **model_options)

@@ -73,12 +73,12 @@ def main() -> None:
     from diht_jax.evaluation.embedding.encoding import Batching
     from diht_jax.evaluation.embedding.entries import Processes
     from diht_jax.evaluation.few_shot import evaluate_few_shot, format_few_shot
-    from diht_jax.evaluation.results import begin_results, check_output, write_results
+    from diht_jax.evaluation.results import begin_results, check_output, drawn_path, write_results
     from diht_jax.loading import load_model
     from diht_jax.training.multihost import check_same_step
 
     output, is_first = pathlib.Path(given.output), distributed.is_first()
-    plot = output.with_suffix(".png")
+    plot = drawn_path(output, ".png")
     if is_first:
         check_output(output, plot)
     model = load_model(given.model, **command_line.model_options(), batch_size=given.batch_size)

@@ -61,6 +61,12 @@ def write_results(path: str | pathlib.Path, results: dict[str, Any]) -> None:
     write_object(str(path), results, with_checksum=True, indent=2, sort_keys=False)
 
 
+def drawn_path(path: pathlib.Path, suffix: str) -> pathlib.Path:
+    """Where a page or plot is drawn next to a results file: by its name without ".json"."""
+    name = path.name.removesuffix(".json").removesuffix(suffix)
+    return path.with_name(name + suffix)
+
+
 def check_output(path: pathlib.Path, drawn: pathlib.Path | None) -> None:
     """Raises ValueError where results cannot be written, before anything is measured.
 

@@ -12,6 +12,7 @@ from diht_jax.evaluation.comparison import format_comparison, published_results
 from diht_jax.evaluation.results import (
     check_output,
     describe_samples,
+    drawn_path,
     format_results,
     paired_differences,
     percentile_interval,
@@ -107,6 +108,13 @@ def test_paired_intervals_and_means_over_the_suite():
         ["suite", "mean of 2 VQA", "40.00%", "1 missing"],
         ["suite", "mean of all 29", "35.00%", "25 missing"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "page"), [("a.json", "a.html"), ("rate_0.1", "rate_0.1.html"), ("a.html", "a.html")]
+)
+def test_the_page_has_the_whole_name_of_the_results(name, page, tmp_path):
+    assert drawn_path(tmp_path / name, ".html") == tmp_path / page
 
 
 @pytest.mark.parametrize("name", [".", "page.html", "a.json/x.json"])
