@@ -299,6 +299,7 @@ def test_the_first_numbers_of_the_embeddings_are_a_model_of_their_own(source, tm
         ({"format": "tflite"}, "format 'tflite': expected one of clip, open_clip"),
         ({"ema": True}, "only work directories of diht_jax.train have steps"),
         ({"output": "."}, "is not an empty directory"),
+        ({"output": "README.md/out"}, "README.md/out: nothing can be written to .*README.md; name"),
     ],
 )
 def test_wrong_requests(source, tmp_path, changed, message):

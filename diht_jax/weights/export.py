@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import pathlib
 import tempfile
 from collections.abc import Mapping
@@ -165,7 +166,7 @@ def check_target(output: pathlib.Path, format: str, dtype: str) -> None:
     """Checks that `write_model` could write this format there.
 
     Raises:
-        ValueError: unknown format or dtype, or files in the way.
+        ValueError: unknown format or dtype, files in the way, or no right to write.
     """
     if format not in FORMATS:
         raise ValueError(f"format '{format}': expected one of {', '.join(FORMATS)}")
@@ -182,6 +183,10 @@ def check_target(output: pathlib.Path, format: str, dtype: str) -> None:
             raise ValueError(f"format 'onnx' has float32 parameters; dtype '{dtype}' is not for it")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output}: exists and is not an empty directory; name another one")
+    path = output.absolute()
+    present = next(each for each in (path, *path.parents) if os.path.lexists(each))
+    if not present.is_dir() or not os.access(present, os.W_OK | os.X_OK):
+        raise ValueError(f"{output}: nothing can be written to {present}; name another directory")
 
 
 def find_lost_scalars(
