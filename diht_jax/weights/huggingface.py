@@ -203,8 +203,8 @@ def make_config(arch: Architecture, dtype: str) -> dict[str, Any]:
     else:
         last, end_of_text = arch.vocab_size - 1, arch.end_of_text_id
         if end_of_text is None:
-            # Of more than CLIP's entries, the largest id in a text is not the largest there is.
-            end_of_text = last if arch.vocab_size <= VOCAB_SIZE else _LEGACY_EOS
+            # Of another vocabulary than CLIP's, the largest id in a text need not be the last one.
+            end_of_text = last if arch.vocab_size == VOCAB_SIZE else _LEGACY_EOS
         towers["text_config"] |= {"bos_token_id": last - 1, "eos_token_id": end_of_text}
     shared = {"architectures": [_CLASSES[kind]], "model_type": kind, "dtype": dtype}
     return {**shared, **size, **towers}

@@ -74,6 +74,14 @@ def test_legacy_end_of_text_is_the_largest_id(tmp_path):
     check(tmp_path, other, images, tokens)
 
 
+def test_texts_of_another_vocabulary_than_clips_end_at_their_largest_id(tmp_path):
+    other = clip_model(reference.SMALL)  # of a config that we write
+    other.save_pretrained(tmp_path)
+    images, tokens = reference.inputs(reference.SMALL)
+    tokens = np.where(tokens == reference.SMALL.vocab_size - 1, 550, np.minimum(tokens, 500))
+    check(tmp_path, other, images, tokens)
+
+
 def test_end_of_text_below_added_tokens(tmp_path):
     arch = dataclasses.replace(reference.SMALL, vocab_size=600, end_of_text_id=511)
     other = clip_model(arch)
