@@ -24,6 +24,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from diht_jax import sharding
+from diht_jax.data.tokenizer import VOCAB_SIZE
 from diht_jax.input.mixing import Mixture
 from diht_jax.models.parameters import fit_positions
 from diht_jax.models.zoo import (
@@ -283,9 +284,7 @@ def _check_same_architecture(
 
 def _differing_fields(a: Architecture, b: Architecture) -> list[str]:
     """Fields that make another model; sizes of images and texts do not."""
-    # CLIP's vocabulary has the same end of text with an id as without.
-    alike = (*_INPUT_SIZES, "end_of_text_id")
-    fields = (field for field in ARCHITECTURE_FIELDS if field not in alike)
+    fields = (field for field in ARCHITECTURE_FIELDS if field not in _INPUT_SIZES)
     return [field for field in fields if _value(a, field) != _value(b, field)]
 
 
@@ -293,6 +292,8 @@ def _value(arch: Architecture, field: str) -> Any:
     value = getattr(arch, field)
     if value is None and field.endswith("_mlp_width"):
         return 4 * getattr(arch, field.replace("_mlp", ""))
+    if field == "end_of_text_id" and value == min(arch.vocab_size, VOCAB_SIZE) - 1:
+        return None  # CLIP's vocabulary has the same end of text with an id as without
     return value
 
 

@@ -163,6 +163,13 @@ def test_another_cleaning_of_texts_leaves_the_models_tokenizer(tmp_path):
     assert (bound.tokenizer, bound.text_cleaning) == (str(tmp_path / "tokenizer"), "lower")
 
 
+def test_a_model_that_differs_in_the_end_of_its_texts_alone_keeps_it(tmp_path):
+    write_config(tmp_path, make.tiny_config(model__overrides__end_of_text_id=1))
+    config = make.tiny_config(model__init_from=str(tmp_path))
+    bound = bind_architecture(config, set_keys=())
+    assert architecture_of(bound).end_of_text_id == 1
+
+
 def test_a_config_made_in_python_keeps_what_differs_from_the_defaults(weights):
     config = default_config()
     config.model.init_from = str(weights[0])
