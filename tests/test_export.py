@@ -14,10 +14,11 @@ from diht_jax.data.tokenizer import tokenize
 from diht_jax.export import export_model
 from diht_jax.loading import read_model
 from diht_jax.models.parameters import ModelDefinition
+from diht_jax.models.zoo import ARCHITECTURES
 from diht_jax.storage.files import write_bytes
 from diht_jax.weights import clip_layout
 from diht_jax.weights.model_card import model_card
-from diht_jax.weights.source import read_weights
+from diht_jax.weights.source import ModelFiles, read_weights
 from diht_jax.weights.tensor_files import write_safetensors
 from tests import make
 
@@ -268,6 +269,16 @@ def test_the_card_of_a_run_in_a_store_has_its_results(workdir):
     model = dataclasses.replace(read_model(str(workdir)), path=url)
     card = model_card("safetensors", model, url, results=[])
     assert "| in training, at step 7 | cifar10/top1 | 0.375 |" in card
+
+
+@pytest.mark.parametrize(
+    ("name", "names"), [("siglip2_vitb16_224px", "open_clip"), ("tiny_32px", "OpenAI's CLIP")]
+)
+def test_the_card_says_whose_names_it_has_and_of_clips_tokenizer_where_it_has_that(name, names):
+    model = ModelFiles(ARCHITECTURES[name], {}, name, has_tokenizer=names != "open_clip")
+    assert f"names of {names}" in model_card("safetensors", model, name, results=[])
+    card = model_card("huggingface", model, name, results=[])
+    assert ("CLIPTokenizer" in card) == model.has_tokenizer
 
 
 def test_the_bias_that_a_sigmoid_loss_has_learnt_is_named_where_it_is_left_out(tmp_path, caplog):

@@ -20,6 +20,7 @@ from diht_jax.pages.render import render
 from diht_jax.records.train_data import TrainSource, find_inputs, parse_train
 from diht_jax.records.vocabulary import find_train_vocabulary
 from diht_jax.storage.files import join, parse_checked_object, read_bytes, read_object
+from diht_jax.weights.open_clip_layout import is_timm
 from diht_jax.weights.source import ModelFiles
 
 # Sections of the training config that make the recipe, in the order of the card.
@@ -79,6 +80,8 @@ def model_card(
     return render(
         "model_card.md",
         format=format,
+        whose_names="open_clip" if is_timm(model.arch) else "OpenAI's CLIP and of DiHT",
+        has_clips_tokenizer=model.has_tokenizer and model.tokenizer is None,
         license=license,
         hub_name=hub_name,
         repository=hub_name and hub_name.partition(":")[2],
