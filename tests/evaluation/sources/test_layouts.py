@@ -7,6 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from diht_jax.evaluation.protocols.retrieval import captions_of
 from diht_jax.evaluation.sources.labels import VOC_CLASSES
 from diht_jax.evaluation.sources.registry import open_units
 from diht_jax.evaluation.task_parsing import parse_tasks
@@ -156,6 +157,13 @@ def test_arrays_of_objects_are_skipped_and_not_unpickled(tmp_path, photos):
     files = {**_WORDS, "dataset_type.txt": "multilabel\n"}
     units = open_units(_write(tmp_path / "x", notes, photos, files=files), {})
     assert [getattr(entry, "reason", None) for entry in units.entries()] == [None, "bad_row"]
+
+
+def test_a_caption_that_an_image_has_twice_is_two_queries_as_in_clip_benchmark(tmp_path, photos):
+    notes = [("txt", b"a dog\na cat\na dog \n"), ("txt", b"an ant\n")]
+    source = _write(tmp_path / "x", notes, photos, files={"dataset_type.txt": "retrieval\n"})
+    found = [captions_of(entry) for entry in open_units(source, {}).entries()]
+    assert found == [("a dog", "a cat", "a dog"), ("an ant",)]
 
 
 def test_entries_without_a_usable_note_are_skipped(tmp_path, photos):
