@@ -201,8 +201,8 @@ class Softmax(Objective):
         alpha, beta = scalars
         positives = jnp.sum(logits, axis=1, where=is_positive)
         log_alpha = jnp.log(jnp.asarray(alpha, logits.dtype))
-        if logits.shape[1] == 1:
-            return log_alpha + jnp.zeros_like(positives)
+        if logits.shape[1] == 1:  # no negatives
+            return jnp.zeros_like(positives) + (log_alpha if is_equal is None else 0)
         is_negative, log_count = ~is_positive, math.log(logits.shape[1] - 1)
         if is_equal is not None:
             is_negative &= ~is_equal

@@ -110,6 +110,15 @@ def test_softmax_is_the_formula(equal_pairs, constant, form):
 
 
 @pytest.mark.parametrize(
+    "equal_pairs, expected", [("negative", np.log(0.5)), ("mask", 0.0), ("positive", 0.0)]
+)
+def test_a_single_pair_with_ids_has_no_negatives_and_counts_0(equal_pairs, expected):
+    one, ids = np.ones((1, 1), np.float32), jax.numpy.zeros(1, "int32")
+    loss = contrastive_loss(one, one, 2.0, alpha=0.5, pair_ids=ids, equal_pairs=equal_pairs)
+    assert float(loss) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
     "equal_pairs, form",
     [("negative", "groups"), ("positive", "groups"), ("mask", "groups"), ("mask", "gathered")],
 )
