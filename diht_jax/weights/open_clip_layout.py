@@ -76,7 +76,7 @@ def read_architecture(config: Mapping[str, Any], path: str) -> Architecture:
         context_length=text.integer("context_length", 77),
         vocab_size=text.integer("vocab_size", 49408),
         end_of_text_id=(
-            text.integer("eos_id", 2) if text.values.get("pool_type") == "eos" else None
+            text.integer("eos_id", 2, least=0) if text.values.get("pool_type") == "eos" else None
         ),
         **(_timm_fields(vision, text) if is_timm else _clip_fields(vision, text, quick_gelu)),
     )

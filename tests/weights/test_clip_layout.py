@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from diht_jax import load_model
+from diht_jax.weights import open_clip_layout
+from diht_jax.weights.settings import Preprocessing
 from diht_jax.weights.source import read_weights
 from tests.weights import conftest as reference
 
@@ -78,6 +80,12 @@ def test_image_positions_are_resized_on_request_as_open_clip_does(tmp_path):
     np.testing.assert_allclose(model.encode_image(images), expected[0], atol=1e-4)
     with pytest.raises(ValueError, match="no multiple of patch_size"):
         load_model(tmp_path / "a.pt", image_size=50)
+
+
+def test_texts_that_end_at_the_first_entry_of_the_vocabulary_come_back():
+    arch = dataclasses.replace(reference.SMALL, end_of_text_id=0)
+    config = open_clip_layout.make_config(arch, Preprocessing())
+    assert open_clip_layout.read_architecture(config["model_cfg"], "made") == arch
 
 
 @pytest.mark.parametrize(
