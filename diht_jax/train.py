@@ -42,7 +42,8 @@ def main() -> None:
     began = time.monotonic()
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     try:
-        command_line.require_flags("workdir")  # an empty one would be the folder at hand
+        if not workdir:  # it would be the folder at hand
+            raise ValueError("--workdir is required")
         check_config(config)
         stages = load_stages(config)
         if os.environ.get("JAX_PLATFORMS") == "cpu":

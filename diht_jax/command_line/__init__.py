@@ -29,7 +29,7 @@ from diht_jax.command_line.shared_flags import require_flags as require_flags
 from diht_jax.command_line.shared_flags import task_defaults as task_defaults
 from diht_jax.command_line.shared_flags import values as values
 from diht_jax.config import apply_overrides, find_recipe, load_recipe
-from diht_jax.config.checks import check_names, check_optional, walk
+from diht_jax.config.checks import check_names, check_unset, walk
 from diht_jax.storage.files import refuse_url
 from diht_jax.terminal import escape_lines, print_escaped
 
@@ -159,10 +159,9 @@ def parse_flags(
             overrides = config_flag.override_values
             for name, value in overrides.items():
                 if value in (None, (None,)):  # the other one is that of a tuple
-                    if name not in optional_keys:
-                        check_optional(name, defaults)
                     overrides[name] = None
                     flags.FLAGS.config.update_from_flattened_dict({name: None})
+            check_unset(flags.FLAGS.config, defaults, optional_keys)
             apply_overrides(flags.FLAGS.config, overrides)
             if "stage.number" in overrides and flags.FLAGS.config.stage.count:
                 raise ValueError(

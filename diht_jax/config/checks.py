@@ -182,16 +182,12 @@ def check_unset(
     defaults: ml_collections.ConfigDict,
     optional_keys: Collection[str] = (),
 ) -> None:
-    """Raises ValueError for a key that is None and cannot be, unless it is one of some."""
+    """Raises ValueError for a key that is None and cannot be, since its default is another one."""
+    known = walk(defaults)
     for name, (value, _) in walk(config).items():
-        if value is None and name not in optional_keys:
-            check_optional(name, defaults)
-
-
-def check_optional(key: str, defaults: ml_collections.ConfigDict) -> None:
-    """Raises ValueError for a key that cannot be None, since its default is another one."""
-    default, kind = walk(defaults).get(key, (None, TextOrSections))  # or inside of one
-    if default is not None and not issubclass(kind, TextOrSections):
-        raise ValueError(
-            f"--config.{key}=None: this key cannot be unset; its default is {default!r:.200}"
-        )
+        default, kind = known.get(name, (None, TextOrSections))  # or inside of one
+        is_optional = default is None or issubclass(kind, TextOrSections) or name in optional_keys
+        if value is None and not is_optional:
+            raise ValueError(
+                f"--config.{name}=None: this key cannot be unset; its default is {default!r:.200}"
+            )

@@ -104,15 +104,16 @@ def find_name(names: Collection[str], wanted: Sequence[str]) -> str | None:
     return next((present[name] for name in wanted if name in present), None)
 
 
-def clean_captions(value: Any) -> list[str]:
-    """The captions in a text, a list of texts, or anything else (none): cleaned, not empty."""
-    items = value if isinstance(value, list | tuple) else [value]
-    return [text for item in items if isinstance(item, str) and (text := clean_text(item))]
+def pick_captions(value: Any, *, keep_repeated: bool = False) -> list[str]:
+    """The captions in a text, a list of texts, or anything else (none).
 
-
-def pick_captions(value: Any) -> list[str]:
-    """`clean_captions` in order, without repetitions."""
-    return list(dict.fromkeys(clean_captions(value)))
+    Cleaned, not empty, in order, without repetitions unless these are kept.
+    """
+    found = []
+    for item in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(item, str) and (text := clean_text(item)):
+            found.append(text)
+    return found if keep_repeated else list(dict.fromkeys(found))
 
 
 def explain_no_caption(column: str | None, value: Any) -> str:

@@ -38,9 +38,9 @@ from diht_jax.evaluation.sources.files import (
 from diht_jax.records.samples import (
     CAPTION_NAMES,
     IMAGE_NAMES,
-    clean_captions,
     find_name,
     merge_captions,
+    pick_captions,
 )
 from diht_jax.records.schema import Pair
 from diht_jax.storage.files import join, parse_json
@@ -99,7 +99,7 @@ def annotation_units(
         captions = []
         for row in rows:
             field = find_name(row, _CAPTION_FIELDS)
-            captions += clean_captions(row[field]) if field else ()
+            captions += pick_captions(row[field], keep_repeated=True) if field else ()
         metadata = merge_captions({"rows": rows}, captions)
         items.append((name, [Pair(name, b"", captions[0] if captions else "", metadata)]))
     return picture_units(image_root or os.path.dirname(path) or ".", items)

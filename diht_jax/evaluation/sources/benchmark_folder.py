@@ -29,7 +29,7 @@ from diht_jax.evaluation.suite import CLASSIFICATION, MULTILABEL, RETRIEVAL
 from diht_jax.readers.array_files import parse_npy
 from diht_jax.readers.base import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, Skipped, SourceShard
 from diht_jax.readers.shard_formats import count_images, read_groups
-from diht_jax.records.samples import clean_captions, merge_captions
+from diht_jax.records.samples import merge_captions, pick_captions
 from diht_jax.records.schema import Pair
 from diht_jax.storage.files import exists, join, list_names
 
@@ -139,7 +139,8 @@ def _make_pair(key: str, members: list[tuple[str, bytes | None]], kind: str) -> 
         reason = "no_caption" if kind == RETRIEVAL else "bad_row"
         return Skipped(key, reason, f"no {note_name} to be read among {', '.join(names)}")
     if kind == RETRIEVAL:
-        captions = clean_captions(note.decode("utf-8-sig", "replace").splitlines())
+        lines = note.decode("utf-8-sig", "replace").splitlines()
+        captions = pick_captions(lines, keep_repeated=True)
         if not captions:
             return Skipped(key, "no_caption", "the txt is blank")
         return Pair(key, images[0], captions[0], merge_captions({}, captions))
