@@ -199,20 +199,21 @@ CIFAR-10 zero-shot top-1 on 1,000 photos. On emoji it is R@10 among another arti
 drawings (chance: 0.26%); every caption of the test occurs in training, and half of them differ
 from another by the skin tone alone: it measures other drawings, not new concepts.
 
-Runs on the same data are compared seed by seed, since equal seeds share their order of examples.
-Runs on different data are compared as two samples (Welch): they share nothing, and pairing them
-would leave out runs. The interval is the wider of Student's t over the runs and a bootstrap over
-runs and test items, of unseen concepts over items within runs, which have their own. One rule gives
-every result: *gain of at least the margin* where the whole interval is at or above it; *gain* where
-it is above 0, *smaller than the margin* where it ends below the margin; *none within the margin*
-where it is between minus and plus the margin; *harm* where it is below 0; else *undecided*. Holm's
-p corrects for the primary claims; they were chosen from the first 106 contrasts by what the paper
-claims and by what people would act on, once the runs were there. The two of few-shot have since
-given way to the same two with settings chosen on as few pictures, and that of a teacher on CIFAR-10
-to the same with another exchange of captions and other random weights in each run. The last seeds
-of `random`, `clip_score`, `cat_concepts`, `cat_blocks`, `cat_captions_mixed` and `cat_adamw_1e_3`
-were run once the first three or four were known, up to the eight of every primary claim. Most other
-arms have three or four runs, which is few.
+Runs on the same data are compared seed by seed, since equal seeds share their order of examples,
+and those on [webs drawn anew](drawn.md) web by web. Other runs on different data are compared as
+two samples (Welch): they share nothing, and pairing them would leave out runs. The interval is the
+wider of Student's t over the runs and a bootstrap over runs and test items, of unseen concepts over
+items within runs, which have their own. One rule gives every result: *gain of at least the margin*
+where the whole interval is at or above it; *gain* where it is above 0, *smaller than the margin*
+where it ends below the margin; *none within the margin* where it is between minus and plus the
+margin; *harm* where it is below 0; else *undecided*. Holm's p corrects for the primary claims; they
+were chosen from the first 106 contrasts by what the paper claims and by what people would act on,
+once the runs were there. The two of few-shot have since given way to the same two with settings
+chosen on as few pictures, and that of a teacher on CIFAR-10 to the same with another exchange of
+captions and other random weights in each run. The last seeds of `random`, `clip_score`,
+`cat_concepts`, `cat_blocks`, `cat_captions_mixed` and `cat_adamw_1e_3` were run once the first
+three or four were known, up to the eight of every primary claim. Most other arms have three or four
+runs, which is few.
 
 Optimiser, learning rate and crops were chosen in trials of one seed with concept labels on
 filtered pairs, on the first quarter of these scenes; raw pairs and InfoNCE were not tuned for

@@ -1,11 +1,12 @@
 """What the runs say about a contrast: a difference, its interval, and a label.
 
-Runs on the same data are compared seed by seed: they share their order of examples. Runs on
-different data share nothing but the number of their seed, so that all runs of both arms are
-compared as two samples (Welch). The interval that decides is the wider of Student's t over the runs
-and a bootstrap over runs and test items; over items within runs where runs have their own, as other
-concepts that are held out. Holm's correction is over the primary claims, those without runs
-included, so that no claim becomes easier by not making the runs of another one.
+Runs on the same data are compared seed by seed: they share their order of examples; so are those of
+one web that is drawn for each seed. Other runs on different data share nothing but the number of
+their seed, so that all runs of both arms are compared as two samples (Welch). The interval that
+decides is the wider of Student's t over the runs and a bootstrap over runs and test items; over
+items within runs where runs have their own, as other concepts that are held out. Holm's correction
+is over the primary claims, those without runs included, so that no claim becomes easier by not
+making the runs of another one.
 """
 
 from __future__ import annotations

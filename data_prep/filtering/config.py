@@ -76,7 +76,6 @@ KEYS: dict[str, Any] = failures.KEYS | {
     "batch_size": Key(1024, COUNT),
 }
 
-
 OPTIONAL_KEYS = ("examples_per_shard",)  # they may be None, which is not their default
 
 
