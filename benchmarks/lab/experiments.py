@@ -243,7 +243,7 @@ BLOCKS = {
     "second_web": ("A second web", "Does CAT help where the noise is not what it was made for: "
                    "right captions without verbs, and a quarter of other pictures' captions?"),
     "clipart": ("Real titles", "Does CAT help on titles that nobody wrote for it: those of clip "
-                "art, more than half of them the names of collections?"),
+                "art, more than half of them shared by three drawings or more?"),
     "amount": ("Amount of data", "Does CAT help with less and with more data, and does it teach as "
                "much as several times the raw pairs?"),
     "noise": ("Shares of noise", "Does what CAT brings follow from how much noise there is?"),
@@ -1072,6 +1072,8 @@ DESCRIBED = [
     Contrast("cat_sizes", "cat", "sizes", 0.01, "the same training again", ""),
     Contrast("raw_rewritten", "cat", "captioning", 0.02, "rewritten raw pairs against dropping "
              "what CAT drops", ""),
+    Contrast("unseen_k", "unseen_k", "few_shot_k", 0.01, "one shot from the prompts against "
+             "zero-shot", "", "prompts_1", "zero_shot"),
     *(
         Contrast(f"cifar10_wrong_{share}_random", f"cifar10_wrong_{share}", "distillation", 0.02,
                  f"labels of random weights against none, {share}% of the captions wrong", "")
@@ -1103,11 +1105,8 @@ SECONDARY = (
     ("only_t", "raw"),
     ("oracle", "cat"),
     ("cat_beta_050", "cat"),
-    ("raw_beta_050", "raw"),
     ("cat_batch_256_beta_025", "cat_batch_256"),
-    ("cat_batch_512_beta_025", "cat_batch_512"),
     ("emoji_shuffled_0_beta_025", "emoji_shuffled_0"),
-    ("emoji_shuffled_25_beta_025", "emoji_shuffled_25"),
     ("emoji_shuffled_50_beta_025", "emoji_shuffled_50"),
     ("emoji_shuffled_25_beta_025_doubted", "emoji_shuffled_25_beta_025"),
     ("composition_beta_025", "composition"),
@@ -1119,12 +1118,15 @@ SECONDARY = (
     ("photos_neighbours", "photos_teacher"),
     ("cifar10_wrong_50_affinity", "cifar10_wrong_50"),
     ("cifar10_wrong_50_own_affinity", "cifar10_wrong_50"),
-    ("cifar10_mask_beta_025", "cifar10_beta_025"),
     ("raw_rewritten", "raw"),
     ("long_stretched", "long_cut"),
-    ("tuned_lora", "tuned_all"),
-    ("cat_wsd", "cat"),
-    ("cat_sizes_matryoshka", "cat_sizes", "scenes_16/r10"),
+    ("second_3000_cat", "second_3000_raw"),
+    ("second_3000_clip_score", "second_3000_cat"),
+    ("second_12000_cat", "second_12000_raw"),
+    ("clipart_cat", "clipart_raw"),
+    ("clipart_only_c", "clipart_random"),
+    ("amount_12000_cat", "amount_12000_raw"),
+    ("amount_3000_cat", "amount_12000_raw"),
 )
 
 

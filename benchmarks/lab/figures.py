@@ -12,10 +12,21 @@ import textwrap
 from collections.abc import Mapping, Sequence
 
 from benchmarks.lab.experiments import Contrast
-from benchmarks.lab.statistics import GAIN, HARM, LARGE_GAIN, SMALL_GAIN, Estimate
+from benchmarks.lab.statistics import (
+    GAIN,
+    HARM,
+    LARGE_GAIN,
+    LARGE_HARM,
+    SMALL_GAIN,
+    SMALL_HARM,
+    Estimate,
+)
 
 _WIDTH, _LABELS, _ROW, _TOP, _BOTTOM = 860, 400, 30, 34, 40
-_COLORS = {LARGE_GAIN: "#1a7f37", GAIN: "#1a7f37", SMALL_GAIN: "#1a7f37", HARM: "#cf222e"}
+_COLORS = {
+    **dict.fromkeys((LARGE_GAIN, GAIN, SMALL_GAIN), "#1a7f37"),
+    **dict.fromkeys((LARGE_HARM, HARM, SMALL_HARM), "#cf222e"),
+}
 _OTHER = "#57606a"
 _SERIES = ("#8250df", "#0969da", "#1a7f37", "#bc4c00")  # colours of curves
 _STEPS = (0.25, 0.5, 1, 2, 5, 10, 20, 50)  # of the axis, in points

@@ -1,6 +1,6 @@
 """A second web, whose noise is not what the filter was made for; frozen before any run on it.
 
-Half of its right captions have no verb, a quarter of all captions are those of other pictures, and
+Of its right captions 62% have no verb, a quarter of all captions are those of other pictures, and
 some pictures have text over them that no caption repeats. Product titles name what their picture
 shows. Scenes, shapes and colours are those of the first web, so that its held-out scenes measure
 the students of both.

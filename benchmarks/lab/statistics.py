@@ -1,12 +1,11 @@
 """What the runs say about a contrast: a difference, its interval, and a label.
 
 Runs on the same data are compared seed by seed: they share their order of examples; so are those of
-one web that is drawn for each seed. Other runs on different data share nothing but the number of
-their seed, so that all runs of both arms are compared as two samples (Welch). The interval that
-decides is the wider of Student's t over the runs and a bootstrap over runs and test items; over
-items within runs where runs have their own, as other concepts that are held out. Holm's correction
-is over the primary claims, those without runs included, so that no claim becomes easier by not
-making the runs of another one.
+the block `drawn`, web by web. All others are compared as two samples (Welch). The interval that
+decides reaches from the lower of the lower ends to the higher of the higher ends of two: Student's
+t over the runs, and a bootstrap over runs and test items; over items within runs where runs have
+their own, as other concepts that are held out. Holm's correction is over the primary claims, those
+without runs included, so that no claim becomes easier by not making the runs of another one.
 """
 
 from __future__ import annotations
@@ -22,9 +21,10 @@ import scipy.special
 LEVEL = 0.95
 NUM_RESAMPLES = 1000
 
-LARGE_GAIN = "gain of at least the margin"
-GAIN, SMALL_GAIN = "gain", "gain, smaller than the margin"
-NONE, HARM, UNDECIDED, WAITING = "none within the margin", "harm", "undecided", "waiting for runs"
+LARGE_GAIN, LARGE_HARM = "gain of at least the margin", "harm of at least the margin"
+GAIN, HARM = "gain", "harm"
+SMALL_GAIN, SMALL_HARM = "gain, smaller than the margin", "harm, smaller than the margin"
+NONE, UNDECIDED, WAITING = "none within the margin", "undecided", "waiting for runs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,10 +193,12 @@ def label(found: Estimate, margin: float) -> str:
         found: the difference.
         margin: what counts as worth having, in shares of 1, above 0.
     """
-    if found.low >= margin:
-        return LARGE_GAIN
     if found.low > 0:
+        if found.low >= margin:
+            return LARGE_GAIN
         return SMALL_GAIN if found.high < margin else GAIN
     if found.high < 0:
-        return HARM
+        if found.high <= -margin:
+            return LARGE_HARM
+        return SMALL_HARM if found.low > -margin else HARM
     return NONE if -margin < found.low and found.high < margin else UNDECIDED

@@ -35,10 +35,10 @@ class Row:
     Attributes:
         contrast: which one.
         rank: one of the above.
-        found: None without runs of both arms.
+        found: None before all runs are there.
         runs: how many there are of each arm.
         label: of `statistics`; "" for what was looked at afterwards.
-        means: of the metric, treated and control, over the compared runs; empty without any.
+        means: of the metric, treated and control, over the compared runs; empty without `found`.
         corrected: Holm's p; None but for primary claims whose runs are all there.
     """
 
@@ -62,12 +62,10 @@ def judge(results: dict[str, dict[str, Any]]) -> list[Row]:
     """All registered contrasts, with estimates and labels where runs are there."""
     rows = [_compare(contrast, results) for contrast in CONTRASTS]
     first = [row for row in rows if row.rank == FIRST]
-    p_values = [row.found.p_value if row.found and row.label != WAITING else 1.0 for row in first]
+    p_values = [row.found.p_value if row.found else 1.0 for row in first]
     corrected = dict(zip((row.contrast for row in first), holm(p_values), strict=True))
     return [
-        row
-        if row.label == WAITING
-        else dataclasses.replace(row, corrected=corrected.get(row.contrast))
+        dataclasses.replace(row, corrected=corrected.get(row.contrast)) if row.found else row
         for row in rows
     ]
 
@@ -90,7 +88,7 @@ def _compare(contrast: Contrast, results: dict[str, dict[str, Any]]) -> Row:
     if paired:
         arms = [{seed: arm[seed] for seed in arms[0] if seed in arms[1]} for arm in arms]
     runs = (len(arms[0]), len(arms[1]))
-    if not all(runs):
+    if runs != runs_of(contrast):
         return Row(contrast, rank, None, runs, WAITING)
     values = [
         [run["metrics"][metric] for run in arm.values()]
@@ -104,15 +102,7 @@ def _compare(contrast: Contrast, results: dict[str, dict[str, Any]]) -> Row:
     own_items = EXPERIMENTS[contrast.treated].student == "concepts"
     found = estimate(*values, *items, paired=paired, own_items=own_items)
     means = tuple(float(np.mean(each)) for each in values)
-    is_complete = runs == runs_of(contrast)
-    return Row(
-        contrast,
-        rank,
-        found,
-        runs,
-        label(found, contrast.margin) if is_complete else WAITING,
-        means,
-    )
+    return Row(contrast, rank, found, runs, label(found, contrast.margin), means)
 
 
 def _items(result: dict[str, Any], metric: str) -> np.ndarray:

@@ -21,6 +21,7 @@ from data_prep.filtering.config import default_config
 def get_config() -> ml_collections.ConfigDict:
     """The defaults of the filter with two conditions; a list of URLs is filtered by them too."""
     config = default_config()
-    config.predicates.require = ("punsafe < 0.5", "pwatermark < 0.5")  # 0.5 of watermarks: paper
+    # 0.5 of watermarks: the paper's; of punsafe: ours.
+    config.predicates.require = ("punsafe < 0.5", "pwatermark < 0.5")
     config.predicates.missing = "drop"
     return config

@@ -1,10 +1,10 @@
 r"""Concept labels: what a frozen teacher sees in each image, as 10 objects and 10 attributes.
 
 Method: DiHT, arXiv 2301.02280, "Concept Distillation"; docs/guides/prepare/labels.md has more. The
-input is a folder that data_prep.filter wrote. The default teacher is SWAG ViT-H/14, recalled as the
-paper's: set config.teacher.swag.weights to torchvision's vit_h_14_lc_swag-c1eb923e.pth. The licence
-of those weights is CC-BY-NC 4.0: they and the labels made with them are for non-commercial use
-only.
+input is a folder that data_prep.filter wrote. The numbers and the default teacher, SWAG ViT-H/14,
+are recalled as the paper's: set config.teacher.swag.weights to torchvision's
+vit_h_14_lc_swag-c1eb923e.pth. The licence of those weights is CC-BY-NC 4.0: they and the labels
+made with them are for non-commercial use only.
 
 Run:
 

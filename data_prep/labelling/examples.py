@@ -136,8 +136,8 @@ def concept_factors(counts: np.ndarray, num_records: int, threshold: float) -> n
     """The factor by which each concept should be seen more often than it occurs.
 
     A concept in a share f of the records has the factor max(1, sqrt(threshold / f)), the square
-    root of its inverse frequency (DiHT, arXiv 2301.02280, "Concept Distillation"; the form with a
-    threshold is that of Mahajan et al. 2018, arXiv 1805.00932).
+    root of its inverse frequency (recalled of DiHT, arXiv 2301.02280; the form with a threshold is
+    that of Mahajan et al. 2018, arXiv 1805.00932).
 
     Args:
         counts: int [v], records that have each; a concept that none has counts as one of one.
