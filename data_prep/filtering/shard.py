@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -32,7 +31,7 @@ from diht_jax.readers.base import held_bytes
 from diht_jax.readers.registry import Skipped, SourceShard
 from diht_jax.records import samples, schema
 from diht_jax.records.schema import Pair
-from diht_jax.records.shard_files import RecordSink, kind_of
+from diht_jax.records.shard_files import RecordWriter, kind_of
 from diht_jax.records.tars import DamagedTarError
 
 _CHUNK_BYTES = 2**28  # of pairs that are held at once; an ordinary batch takes a tenth of it
@@ -54,12 +53,12 @@ def filter_shard(
     is_unexplained = task.search is not None and task.search.unexplained > 0
     log = ShardLog(config, pictures=0 if is_unexplained else None)
 
-    def process(source: SourceShard, writer: RecordSink) -> dict[str, Any]:
+    def process(source: SourceShard, writer: RecordWriter) -> dict[str, Any]:
         facts: dict[str, Any] = {
             "download": read_download_stats(source),
             "versions": filter_config.package_versions(config),
         }
-        is_tar = kind_of(os.fspath(writer.path)) == "webdataset"
+        is_tar = kind_of(writer.path) == "webdataset"
 
         def write(data: bytes) -> None:
             writer.write(with_common_image(data) if is_tar else data)
@@ -71,7 +70,7 @@ def filter_shard(
             for chunk in _read_chunks(source, config, log, facts):
                 chain.run(work.begin(chunk, chain.try_one))
         facts |= chain.close()
-        return log.write(os.fspath(writer.path)) | facts
+        return log.write(writer.path) | facts
 
     companions = (table.SUFFIX, *((CONCEPTS_SUFFIX,) if config.concepts else ()))
     return shards.run_task(task, process, companions)

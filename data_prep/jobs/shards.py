@@ -38,7 +38,7 @@ from diht_jax.readers.registry import (
 from diht_jax.records import dataset_info
 from diht_jax.records.dataset_index import INDEX_NAME
 from diht_jax.records.formats import open_writer
-from diht_jax.records.shard_files import RecordSink
+from diht_jax.records.shard_files import RecordHash, RecordWriter
 from diht_jax.storage import files
 from diht_jax.storage.stores import input_size, is_remote, open_file
 
@@ -102,7 +102,7 @@ class Description(NamedTuple):
 
 def run_task(
     task: ShardTask,
-    process: Callable[[SourceShard, RecordSink], dict[str, Any]],
+    process: Callable[[SourceShard, RecordWriter], dict[str, Any]],
     companions: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Does one task; nothing of it is visible until it is complete. Returns its statistics.
@@ -116,9 +116,9 @@ def run_task(
     """
     described = begin_task(task)
     with open_writer(task.output) as writer:
-        hashing = HashingWriter(writer)
-        counts = process(task.source, hashing)
-    return finish_task(task, described, counts, len(writer), companions, hashing.digest())
+        writer.hash = RecordHash()
+        counts = process(task.source, writer)
+    return finish_task(task, described, counts, len(writer), companions, writer.hash.digest())
 
 
 def begin_task(task: ShardTask) -> Description:
@@ -166,39 +166,6 @@ def describe_output(path: str, records: int, companions: Sequence[str] = ()) -> 
 def trim_stats(stats: Mapping[str, Any]) -> dict[str, Any]:
     """The part of statistics that a driver holds: nothing that grows with the records."""
     return {name: stats[name] for name in ("config_hash", "output") if name in stats}
-
-
-@dataclasses.dataclass
-class RecordHash:
-    """A hash of records in their order; it is the same for every format."""
-
-    _hash: Any = dataclasses.field(default_factory=_new_hash)
-
-    def update(self, data: bytes) -> None:
-        """Takes one record."""
-        self._hash.update(len(data).to_bytes(8, "little"))
-        self._hash.update(data)
-
-    def digest(self) -> str:
-        """Hash of all records so far."""
-        return self._hash.hexdigest()
-
-
-class HashingWriter(RecordHash):
-    """Hashes the records on their way to a writer, which the caller closes."""
-
-    def __init__(self, writer: RecordSink):
-        super().__init__()
-        self.path = writer.path
-        self._writer = writer
-
-    def write(self, data: bytes) -> None:
-        """Appends one record."""
-        self._writer.write(data)
-        self.update(data)
-
-    def __len__(self) -> int:
-        return len(self._writer)
 
 
 def check_all(tasks: Sequence[Task]) -> Iterator[tuple[Task, dict[str, Any] | None, str | None]]:

@@ -34,7 +34,7 @@ from diht_jax.readers.registry import Skipped, SourceShard, read_pairs
 from diht_jax.records.formats import TFRecordWriter
 from diht_jax.records.labels.shards import decode_features, decode_key, encode_features, encode_key
 from diht_jax.records.schema import Record, encode_record
-from diht_jax.records.shard_files import RecordSink, read_records
+from diht_jax.records.shard_files import RecordHash, RecordWriter, read_records
 from diht_jax.storage import files
 from diht_jax.storage.stores import StorageError, is_remote
 
@@ -150,7 +150,7 @@ def load_embeddings(task: shards.ShardTask, copies: LocalCopies = NO_COPIES) -> 
     """
     path = copies.find(task.output) or task.output
     keys, results, dtype = [], [], DTYPES[0]
-    hashed = shards.RecordHash()
+    hashed = RecordHash()
     try:
         for data in read_records(path):
             hashed.update(data)
@@ -196,7 +196,7 @@ def embed_shard(
     made = dataclasses.replace(task.embedding, search=task.search)
     dtype = config.embedding_dtype
 
-    def process(source: SourceShard, writer: RecordSink) -> dict[str, Any]:
+    def process(source: SourceShard, writer: RecordWriter) -> dict[str, Any]:
         keys, results = [], []
         of_records = copies if copies.with_records else NO_COPIES
         teacher = open_teacher(config.teacher)

@@ -47,7 +47,7 @@ from diht_jax.records.labels.shards import (
     seal,
 )
 from diht_jax.records.schema import CONCEPT_FIELDS, Record, encode_record
-from diht_jax.records.shard_files import RecordSink
+from diht_jax.records.shard_files import RecordHash, RecordWriter
 from diht_jax.records.vocabulary import KINDS, STATS_KEY
 from diht_jax.storage import files
 
@@ -95,7 +95,7 @@ def label_shard(
         STATS_KEY: heads["vocabulary"],
     }
 
-    def process(source: SourceShard, writer: RecordSink) -> dict[str, Any]:
+    def process(source: SourceShard, writer: RecordWriter) -> dict[str, Any]:
         if not config.merge:
             shard, ids_type = task.identify(), id_dtype(heads["vocabulary"])
             if shard[1] != len(found.keys):
@@ -174,7 +174,7 @@ def embed_by_clips(
         ValueError: a damaged shard, or values that are not finite.
     """
 
-    def process(source: SourceShard, writer: RecordSink) -> dict[str, Any]:
+    def process(source: SourceShard, writer: RecordWriter) -> dict[str, Any]:
         shard, missing = task.identify(), collections.Counter()
         teacher = open_clip_teachers(teachers)
         for record, result in embed_records(task, report, teacher, teachers.batch_size):
@@ -230,7 +230,7 @@ def _write_no_labels(task: LabelTask) -> LabelShard:
     """
     shard = task.identify()
     with open_writer(task.output) as writer:
-        hashing = shards.HashingWriter(writer)
+        writer.hash = RecordHash()
         for _ in range(shard[1]):
-            hashing.write(b"")
-    return LabelShard(task.name, hashing.digest()[:16], shard)
+            writer.write(b"")
+    return LabelShard(task.name, writer.hash.digest()[:16], shard)

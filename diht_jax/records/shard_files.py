@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import os
 import pathlib
 import re
 import struct
 from collections.abc import Callable, Iterator
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import google_crc32c
 import numpy as np
@@ -279,15 +281,22 @@ def wrong_index(path: str, detail: str) -> TFRecordError:
     )
 
 
-class RecordSink(Protocol):
-    """Takes the records of a shard one by one: a writer, or what changes them before one."""
+@dataclasses.dataclass
+class RecordHash:
+    """A hash of records in their order; it is the same for every format."""
 
-    path: str
+    _hash: Any = dataclasses.field(
+        default_factory=functools.partial(hashlib.blake2b, digest_size=16)
+    )
 
-    def write(self, data: bytes) -> None:
-        """Appends one record."""
+    def update(self, data: bytes) -> None:
+        """Takes one record."""
+        self._hash.update(len(data).to_bytes(8, "little"))
+        self._hash.update(data)
 
-    def __len__(self) -> int: ...
+    def digest(self) -> str:
+        """Hash of all records so far."""
+        return self._hash.hexdigest()
 
 
 class RecordWriter:
@@ -298,9 +307,11 @@ class RecordWriter:
 
     Attributes:
         path: of the shard, or its URL.
+        hash: takes every record that is written; None by default.
     """
 
     index: ShardIndex | None = None  # of the format; its `_append` then notes the offsets
+    hash: RecordHash | None = None
 
     def __init__(self, path: str | os.PathLike[str]):
         """Opens the temporary file."""
@@ -316,6 +327,8 @@ class RecordWriter:
         """Appends one record, such as `schema.encode_record` gives."""
         self._append(data)
         self._count += 1
+        if self.hash is not None:
+            self.hash.update(data)
 
     def __len__(self) -> int:
         """Records written so far."""
