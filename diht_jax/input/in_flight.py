@@ -21,6 +21,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
+from typing import NamedTuple
 
 import ml_collections
 import numpy as np
@@ -32,6 +33,7 @@ from diht_jax.input.workers import (
     available_memory,
     describe_bytes,
     free_shared_memory,
+    run_in_thread,
 )
 
 # Threads that copy sub-batches into their batch. One thread would copy about as fast as eight GPUs
@@ -254,6 +256,14 @@ def _references(batch: Mapping[str, np.ndarray]) -> int:
 _UNUSED = _references({"": np.empty(1)})
 
 
+class _Join(NamedTuple):
+    """A batch that is joined from now on, in a thread."""
+
+    batch: futures.Future[dict[str, np.ndarray]]
+    wanted: threading.Event  # somebody waits for it
+    stopped: threading.Event  # nobody will
+
+
 @dataclasses.dataclass
 class Joiner:
     """The batches of an endless source of parts, the next of which is joined ahead.
@@ -274,59 +284,36 @@ class Joiner:
         """
         if self.num_parts == 1:
             return self.next_part()
-        join, self._ahead = self._ahead or _Join(self), None
-        batch = join.result()
-        self._ahead = _Join(self)
+        join, self._ahead = self._ahead or self._begin(), None
+        join.wanted.set()
+        batch = join.batch.result()
+        self._ahead = self._begin()
         return batch
 
     def close(self) -> None:
         """Ends the thread and drops what it has joined, or ended with; memory is kept."""
         join, self._ahead = self._ahead, None
         if join is not None:
-            join.stop()
+            join.stopped.set()
+            join.wanted.set()
+            futures.wait([join.batch], _END_SECS)
 
+    def _begin(self) -> _Join:
+        wanted, stopped = threading.Event(), threading.Event()
 
-class _Join(threading.Thread):
-    """A batch that is joined from now on."""
+        def next_part() -> dict[str, np.ndarray]:
+            part = {} if stopped.is_set() else self.next_part()
+            if stopped.is_set():
+                raise InterruptedError("the input is closed")
+            return part
 
-    def __init__(self, joiner: Joiner):
-        super().__init__(name="join_batch", daemon=True)
-        self._joiner = joiner
-        self._wanted, self._stopped = threading.Event(), False
-        self._batch: dict[str, np.ndarray] = {}
-        self._error: BaseException | None = None
-        self.start()
-
-    def result(self) -> dict[str, np.ndarray]:
-        """The batch, as soon as it is joined; may be called once."""
-        self._wanted.set()
-        self.join()
-        if self._error is not None:
-            raise self._error
-        batch, self._batch = self._batch, {}
-        return batch
-
-    def stop(self) -> None:
-        """Gives the batch up, and waits a while for the end of the thread."""
-        self._stopped = True
-        self._wanted.set()
-        self.join(_END_SECS)
-
-    def run(self) -> None:
-        memory = self._joiner.memory
-        try:
+        def join() -> dict[str, np.ndarray]:
             # Until somebody waits for it, a batch that finds no room is not begun.
-            while memory.is_short() and not self._wanted.wait(_LOOK_SECS):
+            while self.memory.is_short() and not wanted.wait(_LOOK_SECS):
                 pass
-            self._batch = join_parts(self._part, self._joiner.num_parts, memory)
-        except BaseException as error:
-            self._error = error
+            return join_parts(next_part, self.num_parts, self.memory)
 
-    def _part(self) -> dict[str, np.ndarray]:
-        part = {} if self._stopped else self._joiner.next_part()
-        if self._stopped:
-            raise InterruptedError("the input is closed")
-        return part
+        return _Join(run_in_thread(join, "join_batch"), wanted, stopped)
 
 
 def join_parts(

@@ -86,7 +86,7 @@ def test_no_batch_is_joined_ahead_of_two_that_are_in_use(joiner, source):
     first, second = joiner.take(), joiner.take()
     assert joiner.memory.is_short() and source.taken == 2 * PARTS
     ahead = joiner._ahead
-    assert ahead.is_alive() and not ahead._batch  # it waits for room
+    assert not ahead.batch.done()  # it waits for room
     del first
     wait_until(lambda: source.taken == 3 * PARTS)
     assert_is(second, 1)
@@ -146,7 +146,7 @@ def test_closing_ends_the_thread_and_a_later_batch_begins_with_the_next_part(joi
     joiner.take()
     wait_until(lambda: source.taken == 2 * PARTS)
     joiner.close()
-    assert "join_batch" not in {thread.name for thread in threading.enumerate()}
+    wait_until(lambda: "join_batch" not in {thread.name for thread in threading.enumerate()})
     source.taken = 9 * PARTS
     assert_is(joiner.take(), 9)
 
