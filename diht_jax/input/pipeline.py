@@ -90,7 +90,6 @@ class TrainIterator:
         if num_workers is None:
             num_workers = workers.default_num_workers()
         if num_workers:
-            workers.warn_of_few_cores(num_workers)
             workers.claim_mark(workers.SHARED_MEMORY)  # removes what others left, before measuring
         sources = [_with_blocks(each, data, num_workers) for each in records.sources]
         self.block_stores = [each.blocks for each in sources if each.blocks]

@@ -28,8 +28,6 @@ from concurrent import futures
 from multiprocessing import process, shared_memory
 from typing import TypeVar
 
-from absl import logging
-
 from diht_jax.storage.locks import LockedError, lock_file
 
 SHARED_MEMORY = "/dev/shm"
@@ -219,18 +217,6 @@ def usable_cores() -> int:
 def default_num_workers() -> int:
     """The meaning of `config.data.num_workers=None`: a worker for each core that may be used."""
     return min(usable_cores(), _MOST_BY_DEFAULT)
-
-
-def warn_of_few_cores(num_workers: int) -> None:
-    """Logs a warning where this process may use fewer cores than it has workers."""
-    cores = usable_cores()
-    if num_workers > cores:
-        logging.warning(
-            "config.data.num_workers=%d, but this process may use %d cores; lower it, or give the "
-            "process more cores (Slurm: srun --cpus-per-task; Kubernetes: limits.cpu)",
-            num_workers,
-            cores,
-        )
 
 
 def free_shared_memory() -> int | None:

@@ -260,8 +260,9 @@ class InputSupply:
                 f"use {cores} cores"
             )
         return (
-            f"{exact}give this process more cores (Slurm: srun --cpus-per-task) and leave "
-            f"config.data.num_workers unset: {num_workers} workers keep all {cores} busy"
+            f"{exact}give this process more cores (Slurm: srun --cpus-per-task; Kubernetes: "
+            f"limits.cpu) and leave config.data.num_workers unset: {num_workers} workers keep all "
+            f"{cores} busy"
         )
 
 
