@@ -173,7 +173,7 @@ def test_the_scale_and_the_bias_of_sigmoid_runs_are_averaged_too(tmp_path):
     ("models", "method", "options", "message"),
     [
         (("a",), "uniform", {}, "--method=uniform needs several models"),
-        (("a", "wide"), "uniform", {}, "wide: parameter 'text/blocks/0/mlp/fc_in/bias' has shape"),
+        (("a", "wide"), "uniform", {}, "wide: text_mlp_width is 128, and 256 in"),
     ],
 )
 def test_wrong_arguments_are_named(two_models, tmp_path, models, method, options, message):

@@ -24,7 +24,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from diht_jax import sharding
-from diht_jax.data.tokenizer import VOCAB_SIZE
 from diht_jax.input.mixing import Mixture
 from diht_jax.models.parameters import fit_positions
 from diht_jax.models.zoo import (
@@ -48,7 +47,7 @@ from diht_jax.training.workdir.saved_run import (
 from diht_jax.training.workdir.stored_run import local_run, read_manifests
 from diht_jax.training.workdir.trained_model import is_run, restore_model
 from diht_jax.weights.releases import RELEASES
-from diht_jax.weights.settings import Preprocessing
+from diht_jax.weights.settings import Preprocessing, field_value
 from diht_jax.weights.source import ModelFiles, read_weights
 
 # Positions are fitted to these.
@@ -269,8 +268,8 @@ def _check_same_architecture(
 ) -> None:
     """Refuses a model that differs in more than the sizes of images and texts."""
     differing = [
-        f"config.model.overrides.{field}={_value(found, field)!r} "
-        f"(the run has {_value(expected, field)!r})"
+        f"config.model.overrides.{field}={field_value(found, field)!r} "
+        f"(the run has {field_value(expected, field)!r})"
         for field in _differing_fields(found, expected)
     ]
     if differing:
@@ -285,16 +284,7 @@ def _check_same_architecture(
 def _differing_fields(a: Architecture, b: Architecture) -> list[str]:
     """Fields that make another model; sizes of images and texts do not."""
     fields = (field for field in ARCHITECTURE_FIELDS if field not in _INPUT_SIZES)
-    return [field for field in fields if _value(a, field) != _value(b, field)]
-
-
-def _value(arch: Architecture, field: str) -> Any:
-    value = getattr(arch, field)
-    if value is None and field.endswith("_mlp_width"):
-        return 4 * getattr(arch, field.replace("_mlp", ""))
-    if field == "end_of_text_id" and value == min(arch.vocab_size, VOCAB_SIZE) - 1:
-        return None  # CLIP's vocabulary has the same end of text with an id as without
-    return value
+    return [field for field in fields if field_value(a, field) != field_value(b, field)]
 
 
 def _like(drawn: dict[str, Any], params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from diht_jax.data.tokenizer import VOCAB_SIZE
 from diht_jax.input.transforms import CLIP_MEAN, CLIP_STD, INTERPOLATIONS, Preprocessing
 from diht_jax.models.zoo import Architecture
 from diht_jax.storage.files import check_object
@@ -91,6 +92,16 @@ def make_architecture(path: str, *, text_epsilon: float, **fields: Any) -> Archi
         return Architecture(**fields)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def field_value(arch: Architecture, field: str) -> Any:
+    """The value of a field of an architecture, one for all values that make the same model."""
+    value = getattr(arch, field)
+    if value is None and field.endswith("_mlp_width"):
+        return 4 * getattr(arch, field.replace("_mlp", ""))
+    if field == "end_of_text_id" and value == min(arch.vocab_size, VOCAB_SIZE) - 1:
+        return None  # CLIP's vocabulary has the same end of text with an id as without
+    return value
 
 
 def read_preprocessor(config: Mapping[str, Any], path: str) -> Preprocessing:

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from diht_jax.models.parameters import parameter_shapes
 from diht_jax.models.zoo import ARCHITECTURE_FIELDS
+from diht_jax.weights.settings import field_value
 from diht_jax.weights.source import ModelFiles
 
 Parameters = dict[str, Any]
@@ -63,24 +63,11 @@ def _mean(like: ModelFiles | None, sums: Parameters | None, total: float) -> Mod
 def check_same_architecture(first: ModelFiles, other: ModelFiles) -> None:
     """Raises ValueError where the parameters of two models mean different things.
 
-    The message names the parameter, or the setting that no parameter's shape shows.
+    The message names the setting. Shapes follow from the settings: each model was read by its own.
     """
-    found, expected = parameter_shapes(other.params), parameter_shapes(first.params)
-    for name in sorted(found.keys() | expected.keys()):
-        if found.get(name) != expected.get(name):
-            its, wanted = (
-                f"has shape {list(shapes[name])}" if name in shapes else "is missing"
-                for shapes in (found, expected)
-            )
-            raise ValueError(
-                f"{other.path}: parameter '{name}' {its}, and in {first.path} it {wanted}; models "
-                "to average must have one architecture"
-            )
-    settings, expected = _settings_of(other), _settings_of(first)
-    for name, value in settings.items():
-        # One of two widths may be left out: the shapes have shown that they are equal.
-        is_default_width = name.endswith("_mlp_width") and None in (value, expected[name])
-        if value != expected[name] and not is_default_width:
+    expected = _settings_of(first)
+    for name, value in _settings_of(other).items():
+        if value != expected[name]:
             raise ValueError(
                 f"{other.path}: {name} is {value!r}, and {expected[name]!r} in {first.path}; "
                 "models to average must have one architecture"
@@ -88,7 +75,7 @@ def check_same_architecture(first: ModelFiles, other: ModelFiles) -> None:
 
 
 def _settings_of(model: ModelFiles) -> dict[str, Any]:
-    return {field: getattr(model.arch, field) for field in ARCHITECTURE_FIELDS} | {
+    return {field: field_value(model.arch, field) for field in ARCHITECTURE_FIELDS} | {
         "preprocessing": model.preprocessing,
         "tokenizer": model.tokenizer and model.tokenizer.describe(),
     }
