@@ -63,7 +63,7 @@ class Captioning(Term):
         )
         found = decoder(tokens[:, :-1], image_tokens)
         b, t, width = found.shape
-        losses, _ = concept_losses_in_chunks(
+        losses = concept_losses_in_chunks(
             found.reshape(b * t, width),
             decoder.output_kernel(),
             jnp.zeros((), jnp.float32),

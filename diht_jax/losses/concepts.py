@@ -66,8 +66,8 @@ def concept_losses_in_chunks(
     probs: Float[Array, "b k"],
     *,
     chunk_rows: int,
-) -> tuple[Float[Array, " b"], Bool[Array, " b"]]:
-    """`concept_losses` of a linear head, with the logits of `chunk_rows` rows at a time.
+) -> Float[Array, " b"]:
+    """The loss of every row for a linear head, with the logits of `chunk_rows` rows at a time.
 
     The backward pass makes the logits of a chunk again; a single chunk keeps them.
 
@@ -75,12 +75,9 @@ def concept_losses_in_chunks(
         features, kernel, bias: of the head.
         ids, probs: see `concept_loss`.
         chunk_rows: at most; the largest divisor of b up to it is taken.
-
-    Returns:
-        See `concept_losses`.
     """
 
-    def of_chunk(chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    def of_chunk(chunk: tuple[jax.Array, ...]) -> jax.Array:
         features, ids, probs = chunk
         logits = jax.lax.dot_general(
             features,
@@ -88,7 +85,8 @@ def concept_losses_in_chunks(
             (((1,), (0,)), ((), ())),
             preferred_element_type=jnp.float32,
         )
-        return concept_losses(logits + bias, ids, probs)
+        losses, _ = concept_losses(logits + bias, ids, probs)
+        return losses
 
     return map_in_chunks(of_chunk, (features, ids, probs), chunk_rows)
 

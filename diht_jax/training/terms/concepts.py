@@ -129,7 +129,7 @@ class ConceptDistillation(Term):
                 examples[f"{kind}_ids"],
                 examples[f"{kind}_probs"],
                 chunk_rows=self.section.chunk_rows,
-            )[0]
+            )
             for head, kind in self.active_heads.items()
         }
 
