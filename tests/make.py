@@ -262,6 +262,17 @@ def small_architecture(**changes: Any) -> Any:
     return Architecture(**sizes | changes)
 
 
+def clip_tensors(arch: Any, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random parameters of an `Architecture`, by their names in CLIP's layout."""
+    from diht_jax.weights.clip_layout import layout, layout_shapes, our_shapes
+
+    rng = np.random.default_rng(seed)
+    return {
+        name: rng.standard_normal(shape).astype(np.float32) * 0.1
+        for name, shape in layout_shapes(layout(arch), our_shapes(arch)).items()
+    }
+
+
 def tiny_config(**changes: Any) -> ml_collections.ConfigDict:
     """A config that trains a model of one layer in seconds; `section__key=value` changes it."""
     from diht_jax.config import default_config, validate_config

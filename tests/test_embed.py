@@ -12,7 +12,6 @@ import pytest
 from diht_jax import embed, load_model, search
 from diht_jax.evaluation.embedding.encoding import Encoder
 from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source
-from diht_jax.weights import clip_layout
 from diht_jax.weights.tensor_files import write_safetensors
 from tests import make
 from tests.docs.commands import parse_command
@@ -24,11 +23,7 @@ OPTIONS = EmbedOptions(shard_size=4, batch_size=8)
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "a.safetensors"
-    rng = np.random.default_rng(0)
-    shapes = clip_layout.expected_shapes(ARCH)
-    write_safetensors(
-        path, {k: rng.standard_normal(s).astype(np.float32) * 0.1 for k, s in shapes.items()}
-    )
+    write_safetensors(path, make.clip_tensors(ARCH))
     return path
 
 

@@ -263,11 +263,6 @@ def infer_architecture(tensors: Mapping[str, np.ndarray], path: str) -> Architec
         raise ValueError(f"{path}: its shapes are those of no model: {error}") from error
 
 
-def expected_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """CLIP's name -> shape of every parameter of `arch`."""
-    return layout_shapes(layout(arch), our_shapes(arch))
-
-
 def to_clip(params: Mapping[str, Any], arch: Architecture) -> dict[str, np.ndarray]:
     """CLIP's layout of our parameter tree."""
     return to_layout(params, layout(arch))

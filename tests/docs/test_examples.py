@@ -4,12 +4,11 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
 from diht_jax.models import Architecture
-from diht_jax.weights.clip_layout import expected_shapes
 from diht_jax.weights.tensor_files import write_safetensors
+from tests import make
 from tests.docs.pages import REPOSITORY, python_blocks
 
 LIBRARY = python_blocks(REPOSITORY / "docs/explained/library.md")
@@ -95,11 +94,7 @@ def test_example_of_the_readme(tmp_path, run):
     """On random weights, since the emoji model is not at hand."""
     size = dict(vision_layers=1, vision_width=64, vision_heads=1, embed_dim=24)
     size |= dict(text_layers=1, text_width=64, text_heads=1, image_size=64, patch_size=32)
-    rng = np.random.default_rng(0)
-    weights = {
-        name: 0.1 * rng.standard_normal(shape).astype(np.float32)
-        for name, shape in expected_shapes(Architecture(**size)).items()
-    }
+    weights = make.clip_tensors(Architecture(**size))
     write_safetensors(tmp_path / "emoji.safetensors", weights)
     (block,) = python_blocks(REPOSITORY / "README.md")
     assert 'load_model("runs/emoji")' in block

@@ -33,7 +33,6 @@ from diht_jax.training.step import TrainState
 from diht_jax.training.workdir.checkpoint import Checkpointer
 from diht_jax.training.workdir.saved_run import keep_tokenizer, write_config
 from diht_jax.training.workdir.stored_run import StagedDirectory
-from diht_jax.weights import clip_layout
 from diht_jax.weights.export import write_model
 from diht_jax.weights.source import read_weights
 from diht_jax.weights.tensor_files import write_safetensors
@@ -181,12 +180,7 @@ def stage(folder: pathlib.Path, name: str) -> StagedDirectory:
 def _write_models(folder: pathlib.Path, seed: int) -> None:
     """Exports of a model with random weights, and a run with it as its checkpoints."""
     arch = make.small_architecture(vocab_size=600, activation=("gelu", "quick_gelu")[seed])
-    rng = np.random.default_rng(seed)
-    tensors = {
-        name: rng.normal(size=shape).astype(np.float32)
-        for name, shape in clip_layout.expected_shapes(arch).items()
-    }
-    write_safetensors(folder / "weights.safetensors", tensors)
+    write_safetensors(folder / "weights.safetensors", make.clip_tensors(arch, seed))
     model = read_weights(folder / "weights.safetensors")
     pictures = dataclasses.replace(model.preprocessing, mean=(0.5, 0.5, 0.5 + seed / 10))
     model = dataclasses.replace(model, arch=arch, preprocessing=pictures, has_tokenizer=True)

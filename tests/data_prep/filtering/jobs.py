@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_collections
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 
@@ -18,7 +17,6 @@ from data_prep.filtering import config as filter_config
 from diht_jax.config import load_recipe, validate_config
 from diht_jax.records.formats import open_source
 from diht_jax.records.schema import Record, decode_record
-from diht_jax.weights import clip_layout
 from diht_jax.weights.tensor_files import write_safetensors
 from tests import make
 
@@ -87,10 +85,7 @@ def write_table(
 def write_clip(path: pathlib.Path, image_size: int) -> str:
     """Weights of a small CLIP that was never trained; their path."""
     arch = make.small_architecture(image_size=image_size, embed_dim=24, context_length=8)
-    rng = np.random.default_rng(0)
-    shapes = clip_layout.expected_shapes(arch)
-    tensors = {k: rng.standard_normal(s).astype(np.float32) * 0.1 for k, s in shapes.items()}
-    write_safetensors(path, tensors)
+    write_safetensors(path, make.clip_tensors(arch))
     return str(path)
 
 

@@ -23,6 +23,7 @@ from diht_jax.models.zoo import Architecture
 from diht_jax.weights import clip_layout
 from diht_jax.weights.source import read_weights
 from diht_jax.weights.tensor_files import read_tensors
+from tests import make
 from tests.fuzz.damage import (
     DEEP_JSON,
     NOT_UTF8,
@@ -66,11 +67,7 @@ _ARCH = Architecture(**_FIELDS)
 @functools.cache
 def _tensors() -> dict[str, np.ndarray]:
     """The model under CLIP's names, with random values."""
-    rng = np.random.default_rng(0)
-    return {
-        name: rng.normal(size=shape).astype(np.float32)
-        for name, shape in clip_layout.expected_shapes(_ARCH).items()
-    }
+    return make.clip_tensors(_ARCH)
 
 
 @functools.cache
