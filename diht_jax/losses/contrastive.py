@@ -4,18 +4,6 @@
 `contrastive_objective` and `sharded_loss` take global arrays and a mesh, and add metrics. The
 formulas are in `softmax.py` and `sigmoid.py`, the two ways to compute them in `streaming.py` and
 `dense.py`.
-
-How gradients come out, for a loss taken inside `jax.shard_map` over `axis_name`:
-
-  * differentiated from outside of `shard_map` (a jitted step on global arrays): exact, for every
-    argument, with `check_vma` and without.
-  * `jax.grad` inside `shard_map(check_vma=True)`, the default: exact. Each device holds the
-    gradient of its own rows; the gradient of a replicated value (`logit_scale`, parameters) is
-    already summed over devices. Reduce nothing.
-  * `jax.grad` inside `shard_map(check_vma=False)`: JAX then transposes the sum over devices to
-    another sum, so each device holds its contribution times the number of devices. Average the
-    gradients of replicated values with `jax.lax.pmean`, as in classic data parallelism (the
-    factor and the mean cancel), or divide those of local rows by the number of devices.
 """
 
 from __future__ import annotations
@@ -70,8 +58,8 @@ def contrastive_loss(
         w_ij = (N - 1) e^{beta s_ij} / sum_{k != i} e^{beta s_ik}
 
     and text to image is the same on the transpose (weights normalised over images). `alpha=1,
-    beta=0` is InfoNCE. Gradients flow through the weights unless `stop_weight_gradient`. The
-    module docstring says how gradients come out inside and outside of `shard_map`.
+    beta=0` is InfoNCE. Gradients flow through the weights unless `stop_weight_gradient`.
+    docs/explained/library.md says how gradients come out inside and outside of `shard_map`.
 
     Pairs with equal `pair_ids` are no negatives of one another: sums over j != i are then over the
     others alone, and N - 1 is their number. As positives (UniCL's form, arXiv 2204.03610),

@@ -1,15 +1,7 @@
 """Linear layers and activations of the blocks, and what of these the backward pass keeps.
 
-The policies of `checkpointed`, with what a block keeps for each token (w is its width, t the number
-of tokens) and what the backward pass computes again:
-
-    none     everything that costs arithmetic worth the name, attention weights included
-             (18 w + t heads): nothing but cheap element-wise operations again
-    dots     the input and the outputs of the linear layers that are needed (9 w): attention,
-             LayerNorm and GELU again
-    minimal  the input, queries, keys, values and what attention adds (5 w): also the MLP's first
-             linear layer again, a third of a block's. What the TPU kernel gives is kept too (6 w)
-    full     the input (1 w): the whole block again but the MLP's last linear layer
+docs/guides/train/memory.md has the policies of `checkpointed`: what a block keeps for each token,
+and what the backward pass computes again.
 """
 
 from __future__ import annotations

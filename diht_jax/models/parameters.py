@@ -8,12 +8,9 @@ that scans takes the blocks of a tower stacked along a new first axis
 `fit_positions` fits learned positions to images of another size, or to texts of another length,
 than the model was trained with.
 
-Low-rank adapters on the linear layers of the blocks are LoRA (Hu et al. 2021, arXiv 2106.09685). An
-adapted layer computes `x W + b + (alpha / rank) (x A) B` with A [in, rank] and B [rank, out] next
-to its own W; B starts at 0, so that the model starts as it was. Once merged, `W + (alpha / rank) A
-B` is an ordinary kernel, and nothing of the adapters is left. They are parameters of the layer,
-`vision/blocks/0/mlp/fc_in/lora_a` and `lora_b`. Where there are any, they alone are trained of the
-model: `frozen_by_adapters`.
+Low-rank adapters on the linear layers of the blocks are LoRA (docs/guides/train/finetuning.md).
+They are parameters of the layer, `vision/blocks/0/mlp/fc_in/lora_a` [in, rank] and `lora_b`
+[rank, out]. Where there are any, they alone are trained of the model: `frozen_by_adapters`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,6 @@
 """What a new run starts from: the model of `config.model.init_from`, or the stage before.
 
-Stages of a recipe are runs of their own. A stage takes all parameters of the one before, those of
-the objective included, with positions for its own sizes of images and texts, and goes on in the
-data from where that one stopped. The optimiser starts anew with a warm-up of its own: at another
-learning rate, and with moments that forget within tens of steps, those of the stage before would
-change nothing.
+docs/guides/train/stages.md says what a stage takes over from the one before, and what begins anew.
 """
 
 from __future__ import annotations

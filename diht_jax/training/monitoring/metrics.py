@@ -182,16 +182,10 @@ def _draw_curves(rows: Sequence[Mapping[str, float]]) -> bytes:
 class WallTime:
     """Wall time of a run by its use, over all starts in the same work directory.
 
-        start       of the first process, up to its first step: imports, peers, data, parameters
-        compile     of the step
-        step        training
-        input       devices that waited for a batch
-        evaluation  and the curves at the end
-        checkpoint  the loop's waits for one; what is written in the background costs nothing
-        lost        to restarts: steps that were made again, and the time up to the first new step
-
-    The time between two starts, in which no process ran, is not known. The first process alone
-    reads what was before from the work directory, and writes.
+    docs/guides/train/metrics.md has the uses; "start" is the time of the first process up to its
+    first step: imports, peers, data, parameters. The time between two starts, in which no process
+    ran, is not known. The first process alone reads what was before from the work directory, and
+    writes.
     """
 
     def __init__(

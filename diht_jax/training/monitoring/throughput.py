@@ -41,11 +41,7 @@ def model_flops(
     """FLOPs of the matrix products that one step of the recipe needs, over all devices.
 
     Model FLOPs in the sense of PaLM (arXiv 2204.02311, appendix B), a multiply-add being two:
-    what settings that save memory compute a second time (rematerialisation, the first pass over
-    micro-batches) is left out, so that they cannot raise the MFU. What a recipe spares itself
-    (patch dropout, a locked tower) is left out as well, and so are the tokens of a tower's last
-    block that nothing reads, which a scan over the layers computes, and the optimiser's own
-    products.
+    without what docs/guides/train/metrics.md names, and without the optimiser's own products.
 
     Args:
         traced: its step, where that is at hand: one that computes nothing twice is counted as it
