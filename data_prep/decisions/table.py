@@ -9,11 +9,7 @@ a table, and has its file in a folder of its own, so that nobody reads it as a p
 `OUTPUT/decisions/NAME.parquet` for `OUTPUT/NAME`.
 
 Two lists for other programs are made of them: the keys of the kept pairs, and DataComp's array of
-their uids, which is left out where no pair has a uid (the field "uid" of its metadata):
-
-    kept_keys.txt   one key a line, in the order of the records
-    kept_uids.npy   dtype "u8,u8", sorted, each uid once: upper and lower half of its 32 hexadecimal
-                    digits; the subset file that DataComp's resharder and baselines read and write
+their uids (docs/guides/prepare/decisions.md).
 """
 
 from __future__ import annotations

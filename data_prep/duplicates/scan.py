@@ -1,8 +1,6 @@
 """Scan of the input: the keys, content hashes, sizes and embeddings of its pairs, unit by unit.
 
-A unit is a source shard, or a file of precomputed embeddings. Its output, an Arrow file with the
-columns of `rows.py`, is named by a hash of its input's path below its root, so that one that is
-added, removed or replaced costs itself. The statistics, with what the input was, are written last.
+The output of a unit, an Arrow file with the columns of `rows.py`, is named by `hash_inputs`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """Results: the table that other programs look keys up in, and the page with pairs to look at.
 
-duplicates/    a row for each pair of a unit, in the unit's file, NNNNN.parquet
-dropped.arrow  a row for each dropped pair whose key no other pair has, in the order of a hash
-               of the key: it is mapped into memory, and all workers of a machine share it
-report.html    how many duplicates there are, and pairs of pictures
+`dropped.arrow` has a row for each dropped pair whose key no other pair has, in the order of a hash
+of the key: it is mapped into memory, and all workers of a machine share it.
 """
 
 from __future__ import annotations

@@ -14,9 +14,7 @@ A part is the filtered form of one input shard, named by its input. The folder o
 Where config.metadata_only is set, rows of tables are filtered without images: the kept rows of
 `INPUT.parquet` are `OUTPUT/INPUT.parquet` (`rows`).
 
-Nothing that was made with other settings is replaced unless `--overwrite` asks for it. Parts of
-inputs that are gone or were replaced follow them by themselves while they are few: an everyday
-change costs itself, and a mistyped `config.input` costs nothing.
+Nothing of other settings, or of many other inputs, is replaced unless `--overwrite` asks for it.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
 The nodes must see the same paths, and have the same packages and this repository, installed or
 under the same path. Ray is imported only when it is asked for. An actor dies with its node or its
 process; its task may pass at another try, and another actor is started wherever the cluster has
-room. Models that need a GPU can be in actors of their own, which Ray restarts after their death,
-and which all workers use (`models.py`).
+room. Models that are shared are in actors of their own (`models.py`).
 """
 
 from __future__ import annotations

@@ -86,12 +86,7 @@ def run_pending(
 ) -> dict[str, str]:
     """Calls `function(task, report)` for every task; a failure does not stop the others.
 
-    A progress bar on stderr shows shards done, their ETA, and pairs per second. A task that may
-    succeed when it is run again soon runs again among the others: one that took too long (once),
-    and one whose worker died; of a `ShardTask` the pair is looked for that ends it. One that a disk
-    or a store has failed runs again after some time, three times. But where a local worker was
-    killed from outside, as the kernel does when memory runs out, the task waits for the end of the
-    others and runs alone, with all the memory there is.
+    A task that may succeed at another try runs again, as often as `_LIMITS` allows.
 
     Args:
         function: importable by its name; its results are files. It calls `report(n)` whenever it

@@ -85,9 +85,8 @@ class ShardEmbeddings:
 class LocalCopies:
     """Copies on the local disk of what is read again soon from a store.
 
-    The heads learn from some shards, whose embeddings are computed, read for the training, and read
-    once more for the labels; where labels are merged, so are their records. Workers on this machine
-    leave copies here.
+    Workers on this machine leave here the embeddings that the heads learn from, which the labels
+    take too, and where labels are merged the records.
 
     Attributes:
         folder: of the copies; None keeps nothing.

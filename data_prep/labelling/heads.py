@@ -1,9 +1,7 @@
 """The heads of a labelling job: those that are there, those of another folder, or new ones.
 
 Heads and vocabulary stay while few of the shards are others than those they were made for
-(`config.heads.max_changed_shards`), since new ones mean that every shard is labelled again. New
-heads learn from as many shards as have the images that the config wants, chosen by their names:
-these are embedded first, and each of the others is embedded and labelled in one pass.
+(`config.heads.max_changed_shards`), since new ones mean that every shard is labelled again.
 """
 
 from __future__ import annotations
