@@ -19,8 +19,8 @@ import hashlib
 import itertools
 import os
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import ml_collections
 import numpy as np
@@ -45,40 +45,20 @@ _FORMAT_VERSION = 2
 _KEY, _EMBEDDING, _MISSING = "key", "embedding_", "missing"
 
 
-class ShardEmbeddings:
+class ShardEmbeddings(NamedTuple):
     """The embeddings of a shard.
 
     Attributes:
         keys: of all n records.
         rows: int64 [m], positions of the m records that have an embedding, ascending.
         embeddings: [m, d], theirs.
-        missing: why each of the others has none.
+        missing: reason -> records that have none because of it.
     """
 
-    def __init__(self, keys: list[str], results: Sequence[Embedded], dtype: str):
-        """Takes what a teacher gave of each record."""
-        found = {i: result for i, result in enumerate(results) if not isinstance(result, str)}
-        self.keys = keys
-        self.rows = np.array(list(found), np.int64)
-        self.embeddings = np.stack([*found.values()]) if found else np.zeros((0, 0))
-        self.embeddings = self.embeddings.astype(dtype)
-        self.missing = [result for result in results if isinstance(result, str)]
-
-    def count_missing(self) -> dict[str, int]:
-        """Reason -> records that have no embedding because of it."""
-        return dict(sorted(collections.Counter(self.missing).items()))
-
-    def encode(self) -> Iterator[bytes]:
-        """The n records of its file."""
-        dtype, missing = self.embeddings.dtype, iter(self.missing)
-        stored = self.embeddings.astype(dtype.newbyteorder("<"))
-        vectors = dict(zip(self.rows.tolist(), stored, strict=True))
-        for row, key in enumerate(self.keys):
-            if row in vectors:
-                value = {_EMBEDDING + dtype.name: vectors[row].tobytes()}
-            else:
-                value = {_MISSING: next(missing).encode()}
-            yield encode_features({_KEY: encode_key(key), **value})
+    keys: list[str]
+    rows: np.ndarray
+    embeddings: np.ndarray
+    missing: dict[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,22 +128,27 @@ def load_embeddings(task: shards.ShardTask, copies: LocalCopies = NO_COPIES) -> 
         ValueError: the file is missing, damaged, or not the one that was written.
     """
     path = copies.find(task.output) or task.output
-    keys, results, dtype = [], [], DTYPES[0]
+    keys, rows, vectors, dtype = [], [], [], DTYPES[0]
+    missing: collections.Counter[str] = collections.Counter()
     hashed = RecordHash()
     try:
-        for data in read_records(path):
+        for row, data in enumerate(read_records(path)):
             hashed.update(data)
             features = decode_features(data)
             keys.append(decode_key(features[_KEY]))
             if _MISSING in features:
-                results.append(features[_MISSING].decode())
+                missing[features[_MISSING].decode()] += 1
                 continue
+            rows.append(row)
             dtype = next((name for name in DTYPES if _EMBEDDING + name in features), dtype)
             little_endian = np.dtype(dtype).newbyteorder("<")
-            results.append(np.frombuffer(features[_EMBEDDING + dtype], little_endian))
+            vectors.append(np.frombuffer(features[_EMBEDDING + dtype], little_endian))
         if hashed.digest() != shards.read_json(task.stats_path)["output"]["digest"]:
             raise ValueError("its records are not those that were written")
-        return ShardEmbeddings(keys, results, dtype)
+        embeddings = (np.stack(vectors) if vectors else np.zeros((0, 0))).astype(dtype)
+        return ShardEmbeddings(
+            keys, np.array(rows, np.int64), embeddings, dict(sorted(missing.items()))
+        )
     except StorageError:  # the file may be good
         raise
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
@@ -193,33 +178,43 @@ def embed_shard(
             float16 cannot hold.
     """
     made = dataclasses.replace(task.embedding, search=task.search)
-    dtype = config.embedding_dtype
 
     def process(source: SourceShard, writer: RecordWriter) -> dict[str, Any]:
-        keys, results = [], []
+        encoded: list[bytes] = []
+        missing: collections.Counter[str] = collections.Counter()
         of_records = copies if copies.with_records else NO_COPIES
         teacher = open_teacher(config.teacher)
         embedded = embed_records(task, report, teacher, config.teacher.batch_size)
         with of_records.write(source.path) as copy:
             for record, result in embedded:
-                keys.append(record.key)
-                results.append(result if isinstance(result, str) else result.astype(dtype))
+                if isinstance(result, str):
+                    missing[result] += 1
+                encoded.append(_encode(record.key, result, config.embedding_dtype, source))
                 if copy is not None:
                     copy(encode_record(record))
-        found = ShardEmbeddings(keys, results, dtype)
-        if not np.isfinite(found.embeddings).all():
-            raise ValueError(
-                f"{source}: an embedding is too large for {dtype}; set "
-                "config.embedding_dtype='float32'"
-            )
         with copies.write(made.output) as copy:
-            for data in found.encode():
+            for data in encoded:
                 writer.write(data)
                 if copy is not None:
                     copy(data)
-        return {"embedded": len(found.rows), "missing": found.count_missing()}
+        return {
+            "embedded": len(encoded) - missing.total(),
+            "missing": dict(sorted(missing.items())),
+        }
 
     shards.run_task(made, process)
+
+
+def _encode(key: str, result: Embedded, dtype: str, source: SourceShard) -> bytes:
+    """One record of the file of embeddings; ValueError where the dtype cannot hold them."""
+    if isinstance(result, str):
+        return encode_features({_KEY: encode_key(key), _MISSING: result.encode()})
+    stored = result.astype(np.dtype(dtype).newbyteorder("<"))
+    if not np.isfinite(stored).all():
+        raise ValueError(
+            f"{source}: an embedding is too large for {dtype}; set config.embedding_dtype='float32'"
+        )
+    return encode_features({_KEY: encode_key(key), _EMBEDDING + dtype: stored.tobytes()})
 
 
 def embed_records(

@@ -90,8 +90,8 @@ def label_shard(
     predicted = _predict(found, loaded, config.top_k, task.embedding.output)
     counts = {
         "labelled": len(found.rows),
-        "unlabelled": len(found.missing),
-        "missing": found.count_missing(),
+        "unlabelled": len(found.keys) - len(found.rows),
+        "missing": found.missing,
         STATS_KEY: heads["vocabulary"],
     }
 
