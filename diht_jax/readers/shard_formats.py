@@ -6,7 +6,7 @@ what they mean is the matter of `records/tars.py`. Shards of records are ours or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from absl import logging
 
@@ -37,29 +37,6 @@ def read_tar(path: str) -> Iterator[Pair | Skipped]:
         yield entry
     if is_empty:
         logging.warning("%s: no pairs, since no member of the tar is a picture or a text", path)
-
-
-def read_groups(
-    path: str, limit_of: Callable[[str], int | None]
-) -> Iterator[tuple[str, list[tuple[str, bytes | None]]]]:
-    """Yields the entries of a tar, (key, [(extension, contents)]), as webdataset groups members.
-
-    Args:
-        limit_of: of an extension (lower case, maybe empty or of several parts), the bytes up to
-            which such members are worth reading, 0 to be named only; None skips them.
-
-    Returns:
-        Contents are None where they are over the limit, and of a second image or a second member
-        with the same extension of a key.
-    """
-
-    def limit(name: str) -> int | None:
-        key, extension = tars.split_name(name)
-        return limit_of(extension) if key else None
-
-    members = read_members(path, limit)
-    for sample in tars.group_members(members):
-        yield sample.key, sample.members
 
 
 def count_images(shard: SourceShard) -> int | None:

@@ -28,7 +28,8 @@ from diht_jax.evaluation.sources.files import read_text
 from diht_jax.evaluation.suite import CLASSIFICATION, MULTILABEL, RETRIEVAL
 from diht_jax.readers.array_files import parse_npy
 from diht_jax.readers.base import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, Skipped, SourceShard
-from diht_jax.readers.shard_formats import count_images, read_groups
+from diht_jax.readers.shard_formats import count_images
+from diht_jax.records import tars
 from diht_jax.records.samples import merge_captions, pick_captions
 from diht_jax.records.schema import Pair
 from diht_jax.storage.files import exists, join, list_names
@@ -113,12 +114,12 @@ def _list_tars(folder: str, split: str) -> list[str]:
 
 def _read_shard(path: str, kind: str) -> Iterator[Pair | Skipped]:
     seen: set[str] = set()
-    for key, members in read_groups(path, _limit_of):
-        if key in seen:
-            yield Skipped(key, "duplicate", "the key was there before")
+    for sample in tars.group_members(tars.read_members(path, _size_limit)):
+        if sample.key in seen:
+            yield Skipped(sample.key, "duplicate", "the key was there before")
         else:
-            seen.add(key)
-            yield _make_pair(key, members, kind)
+            seen.add(sample.key)
+            yield _make_pair(sample.key, sample.members, kind)
 
 
 def _read_lines(path: str) -> list[str]:
@@ -169,9 +170,11 @@ def _read_labels(note: bytes) -> dict[str, Any]:
     return {**labels, "ignored_labels": ignored} if ignored else labels
 
 
-def _limit_of(extension: str) -> int | None:
+def _size_limit(name: str) -> int | None:
+    """As `tars.size_limit`, for the members that this layout has."""
+    key, extension = tars.split_name(name)
+    if not key or not extension:
+        return None
     if extension in IMAGE_EXTENSIONS:
         return MAX_IMAGE_BYTES
-    if extension in _NOTE_OF_TYPE.values():
-        return _LARGEST_NOTE_BYTES
-    return 0 if extension else None
+    return _LARGEST_NOTE_BYTES if extension in _NOTE_OF_TYPE.values() else 0
