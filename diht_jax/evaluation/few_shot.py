@@ -1,11 +1,9 @@
 """Few-shot linear probing that starts at the prompts, and two other probes.
 
-DiHT, arXiv 2301.02280, section "Few-shot linear probing": the classifier starts at the zero-shot
-one and may move only inside a ball, whose radius a validation split chooses; the baseline is a
-linear probe from scratch whose weight decay the same split chooses. The third probe starts at the
-prompts as well, but a penalty on the squared distance from them takes the role of the ball, of
-which the paper remarks that such a probe ignores the supervision. Images are embedded once;
-`linear_probe` fits the probes.
+The first, and a probe from scratch as its baseline, are those of DiHT (arXiv 2301.02280, section
+"Few-shot linear probing"). The third is penalised for its distance from the prompts, of which the
+paper remarks that such a probe ignores the supervision. Images are embedded once; `linear_probe`
+fits the probes.
 """
 
 from __future__ import annotations

@@ -1,13 +1,8 @@
 """Choosing the right caption of an image among wrong ones that differ little from it.
 
-SugarCrepe (Hsieh et al., arXiv 2306.14610) asks between two captions, ARO (Yuksekgonul et al.,
-arXiv 2210.01936) between two or five; the caption most similar to the image is the answer. ARO's
-macro accuracy is the mean over relations, or pairs of attributes, of their accuracies, and that of
-SugarCrepe the mean over its seven subsets.
-
-Ties: a wrong caption exactly as similar as the right one is the answer, as in SugarCrepe's code and
-for ARO's relations and attributes. In ARO's orders, where a shuffled caption may be as it was, the
-right one is (`ties=right`). Texts of equal tokens are encoded once, so such ties are exact.
+SugarCrepe (Hsieh et al., arXiv 2306.14610) and ARO (Yuksekgonul et al., arXiv 2210.01936); ties
+count as in their code, `right` in ARO's orders, where a shuffled caption may be as it was. Texts of
+equal tokens are encoded once, so such ties are exact.
 """
 
 from __future__ import annotations

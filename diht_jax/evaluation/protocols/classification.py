@@ -1,18 +1,10 @@
 """Zero-shot classification with class names and prompt templates.
 
 The protocol is CLIP's and DiHT's (arXiv 2301.02280, section "Evaluation", and the official
-inference code): every class name is put into every template; the text embeddings are normalised,
-averaged over the templates and normalised again; the class with the largest cosine similarity to
-the image wins.
-
-A source may have several test splits (`metadata["splits"]`, as UCF-101's three): each is measured
-on its own images, and the metrics are the means over the splits. The accuracy of the worst group
-and the macro F1 are those of WILDS (arXiv 2012.07421, `wilds.common.metrics` 2.0), which DataComp
-(arXiv 2304.14108) reports on its sets with metadata: a group without images, and a class without
-images, count for nothing.
-
-Ours, ties: among classes with equal similarity the first in the list wins, whichever is right. (Two
-of CLIP's ImageNet names occur twice; the official arg-max does the same.)
+inference code). The accuracy of the worst group and the macro F1 are those of WILDS (arXiv
+2012.07421, `wilds.common.metrics` 2.0), which DataComp (arXiv 2304.14108) reports on its sets with
+metadata. Ties: the first class in the list wins, as by the official arg-max (two of CLIP's ImageNet
+names occur twice).
 """
 
 from __future__ import annotations

@@ -1,15 +1,9 @@
 """Zero-shot tasks that are measured by the order of scores: several labels an image, or yes and no.
 
-Class names and prompts make a classifier as in `classification`; the score of a class is its cosine
-similarity to the image.
-
-The average precision of a class is the sum over distinct scores of precision times the step in
-recall (all points, as scikit-learn's `average_precision_score`), or with `interpolation=11` that of
-PASCAL VOC 2007: the mean, over the recalls 0, 0.1, ... 1, of the best precision at such a recall or
-a higher one. Ours: the mean is over the classes that have an image, and images of equal score enter
-together. An image may count neither way for a class (`metadata["ignored_labels"]`), such as one
-with nothing but objects that VOC marks as difficult; or only for the classes that it names
-(`metadata["counted_labels"]`), as in Open Images those that people have verified.
+The average precision of a class is over all points (as scikit-learn's `average_precision_score`),
+or with `interpolation=11` that of PASCAL VOC 2007: the mean, over the recalls 0, 0.1, ... 1, of the
+best precision at such a recall or a higher one. Ours: the mean is over the classes that have an
+image, and images of equal score enter together.
 """
 
 from __future__ import annotations

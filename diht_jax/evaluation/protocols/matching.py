@@ -1,15 +1,8 @@
 """Which of a few images belong to which words: Winoground and WinoGAViL.
 
-**Winoground** (Thrush et al., arXiv 2204.03162, section "Metrics"): two images and two captions
-with the same words. The text score asks for each image's own caption to be the more similar one,
-the image score for each caption's own image, the group score for both. Equal similarities are
-wrong.
-
-**WinoGAViL** (Bitton et al., arXiv 2207.12576): which of 5 to 12 images are associated with a cue?
-As DataComp measures it (`eval_utils/wino_eval.py`): as many of a game's images are chosen as the
-cue has associations, those most similar to "A cue" or "An cue"; the score of a game is the Jaccard
-index of the chosen and the associated ones. Ours, ties: an image that is no association comes
-before one that is exactly as similar.
+Winoground is measured as Thrush et al. do (arXiv 2204.03162, section "Metrics"), WinoGAViL (Bitton
+et al., arXiv 2207.12576) as DataComp does (`eval_utils/wino_eval.py`). Ours, ties of WinoGAViL: an
+image that is no association comes before one that is exactly as similar.
 """
 
 from __future__ import annotations

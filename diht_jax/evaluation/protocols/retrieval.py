@@ -1,13 +1,8 @@
 """Image-text retrieval: recall at K in both directions, with several captions per image.
 
 The protocol is the one of DiHT (arXiv 2301.02280, section "Evaluation") and of its official
-inference code: every caption is a text-to-image query whose one right answer is its own image; an
-image-to-text query is right when any of the image's captions comes first.
-
-Ours, ties: a wrong item that is exactly as similar as the right one ranks before it. So a model
-that gives everything one embedding scores 0, and of two images with the same caption both
-image-to-text queries miss at rank 1. With `equal_captions=right` a caption is a right answer for
-every image that has the same one, and so is each of these images for it.
+inference code. Ours, ties: a wrong item that is exactly as similar as the right one ranks before
+it; `equal_captions=right` makes a caption right for every image that has the same one.
 
 Similarities exist only as blocks on the device, never as the full matrix of queries and gallery.
 """

@@ -2,15 +2,7 @@
 
 One pair comes out per image, however many rows name it, so that each image is decoded and
 embedded once. Read are a JSON list (ALBEF's files for COCO, Flickr30K, SNLI-VE and VQA v2), jsonl
-(Localized Narratives; Winoground's `examples.jsonl`), WinoGAViL's csv, and images with captions of
-which one is right:
-
-- SugarCrepe (arXiv 2306.14610) has seven JSON files: {"0": {"filename": "000000544519.jpg",
-  "caption": ..., "negative_caption": ...}, ...}, on COCO's val2017.
-- ARO (arXiv 2210.01936) has JSON lists. Those of Visual Genome have a box of each picture
-  (`image_path`, `bbox_x`, `bbox_y`, `bbox_w`, `bbox_h`), a `true_caption` and a `false_caption`,
-  and `relation_name` or two `attributes`. Its orders are made when its code is run; kept as JSON,
-  each test case is {"image": ..., "caption_options": [the right one, shuffled ones]}.
+(Localized Narratives), and the files of Winoground, WinoGAViL, SugarCrepe and ARO.
 
 In all of them `image_root` is the folder of the images, or its URL, where it is another than next
 to the file, and `image_name` how a file's name follows from what names the image, such as "{}.jpg"
@@ -192,7 +184,7 @@ _Questions = dict[Box | None, list[dict[str, Any]]]
 
 
 def sugarcrepe_units(path: str, *, image_root: str | None = None) -> Units:
-    """The pictures of SugarCrepe, each once, with the questions on it.
+    """The pictures of SugarCrepe (arXiv 2306.14610), each once, with the questions on it.
 
     Args:
         path: one of the seven files, or a folder that holds them all: then the subsets are groups.
@@ -212,11 +204,12 @@ def sugarcrepe_units(path: str, *, image_root: str | None = None) -> Units:
 
 
 def aro_units(path: str, *, image_root: str | None = None) -> Units:
-    """The pictures of a file of ARO, cut to their boxes, with the questions on each box.
+    """The pictures of a file of ARO (arXiv 2210.01936), cut to their boxes, with their questions.
 
     Args:
-        path: `visual_genome_relation.json`, `visual_genome_attribution.json`, or test cases of an
-            order.
+        path: `visual_genome_relation.json`, `visual_genome_attribution.json`, or the test cases of
+            an order, which ARO's code makes when it is run, as a JSON list of
+            {"image": ..., "caption_options": [the right one, shuffled ones]}.
         image_root: folder of the pictures, or its URL; by default `images` next to a file of Visual
             Genome, the folder itself of an order.
     """

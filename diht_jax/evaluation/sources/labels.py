@@ -1,20 +1,4 @@
-"""Pictures with one label (lists, ObjectNet, folders in a store) or several (VOC, Open Images).
-
-`list:FILE`: Birdsnap's `test_images.txt` (a line "path", then "Acadian_Flycatcher/299764.jpg") and
-UCF-101's `testlist01.txt` ("ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi") are such. A clip stands
-for a picture of the same name, which is to be made of its middle frame.
-
-`objectnet:DIR`: of ObjectNet's 313 classes 113 are classes of ImageNet, by its own
-`mappings/objectnet_to_imagenet_1k.json`; the pictures of the others are not read. Class names are
-ObjectNet's in lower case, as CLIP_benchmark has them. The red border of two pixels around each
-picture stays.
-
-`voc:DIR` and `open_images:DIR`: PASCAL VOC and Open Images have several labels an image, which can
-count neither way for a class: in VOC, where all its objects of the class are marked as difficult (0
-in the list of the class, which the devkit's own evaluation of the classification leaves out as
-well): these classes are `metadata["ignored_labels"]`. In Open Images (ours), where nobody has
-verified whether the class is there: the others are `metadata["counted_labels"]`, a handful of 601.
-"""
+"""Pictures with one label (lists, ObjectNet, folders in a store) or several (VOC, Open Images)."""
 
 from __future__ import annotations
 
@@ -44,6 +28,10 @@ _LIST_HEADER = "path"
 
 def list_units(path: str, *, image_root: str | None = None, splits: str | None = None) -> Units:
     """The pictures of one list, or of several, each picture once.
+
+    Birdsnap's `test_images.txt` (a line "path", then "Acadian_Flycatcher/299764.jpg") and UCF-101's
+    `testlist01.txt` ("ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi") are such. A clip stands for a
+    picture of the same name, which is to be made of its middle frame.
 
     Args:
         path: of the list; with `splits` its name holds a field for the number, such as
@@ -106,7 +94,10 @@ def _read_list(path: str) -> list[str]:
 
 
 def objectnet_units(folder: str) -> Units:
-    """The pictures of the classes that ObjectNet shares with ImageNet, below `images`."""
+    """The pictures of the 113 classes that ObjectNet shares with ImageNet, below `images`.
+
+    The red border of two pixels around each picture stays.
+    """
     images = join(folder, "images")
     items: list[Item] = []
     for label, (name, _) in enumerate(_shared_classes(folder)):
@@ -120,7 +111,7 @@ def objectnet_units(folder: str) -> Units:
 
 
 def objectnet_class_names(folder: str) -> tuple[str, ...]:
-    """The names of the shared classes, in the order of their folders."""
+    """The names of the shared classes, by their folders; lower case, as in CLIP_benchmark."""
     return tuple(label.lower() for _, label in _shared_classes(folder))
 
 
@@ -196,7 +187,9 @@ _Labels = dict[str, list[int]]
 def voc_units(folder: str) -> Units:
     """The test images of VOC 2007, or of another year with the same files.
 
-    The folder, such as VOCdevkit/VOC2007, has ImageSets/Main/CLASS_test.txt and JPEGImages.
+    The folder, such as VOCdevkit/VOC2007, has ImageSets/Main/CLASS_test.txt and JPEGImages. As in
+    the devkit, an image does not count for a class of which all its objects are marked as difficult
+    (0 in the list of the class): `metadata["ignored_labels"]`.
     """
     images: dict[str, _Labels] = {}
     for number, name in enumerate(VOC_CLASSES):
@@ -214,7 +207,11 @@ def voc_units(folder: str) -> Units:
 
 
 def open_images_units(folder: str) -> Units:
-    """The validation images of Open Images with their verified image-level labels."""
+    """The validation images of Open Images with their verified image-level labels.
+
+    Ours: an image counts for those classes alone of which people have verified whether they are
+    there, a handful of 601: `metadata["counted_labels"]`.
+    """
     numbers = {mid: number for number, (mid, _) in enumerate(_open_images_classes(folder))}
     path = join(folder, "validation-annotations-human-imagelabels-boxable.csv")
     images: dict[str, _Labels] = {}
