@@ -7,14 +7,14 @@ the same. Nothing is read here but files of class names.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import logging
 
+from diht_jax.config.checks import nearest_name, suggest
 from diht_jax.evaluation.embedding.entries import Units
 from diht_jax.evaluation.protocols.base import (
     Protocol,
@@ -217,10 +217,10 @@ def _read_text(text: str) -> _Request:
         return _Request(where, body, None, TASKS_BY_NAME[body].source, options)
     typed, kinds = kind if source else name or body, [*PROTOCOLS, registry.BENCHMARK]
     known = kinds if source else [*TASKS_BY_NAME, *kinds]
-    nearest = difflib.get_close_matches(typed, known, n=1, cutoff=0.7)
+    nearest = nearest_name(typed, known)
     raise ValueError(
         f"unknown task '{text}'; "
-        + (f"did you mean '{nearest[0]}'? Or " if nearest else "")
+        + (f"did you mean '{nearest}'? Or " if nearest else "")
         + f"for data of your own write KIND:SOURCE, KIND one of {', '.join(PROTOCOLS)}. Tasks by "
         f"name: {', '.join(TASKS_BY_NAME)}"
     )
@@ -241,12 +241,12 @@ def _read_section(name: str, section: Any) -> _Request:
     if not isinstance(source, str):
         raise request.error(f"expected a text, got {source!r:.80}", "source")
     if kind is not None and kind not in PROTOCOLS:
-        raise request.error(f"unknown kind '{kind}'; {_hint(str(kind), PROTOCOLS)}", "kind")
+        raise request.error(f"unknown kind '{kind}'; {suggest(str(kind), PROTOCOLS)}", "kind")
     is_folder = source.startswith(BENCHMARK_PREFIX)
     if kind is None and entry is None and not is_folder:
         raise request.error(
             f"expected one of {', '.join(PROTOCOLS)}; no task '{name}' is built in that would "
-            f"need none ({_hint(name, TASKS_BY_NAME)})",
+            f"need none ({suggest(name, TASKS_BY_NAME)})",
             "kind",
         )
     if entry is None and not source:
@@ -321,7 +321,7 @@ def _parse_options(request: _Request, kind: str) -> tuple[dict[str, Any], dict[s
             elif name in options:
                 given[options[name].field or name] = options[name].parse(value)
             else:
-                hint = _hint(name, (*options, *SOURCE_OPTIONS))
+                hint = suggest(name, (*options, *SOURCE_OPTIONS))
                 raise ValueError(f"a '{kind}' task has no option '{name}'; {hint}")
         except (TypeError, ValueError) as error:
             raise request.error(str(error), name) from error
@@ -352,12 +352,6 @@ def _fields_of_entry(entry: SuiteEntry, source: str, given: Mapping[str, Any]) -
     if entry.templates is not None and "templates" not in given:
         fields["templates"] = parse_templates(entry.templates)
     return fields
-
-
-def _hint(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean '{nearest[0]}'?" if nearest else f"known: {', '.join(known)}"
 
 
 def _name_of_source(source: str) -> str:
