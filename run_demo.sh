@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The whole path on an embedded data set: noisy pairs -> filter -> concept labels -> four trainings, each with
-# one more part of the method -> zero-shot results side by side. Makes .venv where it is missing. Everything
-# goes to demo_output/; a stopped demo continues where it was. To start anew: rm -r demo_output
+# Runs the whole pipeline on synthetic data: noisy pairs -> filter -> concept labels -> four trainings, each
+# with one more part of the method -> a comparison of zero-shot results. Makes .venv if it is missing. Writes
+# everything to demo_output/. A stopped demo resumes. To start again from scratch: rm -r demo_output
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source .ci/environment.sh
@@ -9,8 +9,8 @@ out=demo_output
 mkdir -p "$out/logs"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 
-# step SHOWN_NAME LOG_NAME MODULE FLAGS...: prints the name and the seconds; shows the command's own output
-# when it fails, and its progress bars while it runs on a terminal.
+# step SHOWN_NAME LOG_NAME MODULE FLAGS...: runs a command, and prints the name and the seconds. Shows the
+# command's output if it fails. On a terminal, also shows its progress bars.
 step() {
   local name=$1 log="$out/logs/$2.log" start=$SECONDS
   shift 2
@@ -24,14 +24,14 @@ step() {
   printf '%5d s\n' "$((SECONDS - start))" >&2
 }
 
-# show LOG_NAME: what the command of a step printed, without its log lines and progress bars.
+# show LOG_NAME: prints the output of a step's command, without log lines and progress bars.
 show() {
   echo
   grep -vE '^$|^[0-9:]+ |shard/s|s/shard|pair/s|synthetic web:' "$out/logs/$1.log" || true
   echo
 }
 
-# The cores of this machine in two halves, such as "0" and "1"; nothing where commands cannot be kept on some.
+# The two halves of this machine's cores, such as "0" and "1"; empty if commands cannot be pinned to cores.
 halves=()
 if command -v taskset > /dev/null; then
   mapfile -t halves < <("$python" -c '
@@ -43,8 +43,8 @@ if half:
         print(*part, sep=",")')
 fi
 
-# These two replace the shell that they run in, a background one, so that killing it kills the command. They
-# keep to the cores in $cores.
+# These two functions replace the background shell that they run in, so killing it kills the command. They
+# only use the cores in $cores.
 train() { # NAME RECORDS FLAGS...
   exec ${cores:+taskset -c "$cores"} "$python" -m diht_jax.train --config configs/demo.py \
     --config.data.train="$out/$2" --workdir "$out/$1" "${@:3}" > "$out/logs/train_$1.log" 2>&1
@@ -59,9 +59,9 @@ evaluate() { # NAME
     --output "$out/$1.json" > "$out/logs/evaluate_$1.log" 2>&1
 }
 
-# two SHOWN_NAME LOG_NAME LOG_NAME COMMAND... -- COMMAND...: both at the same time, each on half of the cores,
-# since one of so small a student keeps less than two cores busy, and two would get in each other's way. On a
-# terminal the first shows its progress bars; when one fails, the other is stopped as by ^C.
+# two SHOWN_NAME LOG_NAME LOG_NAME COMMAND... -- COMMAND...: runs two commands at the same time, each on half
+# of the cores: one small student keeps less than two cores busy, and two on the same cores slow each other
+# down. On a terminal, the first shows its progress bars. If one fails, the other is stopped, as by ^C.
 two() {
   local name=$1 logs=("$out/logs/$2.log" "$out/logs/$3.log") start=$SECONDS first=() ids=() follower=
   shift 3
@@ -81,7 +81,7 @@ two() {
   if [ -n "$follower" ]; then kill "$follower"; fi
   printf '%5d s\n' "$((SECONDS - start))" >&2
 }
-# Commands in the background do not get ^C from the terminal.
+# Background commands do not get ^C from the terminal.
 trap 'kill $(jobs -p) 2> /dev/null || true; wait' EXIT
 
 step "Generating 3,000 noisy pairs and clean evaluation sets" generate \

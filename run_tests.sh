@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes .venv where it is missing, then runs the tests, in three processes for two cores, since many
-# tests wait for processes that they start. One that dies is not started again, since it would run the
-# test that it died of once more. Arguments go to pytest:
+# Makes .venv if it is missing, and runs the tests. Three processes share two cores, since many tests
+# wait for processes that they start. A process that dies is not restarted, since it would repeat the
+# test that killed it. Arguments go to pytest:
 #   bash run_tests.sh -k contrastive
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"

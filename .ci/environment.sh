@@ -1,19 +1,18 @@
 # shellcheck shell=bash
-# Sourced by run_tests.sh and run_demo.sh in the repository's root. Makes .venv with everything in the
-# files of the array `requirements` (default: requirements.txt) and with the project itself, so that
-# `import diht_jax` works from any folder, unless that has been done. Leaves the environment's Python in
-# $python.
-# $PYTHON names the interpreter to build it with; the default is the first that runs of python3.11,
-# python3.12, python3.13 (the versions that requirements.txt is meant for) and python3.
+# Sourced by run_tests.sh and run_demo.sh in the repository's root. Unless already done, makes .venv with
+# all packages in the files of the array `requirements` (default: requirements.txt) and with the project
+# itself: `import diht_jax` then works from any folder. Sets $python to the environment's Python.
+# $PYTHON is the interpreter to build .venv with. The default is the first of python3.11, python3.12,
+# python3.13 (the versions that requirements.txt supports) and python3 that runs.
 
 python=.venv/bin/python
-# Images of containers often set it. Every command would then compile all packages that it imports.
+# Container images often set it. Every command would then compile all packages that it imports.
 unset PYTHONDONTWRITEBYTECODE
 
-# is_done FILE STATE: whether .venv/FILE records that this state has been installed.
+# is_done FILE STATE: succeeds if .venv/FILE records that this state has been installed.
 is_done() { [ "$(cat ".venv/$1" 2>/dev/null || true)" = "$2" ]; }
 
-# version_of PYTHON: such as 3.11; nothing where it cannot be run.
+# version_of PYTHON: prints the version, such as 3.11; nothing if PYTHON cannot be run.
 version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true; }
 
 find_python() {
@@ -46,7 +45,7 @@ if [ -n "$missing" ]; then
   fi
   echo "Installing into .venv (once, a few minutes) ..." >&2
   [ -x "$python" ] || "$base" -m venv .venv || { rm -rf .venv; exit 1; }
-  # Python compiles what it imports, a small part of all that is installed.
+  # Python compiles modules when they are imported, a small part of all installed files.
   "$python" -m pip install --quiet --no-compile --disable-pip-version-check "${requirements[@]/#/-r}" || {
     echo "error: ${requirements[*]} could not be installed. Meant for Python 3.11, 3.12 and 3.13; this is" \
       "$(version_of "$python"). For another one: rm -r .venv, and set PYTHON=/path/to/python3.13" >&2
@@ -55,8 +54,8 @@ if [ -n "$missing" ]; then
   for file in "${requirements[@]}"; do cksum < "$file" > ".venv/installed_$file"; done
 fi
 
-# The project, as a link to this folder: again where pyproject.toml or the folder's path has changed.
-# It needs no network: hatchling is one of the requirements.
+# Installs the project as a link to this folder, again if pyproject.toml or the folder's path changes.
+# It needs no network, since hatchling is one of the requirements.
 project_state="$(cksum < pyproject.toml) $PWD"
 if ! is_done installed_project "$project_state"; then
   "$python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .

@@ -1,14 +1,14 @@
-"""Accuracy of spaCy's small parser on captions, and what a perfect parser would bring.
+"""Accuracy of spaCy's small parser on captions, and the effect of a perfect parser.
 
     python -m benchmarks.caption_parser
     python -m benchmarks.caption_parser --retrain
 
-`caption_trees.tsv` holds trees of web captions that were corrected by reading. Prints the shares of
-words with the right tag, the right head, and the right head and label (punctuation left out), and
-of captions without an error. Then how often the rules agree with judgements of the same captions
+`caption_trees.tsv` contains manually corrected trees of web captions. Prints the shares of words
+with the correct tag, head, and head and label (without punctuation), and of captions without any
+error. Also prints how often the rules agree with judgements of the same captions
 (`tests/data_prep/captions/judged_captions.tsv`), on parses and on the corrected trees. With
-`--retrain` tagger and parser learn from four fifths of the trees and are compared on the last fifth
-with what is installed. Writes `benchmarks/results/caption_parser.json`.
+`--retrain`, tagger and parser are trained on four fifths of the trees and compared with the
+installed ones on the last fifth. Writes `benchmarks/results/caption_parser.json`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _EPOCHS, _BATCH, _LEARNING_RATE, _DROPOUT = 10, 32, 2e-4, 0.25
 
 
 class Tree(NamedTuple):
-    """A caption as it is parsed, and its tree: tag, label and head of each token."""
+    """A tokenised caption and its tree: tag, label and head of each token."""
 
     line: int
     text: str
@@ -48,7 +48,7 @@ class Tree(NamedTuple):
 
 
 def define_flags() -> None:
-    """The command line of `main`."""
+    """Defines the flags of this command."""
     flags.DEFINE_string(
         "captions", "runs/data/captions_web.txt", "The captions of the trees, one a line."
     )
@@ -56,7 +56,7 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    """Measures, prints and writes."""
+    """Measures, prints and writes the results."""
     path = pathlib.Path(flags.FLAGS.captions)
     if not path.is_file():
         raise ValueError(f"--captions='{path}': no such file; expected one caption a line")
@@ -79,14 +79,14 @@ def main() -> None:
 
 
 def read_trees(captions: Sequence[str], words: CaptionLemmatizer) -> list[Tree]:
-    """The trees with their captions, in an order of chance.
+    """Reads the trees with their captions, in random order.
 
     Args:
         captions: the lines of captions_web.txt.
         words: the English words, for the gates.
 
     Raises:
-        ValueError: a caption is not the one that the tree was made of.
+        ValueError: a caption differs from the one that its tree was made for.
     """
     rows = _TREES.read_text("utf-8").splitlines()
     tokenizer = spacy.blank("en")
@@ -106,7 +106,7 @@ def read_trees(captions: Sequence[str], words: CaptionLemmatizer) -> list[Tree]:
 
 
 def score(nlp: Language, trees: Sequence[Tree]) -> dict[str, float]:
-    """Shares of words, and of captions, that a pipeline parses as the trees have them."""
+    """Returns the shares of words and captions for which a pipeline agrees with the trees."""
     right = dict.fromkeys(("tags", "heads", "labelled_heads"), 0)
     num_words = whole = 0
     for doc, tree in zip(nlp.pipe(tree.text for tree in trees), trees, strict=True):
@@ -128,12 +128,12 @@ def score(nlp: Language, trees: Sequence[Tree]) -> dict[str, float]:
 def score_judged(
     nlp: Language, trees: Sequence[Tree], words: CaptionLemmatizer
 ) -> dict[str, dict[str, int]]:
-    """How often the rules agree with judgements, by draw of captions that all have trees.
+    """Counts how often the rules agree with judgements, for draws whose captions all have trees.
 
     Returns:
-        Draw -> the number of captions ("count"), and of these the decisions and the complexities
-        that are as they were judged, on parses ("decisions_parsed", "complexities_parsed") and on
-        the corrected trees ("decisions_on_trees", "complexities_on_trees").
+        Draw -> number of captions ("count"), and the numbers of decisions and complexities that
+        agree with the judgements, on parses ("decisions_parsed", "complexities_parsed") and on the
+        corrected trees ("decisions_on_trees", "complexities_on_trees").
     """
     by_line = {tree.line: tree for tree in trees}
     draws: dict[str, list[list[str]]] = {}
@@ -160,7 +160,7 @@ def score_judged(
 
 
 def train(trees: Sequence[Tree]) -> Language:
-    """The installed model after some epochs over trees; the averages of its parameters."""
+    """Trains the installed model for some epochs on trees; returns it with averaged parameters."""
     nlp = load_parser()
     examples = list(_make_examples(nlp, trees))
     optimizer = Adam(_LEARNING_RATE, L2=0.0, grad_clip=1.0, use_averages=True)
@@ -188,7 +188,7 @@ def _make_examples(nlp: Language, trees: Sequence[Tree]) -> Iterator[Example]:
 
 
 def _make_doc(nlp: Language, tree: Tree) -> Doc:
-    """A tree as spaCy would have parsed it, without lemmas."""
+    """Returns a tree as a spaCy parse, without lemmas."""
     tokens = nlp.make_doc(tree.text)
     tags, labels, heads = (list(column) for column in zip(*tree.tokens, strict=True))
     return Doc(

@@ -1,13 +1,13 @@
-"""Captions per second: ours against SceneGraphParser and against spaCy's tagger and parser alone.
+"""Captions per second: ours, SceneGraphParser, and spaCy's tagger and parser alone.
 
     python -m benchmarks.captions
 
-The same 5,000 web captions for all, in chunks that the three take in turn, so that a change of the
-machine's speed meets all of them; each in one thread of one process, by its processor time. "bare"
-is `nlp.pipe` with tok2vec, tagger and parser and nothing else: what the parse itself costs.
-SceneGraphParser (`pip install SceneGraphParser`, of this benchmark only) is called as its
-documentation says, with the same small English model. Then the same captions in one and in two
-processes of ours, by the clock on the wall. Loading is not timed.
+All three process the same 5,000 web captions, in alternating chunks, so a change of the machine's
+speed affects all of them. Each runs in one thread of one process, and is measured by processor
+time. "bare" is `nlp.pipe` with only tok2vec, tagger and parser: the cost of the parse itself.
+SceneGraphParser (`pip install SceneGraphParser`, only for this benchmark) is called as documented,
+with the same small English model. Then one and two of our processes parse the same captions, by
+wall time. Loading is not timed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main(_: Sequence[str]) -> None:
     if not path.is_file():
         raise ValueError(f"--captions='{path}': no such file; expected one caption a line")
     captions = path.read_text(encoding="utf-8").splitlines()[: _LIMIT.value]
-    os.environ.update(_ONE_THREAD)  # the processes below inherit it
+    os.environ.update(_ONE_THREAD)  # inherited by the processes below
     rates = _in_process(_compare, captions, _ROUNDS.value)
     one, two = (
         max(_measure_processes(captions, count) for _ in range(_ROUNDS.value)) for count in (1, 2)
@@ -70,13 +70,13 @@ def main(_: Sequence[str]) -> None:
 
 
 def _in_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a function that runs in a fresh process."""
+    """Returns the result of a function that runs in a new process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
 
 def _compare(captions: list[str], rounds: int) -> dict[str, Any]:
-    """Captions per second of the three."""
+    """Measures the captions per second of all three."""
     import sng_parser
     import spacy
 
@@ -100,7 +100,7 @@ def _compare(captions: list[str], rounds: int) -> dict[str, Any]:
         for caption in chunk:
             try:
                 scene_graphs.parse(caption)
-            except Exception:  # it fails on some texts, which is worth reporting
+            except Exception:  # it fails on some texts, which are counted
                 errors += 1
 
     runs = {
@@ -130,7 +130,7 @@ def _compare(captions: list[str], rounds: int) -> dict[str, Any]:
 
 
 def _measure_processes(captions: list[str], count: int) -> float:
-    """Captions per second of so many processes together."""
+    """Measures the captions per second of `count` processes together."""
     context = multiprocessing.get_context("spawn")
     barrier, answers = context.Barrier(count), context.Queue()
     processes = [
@@ -148,7 +148,7 @@ def _measure_processes(captions: list[str], count: int) -> float:
 def _parse_share(captions: list[str], barrier: Barrier, answers: Any) -> None:
     from data_prep.captions.parse import load_parser, parse_captions
 
-    nlp = load_parser()  # our own remembers no captions, such as those of the warm-up
+    nlp = load_parser()  # an explicit parser does not cache captions, such as the warm-up
     parse_captions(captions[-_WARM_UP:], nlp=nlp)
     barrier.wait()
     start_secs = time.perf_counter()

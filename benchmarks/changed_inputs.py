@@ -1,12 +1,12 @@
-"""What a filter job does again when a few of many input shards are removed, added and replaced.
+"""Work repeated by a filter job after a few of many input shards were removed, added and replaced.
 
     python -m benchmarks.changed_inputs
     python -m benchmarks.changed_inputs --parts_are_output
 
-Tars of one pair each, filtered by `configs/prep/convert.py`, then changed in the middle. Counted
-are the parts that were made, by the time at which each part's statistics were written, and how
-often the statistics of a part that stayed, or was new, were opened, at most. The seconds are those
-of the whole command, the first row's with the filtering of all shards.
+Tars with one pair each are filtered by `configs/prep/convert.py`, and then some in the middle are
+changed. Counts the parts that were made, by the modification times of their statistics, and the
+maximum number of times that the statistics of an unchanged or new part were opened. The seconds are
+those of the whole command; the first row includes the filtering of all shards.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _PARTS_ARE_OUTPUT = flags.DEFINE_bool("parts_are_output", False, "examples_per_s
 
 
 class _Opened:
-    """Counts how often the statistics of parts are opened to be read."""
+    """Counts how often the statistics of parts are opened for reading."""
 
     def __init__(self) -> None:
         self.counts: collections.Counter[str] = collections.Counter()
@@ -46,8 +46,8 @@ class _Opened:
 
 
 def main(_: Sequence[str]) -> None:
-    """Counts and writes `benchmarks/results/changed_inputs*.json`."""
-    os.fsync = lambda _: None  # of use when the power goes; most of the time otherwise
+    """Measures and writes `benchmarks/results/changed_inputs*.json`."""
+    os.fsync = lambda _: None  # only useful against power failures; would take most of the time
     opened, rows = _Opened(), []
     with tempfile.TemporaryDirectory() as work:
         folder = pathlib.Path(work)
@@ -58,7 +58,7 @@ def main(_: Sequence[str]) -> None:
             apply()
             before, start_secs = _when_made(folder / "out"), time.perf_counter()
             opened.counts.clear()
-            assert run_filter(_config(folder)) == {}  # so few changes need no --overwrite
+            assert run_filter(_config(folder)) == {}  # few changes need no --overwrite
             now = _when_made(folder / "out")
             parts = _part_names(folder / "out")
             rows.append(

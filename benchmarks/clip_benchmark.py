@@ -1,15 +1,15 @@
-"""The same model and data by CLIP_benchmark and by our command: are the numbers the same?
+"""Compares the metrics of CLIP_benchmark and of our command for the same models and data.
 
     pip install --no-deps --target runs/numpy "numpy<2.4"
     python -m benchmarks.clip_benchmark --models runs/emoji,runs/cifar_half --packages runs/numpy
 
-For each task the data are written in CLIP_benchmark's layout; each model is exported for
-open_clip; then `clip_benchmark eval --model_type open_clip` and `diht_jax.evaluate` run on the
-folders. It prints both and exits with 1 where any number differs by a single picture.
+The data of each task are written in CLIP_benchmark's layout, and each model is exported for
+open_clip. Then `clip_benchmark eval --model_type open_clip` and `diht_jax.evaluate` run on the
+folders. Prints both, and exits with 1 if any number differs by a single image.
 
-CLIP_benchmark's command (1.6.2) fails in a classification with NumPy 2.4 and later; `--packages`
-names a folder whose packages it takes first. It is not timed: the two run differently much of the
-model at once.
+CLIP_benchmark's command (1.6.2) fails on classifications with NumPy 2.4 and later; packages in the
+folder `--packages` take precedence. Times are not compared, because the two programs batch the
+computation differently.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ METRIC_NAMES = {
         for k in (1, 5, 10)
     },
 }
-# Theirs are means in float32, of at most some thousands of pictures.
+# CLIP_benchmark averages in float32, over at most some thousands of images.
 _ROUNDING = 1e-6
 
 
 def define_flags() -> None:
-    """Defines this command's flags; not at import, since commands share names."""
+    """Defines this command's flags; not at import, because commands share flag names."""
     flags.DEFINE_list("models", None, "Work directories, weight files or released names.")
     flags.DEFINE_list(
         "tasks", list(_TASKS), "Classifications with class names, and retrievals, as of evaluate."
@@ -69,7 +69,7 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    """Writes `benchmarks/results/clip_benchmark.json`."""
+    """Runs the comparison, and writes `benchmarks/results/clip_benchmark.json`."""
     given = flags.FLAGS
     if not given.models:
         raise ValueError("--models is required, such as --models runs/emoji")
@@ -109,8 +109,8 @@ def main() -> None:
 def _run_ours(
     model: str, tasks: Sequence[Task], folders: dict[str, pathlib.Path], work: pathlib.Path
 ) -> dict[str, Any]:
-    """The results file of our command."""
-    # The captions in the folder have their prompt already.
+    """Runs our command; returns its results file."""
+    # The captions in the folder already include their prompts.
     texts = [
         f"{task.name}=clip_benchmark:{folders[task.name]}"
         + ("" if task.kind == CLASSIFICATION else "?caption_template={caption}")
@@ -125,7 +125,7 @@ def _run_ours(
 def _run_theirs(
     task: Task, folder: pathlib.Path, work: pathlib.Path, packages: str | None
 ) -> dict[str, float]:
-    """The metrics that CLIP_benchmark's command writes, under our names."""
+    """Runs CLIP_benchmark's command; returns its metrics under our names."""
     is_classification = task.kind == CLASSIFICATION
     file = work / f"theirs.{task.name}.json"
     command = ["clip_benchmark.cli", "eval", "--model_type", "open_clip"]
@@ -155,15 +155,15 @@ def _run(module: list[str], packages: str | None = None) -> None:
 
 
 def compare_numbers(ours: dict[str, Any], theirs: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Prints both, and compares them task by task.
+    """Prints the metrics of both programs, and compares them by task.
 
     Args:
         ours: a results file of `diht_jax.evaluate`.
         theirs: task -> metric -> value.
 
     Returns:
-        `model`, `step` and `fingerprint` of ours, and `tasks`: name -> `equal` (all metrics are, to
-        the sample), `ours` and `clip_benchmark`.
+        `model`, `step` and `fingerprint` of ours, and `tasks`: name -> `equal` (whether all metrics
+        agree to the sample), `ours` and `clip_benchmark`.
     """
     common = [
         {**result, "metrics": {name: result["metrics"][name] for name in theirs[result["task"]]}}

@@ -1,8 +1,7 @@
-"""Writing a task's data in CLIP_benchmark's layout.
+"""Writes the data of a task in CLIP_benchmark's folder layout.
 
-`diht_jax.evaluation.sources.benchmark_folder` describes the layout and reads it. Entries that the
-two programs would count differently, by their rules for ties or for transparency, are left out
-here and counted.
+`diht_jax.evaluation.sources.benchmark_folder` describes and reads the layout. Entries that the two
+programs would count differently, because of ties or transparency, are left out and counted.
 """
 
 from __future__ import annotations
@@ -32,20 +31,20 @@ _EXTENSION_OF = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 def write_folder(task: Task, folder: pathlib.Path, *, limit: int | None = None) -> Counter[str]:
     """Writes the data of a task as one shard of the split "test".
 
-    Captions are written with the task's template around them, since CLIP_benchmark has none for
-    retrieval. Of pictures with the same pixels, or with a caption that was there before, the first
-    stays: between the others there is a tie, which CLIP_benchmark leaves to chance.
+    Captions are written with the template of the task, because CLIP_benchmark has no templates for
+    retrieval. Of several images with equal pixels or equal captions, only the first is written: the
+    others would be ties, which CLIP_benchmark breaks at random.
 
     Args:
         task: a classification with class names, or a retrieval.
-        folder: to make; must not exist.
-        limit: at most so many pictures.
+        folder: folder to create; must not exist.
+        limit: maximum number of images.
 
     Returns:
-        "images" written, and how many entries were left out for what reason.
+        "images" written, and the number of entries left out by reason.
 
     Raises:
-        ValueError: another kind of task, no class names, no usable picture, or the folder exists.
+        ValueError: another kind of task, no class names, no usable image, or the folder exists.
     """
     if task.kind not in (CLASSIFICATION, RETRIEVAL):
         raise ValueError(
@@ -89,7 +88,7 @@ def write_folder(task: Task, folder: pathlib.Path, *, limit: int | None = None) 
 
 
 class _Notes:
-    """The label and text of a picture, and which pictures and texts came before."""
+    """Label and text of an image, and the images and texts seen before."""
 
     def __init__(self, task: Task):
         self._task = task
@@ -97,7 +96,7 @@ class _Notes:
         self._seen: set[str] = set()
 
     def note_of(self, pair: Pair) -> tuple[str, str]:
-        """Extension and text."""
+        """Returns the extension and the text."""
         if self._task.kind == CLASSIFICATION:
             raw = raw_label(pair, self._task.label_field)
             return "cls", str(resolve_label(raw, self._task.class_names, self._index))
@@ -105,12 +104,12 @@ class _Notes:
             " ".join(fill_caption_template(self._task.caption_template, caption).split())
             for caption in captions_of(pair)
         ]
-        # CLIP's texts have no case.
+        # CLIP's tokenizer ignores case.
         self._refuse_repeated([caption.casefold() for caption in captions], "caption_seen_before")
         return "txt", "\n".join(captions)
 
     def check_pixels(self, image: Image.Image) -> None:
-        """Raises `UnusablePair` for pixels that came before, where that makes a tie."""
+        """Raises `UnusablePair` for repeated pixels, if they would be a tie."""
         if self._task.kind == RETRIEVAL:
             digest = hashlib.sha256(image.tobytes()).hexdigest()
             self._refuse_repeated([f"{image.size} {digest}"], "picture_seen_before")
@@ -122,7 +121,7 @@ class _Notes:
 
 
 def _members(entry: Pair | Skipped, notes: _Notes) -> dict[str, bytes]:
-    """The files of one picture: extension -> content."""
+    """Returns the files of one image: extension -> content."""
     if isinstance(entry, Skipped):
         raise UnusablePair(entry.reason)
     try:
@@ -135,14 +134,14 @@ def _members(entry: Pair | Skipped, notes: _Notes) -> dict[str, bytes]:
 
 
 def plain_picture(data: bytes, image: Image.Image) -> dict[str, bytes]:
-    """The file of a picture of which CLIP_benchmark sees the same pixels: extension -> content.
+    """Returns an image file that CLIP_benchmark decodes to equal pixels: extension -> content.
 
     Args:
-        data: the encoded picture.
-        image: the same as `decode_rgb` has it.
+        data: the encoded image.
+        image: the image decoded by `decode_rgb`.
     """
     with Image.open(io.BytesIO(data)) as stored:
-        # A colour key or a turned photo: CLIP_benchmark would show other pixels than we do.
+        # CLIP_benchmark would decode other pixels from images with a colour key or rotation.
         is_plain = stored.mode == "RGB" and stored.format in _EXTENSION_OF
         is_plain = is_plain and "transparency" not in stored.info and not stored.getexif()
         if is_plain:

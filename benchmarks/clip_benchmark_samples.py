@@ -1,10 +1,10 @@
-"""CLIP_benchmark's side of `benchmarks.clip_benchmark_tasks`: what it finds for every sample.
+"""CLIP_benchmark's side of `benchmarks.clip_benchmark_tasks`: its results for every sample.
 
     python -m benchmarks.clip_benchmark_samples MODEL OUTPUT FOLDER...
 
-runs the functions of its command on each folder, and writes OUTPUT/FOLDER.npz and the metrics that
-they return. It needs torch, CLIP_benchmark and, for the worst group and F1, WILDS: nothing of JAX.
-What CLIP_benchmark computes is recorded as it passes from one of its own functions to the next.
+Runs the functions of CLIP_benchmark's command on each folder, and writes OUTPUT/FOLDER.npz and the
+metrics. It needs torch, CLIP_benchmark and, for the worst group and F1, WILDS, but not JAX. Results
+per sample are recorded between CLIP_benchmark's own functions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _BATCH = 64
 
 
 def main() -> None:
-    """Measures every folder."""
+    """Evaluates every folder."""
     model_folder, output, *folders = sys.argv[1:]
     model, transform, tokenizer = load_open_clip(f"local-dir:{model_folder}", pretrained=None)
     model.eval()
@@ -37,7 +37,7 @@ def main() -> None:
         dataset = build_dataset(
             f"wds/{folder.name}", root=str(folder), transform=transform, task=task
         )
-        # As its command loads such folders.
+        # Loads the folder like CLIP_benchmark's command.
         loader = torch.utils.data.DataLoader(dataset.batched(_BATCH), batch_size=None)
         measure = measure_retrieval if is_retrieval else measure_classification
         arrays, metrics = measure(model, loader, tokenizer, dataset)
@@ -50,7 +50,7 @@ def main() -> None:
 def measure_classification(
     model: Any, loader: Any, tokenizer: Any, dataset: Any
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """`logits` [n, C] and `targets`, of one label an image or several; and the metrics."""
+    """Returns `logits` [n, C] and `targets`, with one or several labels; and the metrics."""
     loader.dataset.classes = dataset.classes
     found = {}
 
@@ -69,7 +69,7 @@ def measure_classification(
 def measure_retrieval(
     model: Any, loader: Any, tokenizer: Any, dataset: Any
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Whether each query is answered within k, by our name of the metric; and the metrics."""
+    """Returns whether each query is answered within k, by our metric names; and the metrics."""
     hits: list[np.ndarray] = []
 
     def record(*args, **kwargs):
@@ -88,7 +88,7 @@ def measure_retrieval(
 
 
 def _numbers(folder: pathlib.Path) -> torch.Tensor | None:
-    """The numbers of every KEY.npy, as DataComp reads them; None for another kind of folder."""
+    """Reads the numbers of every KEY.npy like DataComp; None for other kinds of folders."""
     import webdataset
 
     if (folder / "dataset_type.txt").exists():
@@ -99,13 +99,13 @@ def _numbers(folder: pathlib.Path) -> torch.Tensor | None:
 
 
 def _wilds_metrics(arrays: dict[str, np.ndarray], numbers: torch.Tensor) -> dict[str, float]:
-    """The worst group by the first number, and the macro F1, by the functions of WILDS."""
+    """Computes the worst group, by the first number, and macro F1 with the functions of WILDS."""
     from wilds.common import utils
     from wilds.common.metrics import metric as wilds_metric
     from wilds.common.metrics.all_metrics import F1, Accuracy
 
     def average(values: torch.Tensor, groups: torch.Tensor, num_groups: int) -> tuple[Any, Any]:
-        """Of each group; WILDS needs torch_scatter for it, in whose stead DataComp has this sum."""
+        """Averages each group like DataComp, which thereby replaces torch_scatter for WILDS."""
         counts = utils.get_counts(groups, num_groups)
         sums = torch.zeros(num_groups).scatter_(0, index=groups, src=values, reduce="add")
         return sums / counts, counts

@@ -1,9 +1,9 @@
-"""Small stand-ins of public data sets, in the folders of CLIP_benchmark and DataComp.
+"""Small stand-ins of public data sets, in the folder layouts of CLIP_benchmark and DataComp.
 
-The folder's files, class names and templates are those of the set (clip-benchmark's own, where it
-has them); the pictures are photos of CIFAR-10 and emoji. Labels are the true ones where CIFAR-10's
-classes are among the names; else they are drawn by a fixed seed, unevenly, so that accuracy and the
-mean over the classes differ and some classes have no picture.
+Files, class names and templates are those of the real data set (from clip-benchmark, where it has
+them); the images are photos of CIFAR-10 and emoji. Labels are correct if CIFAR-10's classes are
+among the names. Otherwise they are drawn unevenly with a fixed seed, which makes accuracy and mean
+per-class accuracy differ, and leaves some classes without images.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ class Standin:
     """One small data set.
 
     Attributes:
-        task: its name here.
-        kind: of the folder.
-        pictures: the tar they come from.
-        size: how many.
-        names: of the classes: those of clip-benchmark by this name, or given.
-        templates: of clip-benchmark by this name, or given.
-        num_countries: so many names of countries behind the names.
-        groups: how many groups the first number of KEY.npy tells apart; 0 writes none.
-        captions: of a retrieval, with "{}" for the words of the picture and its number.
+        task: name of the task here.
+        kind: kind of the folder.
+        pictures: tar with the images.
+        size: number of images.
+        names: class names: those of clip-benchmark under this name, or a list.
+        templates: those of clip-benchmark under this name, or a list.
+        num_countries: number of country names appended to the names.
+        groups: number of groups in the first column of KEY.npy; 0 writes none.
+        captions: captions for retrieval, with "{}" for the words of the image and its number.
     """
 
     task: str
@@ -86,7 +86,7 @@ STANDINS: dict[str, Standin] = {
     "wds_country211_test": Standin(
         "country211", CLASSIFICATION, EMOJI, 400, "country211", "country211"
     ),
-    # No package has DataComp's words of these two: others stand in for them, too.
+    # No package has DataComp's class names of these two; both sides use substitutes.
     "wds_wilds-fmow_test": Standin(
         "fmow",
         CLASSIFICATION,
@@ -121,12 +121,12 @@ def write_standin(name: str, folder: pathlib.Path, data: pathlib.Path) -> int:
     """Writes a stand-in as one shard of the split "test".
 
     Args:
-        name: of `STANDINS`.
-        folder: to make.
-        data: with the tars of pictures.
+        name: a key of `STANDINS`.
+        folder: folder to create.
+        data: folder with the tars of images.
 
     Returns:
-        How many pictures it has.
+        The number of images.
     """
     standin = STANDINS[name]
     rng = np.random.default_rng(list(name.encode()))
@@ -142,7 +142,7 @@ def write_standin(name: str, folder: pathlib.Path, data: pathlib.Path) -> int:
                 tar.addfile(info, io.BytesIO(content))
             count += 1
     texts = {"test/nshards.txt": "1"}
-    if standin.kind != CLASSIFICATION:  # DataComp's download has no such file
+    if standin.kind != CLASSIFICATION:  # DataComp's downloads have no such file
         texts["dataset_type.txt"] = standin.kind
     if standin.kind != RETRIEVAL:
         texts["classnames.txt"] = "\n".join(names)
@@ -167,9 +167,9 @@ def _words(standin: Standin) -> tuple[Sequence[str], Sequence[str]]:
 
 
 def _pictures(tar: pathlib.Path) -> Iterator[tuple[Pair, dict[str, bytes]]]:
-    """Pictures that differ from all before them, and in their captions' words as well.
+    """Yields images that differ from all earlier ones in pixels and in the words of the caption.
 
-    Between others there is a tie, which CLIP_benchmark leaves to chance.
+    Equal images or captions would be ties, which CLIP_benchmark breaks at random.
     """
     seen: set[str] = set()
     for pair in open_units(str(tar), {}).entries():
@@ -185,9 +185,9 @@ def _pictures(tar: pathlib.Path) -> Iterator[tuple[Pair, dict[str, bytes]]]:
 def _notes(
     standin: Standin, pair: Pair, number: int, num_classes: int, rng: np.random.Generator
 ) -> dict[str, bytes]:
-    """What stands beside a picture: extension -> content."""
+    """Returns the files that accompany an image: extension -> content."""
     if standin.kind == RETRIEVAL:
-        # The number keeps captions apart that would be a tie otherwise.
+        # The number distinguishes captions that would otherwise be ties.
         words = f"{pair.caption} {number}"
         return {"txt": "\n".join(c.format(words) for c in standin.captions).encode()}
     if standin.kind == MULTILABEL:

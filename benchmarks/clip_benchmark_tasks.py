@@ -1,15 +1,14 @@
-"""Sixteen tasks by CLIP_benchmark and by our protocols: is every sample judged the same?
+"""Compares CLIP_benchmark with our evaluation on sixteen tasks, sample by sample.
 
     pip install --no-deps --target runs/numpy "numpy<2.4" wilds
     python -m benchmarks.clip_benchmark_tasks --model runs/emoji --packages runs/numpy
 
-writes small stand-ins of data sets in the folders that CLIP_benchmark and DataComp have them in
-(`clip_benchmark_standins`), exports the model for open_clip, and runs CLIP_benchmark's functions
-(`clip_benchmark_samples`) and those of `diht_jax.evaluate` on the same folders. Compared are the
-predicted class of every picture, the similarity of every picture and class where there are several
-labels (to 1e-5), whether each query of a retrieval is answered within 1, 5 and 10, and all metrics;
-the worst group and the macro F1 with WILDS, by whose functions DataComp has them. It exits with 1
-where a prediction, a query or a metric differs.
+Writes small stand-ins of data sets in the folder layouts of CLIP_benchmark and DataComp
+(`clip_benchmark_standins`), exports the model for open_clip, and runs the functions of
+CLIP_benchmark (`clip_benchmark_samples`) and `diht_jax.evaluate` on the same folders. Compares the
+predicted class of every image, image-class similarities of multi-label tasks (to 1e-5), whether
+each retrieval query is answered within 1, 5 and 10, and all metrics. The worst group and macro F1
+are computed with WILDS, as in DataComp. Exits with 1 if a prediction, query or metric differs.
 """
 
 from __future__ import annotations
@@ -42,13 +41,13 @@ _NAMES = {
     "mean_average_precision": "mean_average_precision",
     **{name: name for name in ("worst_group", "worst_group_top5", "f1_macro")},
 }
-# Theirs are means in float32 of some hundreds of pictures; a similarity is a sum of products.
+# CLIP_benchmark averages in float32 over some hundreds of images; similarities are dot products.
 _ROUNDING, _SCORE_ROUNDING = 1e-6, 1e-5
 _OPTIONS = {MULTILABEL: "?interpolation=all", RETRIEVAL: "?caption_template={caption}"}
 
 
 def define_flags() -> None:
-    """Defines this command's flags; not at import, since commands share names."""
+    """Defines this command's flags; not at import, because commands share flag names."""
     flags.DEFINE_string("model", None, "Work directory, weight file or released name.")
     flags.DEFINE_string("data", "runs/data", "Folder of the tars of pictures.")
     flags.DEFINE_string(
@@ -58,7 +57,7 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    """Writes `benchmarks/results/clip_benchmark_tasks.json`."""
+    """Runs the comparison, and writes `benchmarks/results/clip_benchmark_tasks.json`."""
     given = flags.FLAGS
     command_line.require_flags("model")
     output = pathlib.Path(given.output)
@@ -84,7 +83,7 @@ def main() -> None:
 
 
 def _run_theirs(output: pathlib.Path, packages: str | None) -> None:
-    """Runs CLIP_benchmark in a process of its own, which imports no JAX."""
+    """Runs CLIP_benchmark in a separate process without JAX."""
     root = str(pathlib.Path(__file__).parents[1])
     paths = [os.path.abspath(packages), root] if packages else [root]
     module = ["benchmarks.clip_benchmark_samples", str(output / "open_clip"), str(output)]
@@ -99,16 +98,16 @@ def _run_theirs(output: pathlib.Path, packages: str | None) -> None:
 
 
 def compare_task(model: Any, name: str, output: pathlib.Path) -> dict[str, Any]:
-    """Measures a folder here and compares it with what CLIP_benchmark has found.
+    """Evaluates a folder, and compares the result with that of CLIP_benchmark.
 
     Args:
         model: a `LoadedModel`.
-        name: of `STANDINS`.
-        output: with the folder, its npz and its json.
+        name: a key of `STANDINS`.
+        output: folder that contains the data folder, its npz and its json.
 
     Returns:
-        `task`, `samples` (pictures, or queries and depths), `different` ones, `largest_difference`
-        of similarities where they are compared, the metrics of both, and whether all is `equal`.
+        `task`, `samples` (images, or queries and depths), the number of `different` ones,
+        `largest_difference` of similarities, both sides' metrics, and whether all is `equal`.
     """
     standin = STANDINS[name]
     (task,) = parse_tasks(
@@ -120,7 +119,7 @@ def compare_task(model: Any, name: str, output: pathlib.Path) -> dict[str, Any]:
     samples, different, largest = _COMPARISONS[standin.kind](measured, theirs)
     metrics = measured.metrics
     written = json.loads((output / f"{name}.json").read_text())
-    # Of fewer than five classes CLIP_benchmark has a NaN as top-5, of exactly five a 1; we none.
+    # Top-5 in CLIP_benchmark is NaN below five classes and 1 for five classes; we omit it.
     their_metrics = {_NAMES[key]: value for key, value in written.items() if _NAMES[key] in metrics}
     both = {key: metrics[key] for key in their_metrics}
     return {
@@ -136,7 +135,7 @@ def compare_task(model: Any, name: str, output: pathlib.Path) -> dict[str, Any]:
     }
 
 
-# Samples, how many differ, and the largest difference of similarities.
+# Number of samples, number that differ, and the largest difference of similarities.
 _Found = tuple[int, int, float | None]
 
 
@@ -150,7 +149,7 @@ def _classification(measured: Measured, theirs: dict[str, np.ndarray]) -> _Found
 def _several_labels(measured: Measured, theirs: dict[str, np.ndarray]) -> _Found:
     ours, targets = measured.result
     np.testing.assert_array_equal(targets, theirs["targets"] == 1)
-    other = theirs["logits"] / 100  # its logit scale
+    other = theirs["logits"] / 100  # CLIP_benchmark's logit scale
     differences = np.abs(ours - other).max(axis=1)
     different = int((differences > _SCORE_ROUNDING).sum())
     return len(ours), different, float(differences.max())

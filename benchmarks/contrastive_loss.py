@@ -4,15 +4,15 @@
 
 Value and gradient of HN-NCE for global batches of 8k to 1M float32 embeddings, in four forms:
 
-  * dense: the [N, N] matrix under `jit`, split by the compiler (as big_vision writes it);
+  * dense: the [N, N] matrix under `jit`, split by the compiler (as in big_vision);
   * gathered: every device gathers all embeddings (as open_clip's --local-loss
     --gather-with-grad): `impl="gathered"`;
-  * streaming: `impl="streaming"` on a mesh of one axis, a ring of all devices;
-  * groups: the same with `fsdp` neighbours, which gather what their memory affords.
+  * streaming: `impl="streaming"` on a mesh with one axis, a ring of all devices;
+  * groups: the same with groups of `fsdp` neighbours, which gather as much as their memory allows.
 
-Peak memory is the compiler's, arguments and results included. FLOPs are counted from the jaxpr,
-since XLA's own analysis counts the body of a loop once. A form that does not fit is an entry too.
-Needs the TPU compiler (`pip install libtpu`), not a TPU.
+Peak memory is the compiler's, including arguments and results. FLOPs are counted from the jaxpr,
+because XLA's own analysis counts the body of a loop only once. Forms that do not fit are listed as
+well. Needs the TPU compiler (`pip install libtpu`), not a TPU.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _FORMS = flags.DEFINE_multi_enum("form", FORMS, FORMS, "Which forms.")
 
 
 def dense_loss_and_grads():
-    """HN-NCE on the whole matrix, which the compiler is free to split."""
+    """HN-NCE on the whole matrix, which the compiler may split."""
 
     def loss(image_emb, text_emb, scale):
         return contrastive_loss(image_emb, text_emb, scale, beta=0.25, impl="gathered")
@@ -56,7 +56,7 @@ def dense_loss_and_grads():
 
 
 def mapped_loss_and_grads(mesh: Mesh, impl: str):
-    """HN-NCE on the rows of every device."""
+    """HN-NCE on the rows of each device."""
     rows, whole = PartitionSpec(AXES), PartitionSpec()
     loss = functools.partial(contrastive_loss, axis_name=AXES, beta=0.25, impl=impl)
     mapped = jax.shard_map(loss, mesh=mesh, in_specs=(rows, rows, whole), out_specs=whole)
@@ -64,7 +64,7 @@ def mapped_loss_and_grads(mesh: Mesh, impl: str):
 
 
 def measure(form: str, num_pairs: int, width: int, mesh: Mesh, options: dict) -> dict:
-    """Peak bytes, operations and transfers per device of one form at one batch size."""
+    """Returns peak bytes, operations and transfers per device of one form at one batch size."""
     by_example = NamedSharding(mesh, PartitionSpec(AXES))
     whole = NamedSharding(mesh, PartitionSpec())
     rows = jax.ShapeDtypeStruct((num_pairs, width), jnp.float32, sharding=by_example)
@@ -98,7 +98,7 @@ def measure(form: str, num_pairs: int, width: int, mesh: Mesh, options: dict) ->
 
 
 def table(entries: list[dict]) -> str:
-    """One line per batch size: peak MB, and for each form its FLOPs and transfers of the ring."""
+    """Formats one line per batch size: peak MB, and for each form its FLOPs and ring transfers."""
     forms = [form for form in FORMS if any(entry["form"] == form for entry in entries)]
     lines = [
         f"{'N':>9}  " + "  ".join(f"{form + ' MB':>12}" for form in forms) + "   TFLOP, permutes"
@@ -123,7 +123,7 @@ def table(entries: list[dict]) -> str:
 def main(argv: list[str]) -> None:
     """Compiles all forms and writes `results/contrastive_loss.json`.
 
-    The file of some of the forms, or of another topology, has their names in its own.
+    If only some forms or another topology were requested, the file name contains their names.
     """
     del argv
     topology = get_topology(_TOPOLOGY.value)

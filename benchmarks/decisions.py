@@ -1,13 +1,13 @@
-"""Decisions of the filter: how large they are, and how long a replay by other limits takes.
+"""Size of the filter's decisions, and time of a replay with other limits.
 
     python -m benchmarks.decisions
 
-The files of 10,000,000 pairs are generated, 10,000 pairs a part. Complexity, actions and gates are
-those of the web captions of `--captions`, drawn with repetition. The other values are drawn: sides
-of pictures about 550 px, log-normal, and one pair in 14 that comes to text-spotting shows its
-caption. The pairs are decided as by `configs/prep/cat.py`. `--distinct` parts differ, and the
-others are copies of them under names of their own. Then the filter's command replays the folder
-with `min_complexity=2`, as a process of its own, with and without lists.
+Generates the files of 10,000,000 pairs, 10,000 pairs per part. Complexity, actions and gates are
+those of the web captions in `--captions`, drawn with repetition. The other values are random: image
+sides around 550 px, log-normal, and captions visible in one of 14 images that reach text spotting.
+The pairs are decided as by `configs/prep/cat.py`. `--distinct` parts differ; the others are renamed
+copies. Then the filter's command replays the folder with `min_complexity=2` in a separate process,
+with and without lists.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _CAPTIONS = flags.DEFINE_string(
 )
 _PARTS = flags.DEFINE_integer("num_parts", 1000, "Files of decisions.")
 _DISTINCT = flags.DEFINE_integer("distinct", 50, "Of them that differ.")
-_ROWS = 10_000  # of a part
+_ROWS = 10_000  # per part
 _RECIPE = "configs/prep/cat.py"
 _GROUPS = {
     "keys": ("key",),
@@ -75,7 +75,7 @@ def main(_: Sequence[str]) -> None:
 
 
 def _measure_caption(graph: Any) -> dict[str, Any]:
-    """The columns of a caption and what the first step decided."""
+    """Returns the columns of a caption, and the decision of the first step."""
     reason = cat_reason(graph)
     values = {"captions": 1, "outcome": "caption" if reason else table.KEPT, "reason": reason}
     if graph.drop_reason is None:
@@ -88,20 +88,20 @@ def _measure_caption(graph: Any) -> dict[str, Any]:
 
 
 def _write_parts(folder: pathlib.Path, measured: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Writes all files and statistics; returns the bytes of a row by groups of columns."""
+    """Writes all files and statistics; returns the bytes per row by groups of columns."""
     rng = np.random.default_rng(0)
     paths = [folder / "parts" / f"{n:05d}{table.SUFFIX}" for n in range(_PARTS.value)]
     distinct = min(_DISTINCT.value, _PARTS.value)
     for number in range(distinct):
         log = table.DecisionWriter()
         for i, chosen in enumerate(rng.integers(len(measured), size=_ROWS)):
-            # Keys as img2dataset numbers them.
+            # Keys numbered like those of img2dataset.
             values = measured[chosen] | {"key": f"{number:05d}{i:04d}", "uid": rng.bytes(16)}
             if values["outcome"] == table.KEPT:
                 values["width"], values["height"] = np.exp(rng.normal(6.3, 0.5, 2)).astype(int)
                 values |= _spot(rng)
             log.add(i, values)
-        for path in paths[number::distinct]:  # a copied file would not be that of its part
+        for path in paths[number::distinct]:  # written again: a copied file would not match
             copy.deepcopy(log).write(str(path))
     parts = [{"name": path.name.removesuffix(table.SUFFIX)} for path in paths]
     files.write_object(folder / "parts" / table.MANIFEST, {"parts": parts})

@@ -1,13 +1,13 @@
-"""What `config.decontaminate` finds by hashes and by embeddings: photos with planted copies.
+"""Recall of `config.decontaminate` by hashes and by embeddings, on photos with planted copies.
 
     python -m benchmarks.decontamination --data runs/data
 
-The edits are those of `benchmarks.duplicates`, of every photo of `photos.tar`; the evaluation set
-is `photos.tar` itself. Recall: copies that match their own photo. False: the 4,000 pictures of
-`cifar10_train.tar`, or with embeddings its first 1,000, that match a photo, and the photos that
-match another one. Embeddings are those of EfficientNet-Lite0, the one network with trained weights
-that the package index ships; how far apart other models hold pictures is another matter. Prints
-both, by the number of bits that may differ and by the cosine, and writes
+The edits are those of `benchmarks.duplicates`, applied to every photo of `photos.tar`; the
+evaluation set is `photos.tar` itself. Recall: copies that match their own photo. False: the 4,000
+images of `cifar10_train.tar`, or with embeddings its first 1,000, that match a photo, and the
+photos that match another one. Embeddings are those of EfficientNet-Lite0, the only network with
+trained weights on the package index; distances may differ for other models. Prints both, by the
+number of different bits allowed and by the cosine, and writes
 `benchmarks/results/decontamination.json`.
 """
 
@@ -31,17 +31,17 @@ from data_prep.duplicates.precomputed import EmbeddedSet
 from diht_jax import command_line
 from diht_jax.readers.registry import open_source
 
-_OTHERS = 1000  # pictures that are embedded beside the photos
+_OTHERS = 1000  # images that are embedded in addition to the photos
 
 
 def define_flags() -> None:
-    """The command line of `main`."""
+    """Defines the flags of this command."""
     flags.DEFINE_string("data", None, "Folder with photos.tar and cifar10_train.tar.")
     flags.DEFINE_integer("seed", 0, "Of the crops.")
 
 
 def main() -> None:
-    """Measures, prints and writes."""
+    """Measures, prints and writes the results."""
     command_line.require_flags("data")
     data = pathlib.Path(flags.FLAGS.data)
     index = make_index(str(data / "photos.tar"))
@@ -66,11 +66,11 @@ def main() -> None:
 
 
 def _measure_embeddings(data: pathlib.Path, folder: pathlib.Path) -> list[dict[str, Any]]:
-    """Recall of each edit and false matches, by the least cosine.
+    """Measures the recall of each edit, and false matches, by the minimum cosine.
 
     Args:
-        data: folder of the photos.
-        folder: of the tars with copies, named by their edits.
+        data: folder with the photos.
+        folder: folder with the tars of copies, named by their edits.
     """
     teacher = Teacher(
         "torch",

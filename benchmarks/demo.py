@@ -1,11 +1,11 @@
-"""The demo on a fresh clone: how long it takes, with installing, and its table.
+"""The demo on a fresh clone: its time including installation, and its table.
 
     python -m benchmarks.demo --folder /tmp/demo
 
-Clones this checkout's last commit into the folder, which must not exist, runs `bash run_demo.sh`
-there with an empty home, so that pip downloads and JAX compiles as on a fresh machine, and writes
-`benchmarks/results/demo.json`: the seconds of all of it and of its steps, and the results of the
-four students with their 95% intervals, in percent.
+Clones this checkout's last commit into the folder, which must not exist. Runs `bash run_demo.sh`
+there with an empty home, which makes pip download and JAX compile as on a fresh machine. Writes
+`benchmarks/results/demo.json`: total seconds and seconds per step, and the results of the four
+students with their 95% intervals, in percent.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from data_prep.reports.demo import METRICS, STUDENTS
 from diht_jax import command_line
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
-# What run_demo.sh prints of a finished step: its name, and its seconds.
+# Name and seconds of a finished step in the output of run_demo.sh.
 _STEP = re.compile(r"^(\S.*?) +(\d+) s$", re.MULTILINE)
 
 
 def define_flags() -> None:
-    """The command line of `main`."""
+    """Defines the flags of this command."""
     flags.DEFINE_string("folder", None, "Where the clone comes to lie; kept.", required=True)
 
 
 def main() -> None:
-    """Clones, runs, writes."""
+    """Clones and runs the demo, and writes the results."""
     folder = pathlib.Path(flags.FLAGS.folder)
     if folder.exists():
         raise ValueError(f"--folder={folder}: exists; name one that does not")
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def _results(path: pathlib.Path) -> dict[str, Any]:
-    """`task metric` -> value and interval of a results file, in percent."""
+    """Reads `task metric` -> value and interval from a results file, in percent."""
     tasks = {result["task"]: result for result in json.loads(path.read_text())["results"]}
     return {
         f"{task} {metric}": {

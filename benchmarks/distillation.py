@@ -1,14 +1,14 @@
-"""Does concept distillation help a small student? CIFAR-10 photos, an ImageNet teacher, some seeds.
+"""Effect of concept distillation on a small student: CIFAR-10, an ImageNet teacher, several seeds.
 
     python -m benchmarks.distillation --data runs/data --workdir runs/distillation
 
-Three sets of captions for the same 4,000 photos: `given` ("a photo of a dog."), `noisy`, where half
-of the photos have the caption of another one, and `described`, where the colours of the photo are
-added ("a dark brown dog on a green background"). Each set is labelled by `data_prep.label` with
-EfficientNet-Lite0, and the student of `configs/demo.py` is trained on it for the same number of
-samples seen with and without the two concept losses, with every seed. Measured is zero-shot top-1
-on the 1,000 test photos. Prints mean and spread, writes `benchmarks/results/distillation.json`;
-started again, it goes on where it was.
+There are three sets of captions for the same 4,000 photos: `given` ("a photo of a dog."), `noisy`,
+where half of the photos have the caption of another one, and `described`, with the colours of the
+photo ("a dark brown dog on a green background"). `data_prep.label` labels each set with
+EfficientNet-Lite0. The student of `configs/demo.py` is trained on it for the same number of
+samples, with and without the two concept losses, for every seed. The metric is zero-shot top-1 on
+the 1,000 test photos. Prints mean and spread, writes `benchmarks/results/distillation.json`, and
+resumes when started again.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ ARMS = ("contrastive", "distilled")  # without and with the concept losses
 
 LABELLED = "labelled"
 
-# What does the work, in processes of its own.
+# Packages that do the work in separate processes.
 _PACKAGES = ("jax", "flax", "optax", "torch", "efficientnet_lite_pytorch")
 
-# Names of colours and their RGB values; the nearest one is the colour's name.
+# Colour names and their RGB values; a colour gets the nearest name.
 _COLORS = {
     "red": (170, 50, 40),
     "orange": (200, 120, 50),
@@ -56,7 +56,7 @@ _COLORS = {
 
 
 def define_flags() -> None:
-    """The command line of `main`."""
+    """Defines the flags of this command."""
     flags.DEFINE_string("data", None, "Folder with cifar10_train.tar and cifar10_test.tar.")
     flags.DEFINE_string("workdir", None, "Where data, runs and results of the trial lie.")
     flags.DEFINE_list("captions", list(CAPTIONS), "Sets of captions to try.")
@@ -66,7 +66,7 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    """Prepares, labels, trains, evaluates, prints."""
+    """Prepares, labels, trains and evaluates, and prints the results."""
     values = flags.FLAGS
     if not values.data or not values.workdir:
         raise ValueError("--data and --workdir are required")
@@ -127,7 +127,7 @@ def prepare(captions: str, source: pathlib.Path, folder: pathlib.Path) -> None:
 
 
 def relabel(pairs: list[Pair], captions: str) -> Iterator[tuple[Pair, str]]:
-    """The pairs and their captions in this set."""
+    """Yields the pairs with their captions in a set of captions."""
     others = list(range(len(pairs)))
     if captions == "noisy":
         rng = np.random.default_rng(0)
@@ -139,7 +139,7 @@ def relabel(pairs: list[Pair], captions: str) -> Iterator[tuple[Pair, str]]:
 
 
 def describe(pair: Pair) -> str:
-    """A caption with the class, and the colours of the middle and of the border of the photo."""
+    """Makes a caption of the class, and the colours of the photo's centre and border."""
     pixels = np.asarray(transforms.decode_rgb(pair.image), np.float64)
     margin = pixels.shape[0] // 8
     middle = pixels[2 * margin : -2 * margin, 2 * margin : -2 * margin].reshape(-1, 3)
@@ -150,13 +150,13 @@ def describe(pair: Pair) -> str:
 
 
 def name_color(pixels: np.ndarray) -> str:
-    """The name of the median color of pixels [n, 3]."""
+    """Returns the name of the median colour of pixels [n, 3]."""
     median = np.median(pixels, axis=0)
     return min(_COLORS, key=lambda name: float(np.sum((median - _COLORS[name]) ** 2)))
 
 
 def write_pairs(path: pathlib.Path, pairs: Any) -> None:
-    """A webdataset tar of (pair, caption)."""
+    """Writes (pair, caption) tuples as a webdataset tar."""
     part = path.with_suffix(".part")
     with tarfile.open(part, "w") as tar:
         for pair, caption in pairs:
@@ -175,7 +175,7 @@ def train_and_evaluate(
     weight: float,
     examples: int,
 ) -> None:
-    """One run and its results."""
+    """Trains and evaluates one run."""
     run_command(
         "diht_jax.train",
         "--config=configs/demo.py",
@@ -200,17 +200,17 @@ def train_and_evaluate(
 
 
 def results_of(run: pathlib.Path) -> pathlib.Path:
-    """The file with the results of a run."""
+    """Returns the path of a run's results."""
     return run.with_suffix(".json")
 
 
 def read_top1(run: pathlib.Path) -> float:
-    """Zero-shot top-1 of one run."""
+    """Reads zero-shot top-1 of a run."""
     return json.loads(results_of(run).read_text())["results"][0]["metrics"]["top1"]
 
 
 def run_command(module: str, *arguments: str) -> None:
-    """One of the project's commands; what it prints is shown only if it fails."""
+    """Runs one of the project's commands; prints its output only if it fails."""
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=False
     )
@@ -219,7 +219,7 @@ def run_command(module: str, *arguments: str) -> None:
 
 
 def as_row(captions: str, arm: str, scores: list[float]) -> dict[str, Any]:
-    """Mean and spread of one kind of run."""
+    """Computes mean and spread of one kind of run."""
     return {
         "captions": captions,
         "arm": arm,
@@ -230,7 +230,7 @@ def as_row(captions: str, arm: str, scores: list[float]) -> dict[str, Any]:
 
 
 def compare_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the concept losses bring, seed by seed: equal seeds begin and see data alike."""
+    """Compares the arms seed by seed: equal seeds share the initialisation and the data order."""
     top1 = {(row["captions"], row["arm"]): row["top1"] for row in rows}
     differences = []
     for captions in dict.fromkeys(row["captions"] for row in rows):
@@ -241,7 +241,7 @@ def compare_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def format_rows(rows: list[dict[str, Any]], differences: list[dict[str, Any]]) -> str:
-    """The table of all rows and of the differences."""
+    """Formats a table of all rows and of the differences."""
     lines = [f"{'captions':10s}  {'student':12s}  top-1, mean and standard deviation"]
     for row in [*rows, *differences]:
         spread = "" if row["stdev"] is None else f" +- {100 * row['stdev']:.1f}"

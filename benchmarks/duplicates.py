@@ -1,25 +1,25 @@
-"""What the search for duplicates finds: photos and drawings with planted copies.
+"""Recall and precision of the duplicate search on photos and drawings with planted copies.
 
     python -m benchmarks.duplicates --data runs/data
 
-Of every photo of `photos.tar` a copy is planted: resized to half, re-encoded (JPEG, quality 50),
-cropped to 90% or 85% of each side somewhere, or mirrored; one set for each edit, among the 4,000
-photos of `cifar10_train.tar`. Recall: planted copies that are dropped as copies of their photo.
-Precision: share of these in all dropped photos and copies. Of every tenth emoji a copy is planted
-among all 3,786, of which many are drawn alike (hearts in nine colours, 24 clocks, coins, flags).
-Their captions differ, so that by default none is dropped as a copy of another; `other_captions` is
-"drop" here. Right is a copy of its own emoji, or of one with the same pixels. Prints both, for
-cosines alone, for thumbnails that verify what the cosines find, and with colours compared, and
-writes `benchmarks/results/duplicates.json`. Embeddings are the descriptor's; no model is needed.
+One copy of every photo of `photos.tar` is planted among the 4,000 photos of `cifar10_train.tar`,
+with one set per edit: resized to half, re-encoded (JPEG, quality 50), cropped to 90% or 85% of each
+side at a random position, or mirrored. Recall: planted copies that are dropped as copies of their
+photo. Precision: share of these in all dropped photos and copies. Also, a copy of every tenth emoji
+is planted among all 3,786, many of which are similar (hearts in nine colours, 24 clocks, coins,
+flags). Their captions differ, so by default none is dropped as a copy of another; `other_captions`
+is "drop" here. Correct are copies of the same emoji, or of one with the same pixels. Prints both
+for cosines only, with verification by thumbnails, and with comparison of colours, and writes
+`benchmarks/results/duplicates.json`. Embeddings are the descriptors; no model is needed.
 
     python -m benchmarks.duplicates --data runs/data --drawings stamps.tar
 
-does the second with any other drawings, and writes `benchmarks/results/duplicates_drawings.json`.
+runs the second part on other drawings, and writes `benchmarks/results/duplicates_drawings.json`.
 
     python -m benchmarks.duplicates --data runs/data --model runs/emoji
 
-compares the emoji by the embeddings that `diht_jax.embed` makes of them by a model, and writes
-`benchmarks/results/duplicates_model.json`. There the emoji of one name in several skin tones or
+compares the emoji by embeddings that `diht_jax.embed` computes with a model, and writes
+`benchmarks/results/duplicates_model.json`. Here the emoji of one name in several skin tones or
 directions count as duplicates of one another, and all others do not.
 """
 
@@ -52,12 +52,12 @@ from diht_jax.input.transforms import decode_rgb
 from diht_jax.readers.registry import open_source
 
 EDITS = ("resized", "re-encoded", "cropped 90%", "cropped 85%", "flipped")
-# Of an emoji that is planted again; one in so many.
+# Edits of the planted emoji; one of every `PLANTED` emoji is planted.
 DRAWING_EDITS, PLANTED = ("resized", "cropped 90%"), 10
 
 
 class Setting(NamedTuple):
-    """Settings that are compared; correlation None: thumbnails are not; difference 1: greys are."""
+    """Settings to compare; correlation None: no thumbnails; difference 1: grey values only."""
 
     threshold: float
     correlation: float | None
@@ -74,7 +74,7 @@ SETTINGS = (
     *(Setting(0.6, 0.95, 2, difference) for difference in (0.05, 0.08, 0.1)),
 )
 DRAWING_SETTINGS = SETTINGS[-4:]
-# The same for the embeddings of a model.
+# Settings for the embeddings of a model.
 MODEL_SETTINGS = (
     *(Setting(threshold, None, 2) for threshold in (0.8, 0.9, 0.95, 0.98)),
     *(Setting(threshold, 0.95, 2) for threshold in (0.5, 0.7, 0.9)),
@@ -83,7 +83,7 @@ _TONE = re.compile(r"( facing right)?( with [\w, -]+ skin tone)?$")
 
 
 def define_flags() -> None:
-    """The command line of `main`."""
+    """Defines the flags of this command."""
     flags.DEFINE_string("data", None, "Folder with photos.tar, cifar10_train.tar and emoji_*.tar.")
     flags.DEFINE_integer("seed", 0, "Of the crops.")
     flags.DEFINE_string("drawings", None, "A tar of other drawings, which are compared alone.")
@@ -91,7 +91,7 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    """Measures, prints and writes."""
+    """Measures, prints and writes the results."""
     command_line.require_flags("data")
     data = pathlib.Path(flags.FLAGS.data)
     values, photos, drawings = flags.FLAGS, [], []
@@ -127,7 +127,7 @@ def main() -> None:
 
 
 def _compare_by_model(model: str, data: pathlib.Path, work: pathlib.Path) -> Iterator[dict]:
-    """The scores of the emoji of both artists, by the embeddings of a model."""
+    """Yields the scores on the emoji of both artists, with the embeddings of a model."""
     loaded = load_model(model)
     for name in ("emoji_google", "emoji_twitter"):
         source, embedded = data / f"{name}.tar", work / "embedded" / name
@@ -147,7 +147,7 @@ def _read_captions(source: pathlib.Path) -> dict[str, str]:
 
 
 def plant(source: pathlib.Path, target: pathlib.Path, edit: str, seed: int, every: int = 1) -> None:
-    """Writes a tar with an edited copy of every picture, or one in some, its key "copy-KEY"."""
+    """Writes a tar with edited copies of every `every`-th image, with the key "copy-KEY"."""
     generator = np.random.default_rng(seed)
     with tarfile.open(target, "w") as tar:
         for pair in itertools.islice(open_source(str(source)), 0, None, every):
@@ -178,7 +178,7 @@ def _edit(image: Image.Image, edit: str, generator: np.random.Generator) -> byte
 def _config(inputs: str, output: pathlib.Path) -> ml_collections.ConfigDict:
     config = duplicates_config.default_config()
     config.update({"input": inputs, "output": str(output), "keep": "first", "num_workers": 1})
-    config.clusters.rows_per_cluster = 1000  # several clusters, as large sets have
+    config.clusters.rows_per_cluster = 1000  # several clusters, as for large data sets
     config.report_pairs, config.other_captions = 0, "drop"
     return config
 
@@ -186,7 +186,7 @@ def _config(inputs: str, output: pathlib.Path) -> ml_collections.ConfigDict:
 def _run(
     config: ml_collections.ConfigDict, settings: Sequence[Setting]
 ) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Each of some settings, and the rows of the table that it makes."""
+    """Yields each setting with the rows of the table that it produces."""
     for setting in settings:
         config.threshold, config.verify.correlation = setting.threshold, setting.correlation
         config.clusters.probes, config.verify.difference = setting.probes, setting.difference
@@ -222,7 +222,7 @@ def _is_copy(row: dict[str, Any]) -> bool:
 
 @functools.cache
 def _hash_pixels(source: pathlib.Path) -> dict[str, str]:
-    """Key -> a hash of the decoded picture."""
+    """Returns key -> hash of the decoded image."""
     return {
         pair.key: hashlib.sha256(decode_rgb(pair.image).tobytes()).hexdigest()
         for pair in open_source(str(source))

@@ -1,16 +1,16 @@
-"""Memory of the filter: few shards against many, of the same size and of the same rows.
+"""Memory of the filter with few and with many shards, of equal size and of equal total size.
 
     python -m benchmarks.filter_memory
 
-Three data sets of web captions as metadata (`configs/prep/metadata.py`, captions parsed), and three
-of pairs with images (`configs/prep/convert.py`, with re-sharding): 8 shards, 256 shards of the same
-size, and 256 shards with the rows of the first together. Each job runs by itself with one worker;
-reported is the peak of the resident memory of the main process and of the worker. If the memory is
-that of a shard, the second needs as much as the first.
+There are three data sets of web captions as metadata (`configs/prep/metadata.py`, with parsing),
+and three of pairs with images (`configs/prep/convert.py`, with resharding): 8 shards, 256 shards of
+the same size, and 256 shards with the same total rows as the first. Each job runs alone with one
+worker. Reports the peak resident memory of the main process and of the worker. If the memory is
+determined by a shard, the second data set needs as much as the first.
 
-Then three jobs with two workers: 10,000 shards of one pair, 10,000 of one row of metadata, and one
-table of 100,000 rows, for which the main process should need no more than for 8 shards. `--jobs`
-runs those of some numbers alone, and prints without writing.
+Then three jobs run with two workers: 10,000 shards of one pair, 10,000 shards of one row of
+metadata, and one table of 100,000 rows. The main process should need no more memory for them than
+for 8 shards. `--jobs` runs only the jobs with the given numbers, and prints without writing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _CAPTIONS = flags.DEFINE_string(
     "captions", "runs/data/captions_web.txt", "A text file with one caption a line."
 )
 _CHOSEN = flags.DEFINE_multi_integer("jobs", [], "Numbers of jobs, from 0; all by default.")
-# What is filtered, shards, rows of a shard, workers.
+# Kind of data, shards, rows per shard, workers.
 _JOBS = (
     ("metadata", 8, 64, 1),
     ("metadata", 256, 64, 1),
@@ -100,7 +100,7 @@ def _measure(
         first = number * per_shard
         write(
             folder / "in" / f"{number:05d}",
-            # One by one: a process begins with the peak of the one that starts it.
+            # Generated lazily: a process starts with the peak memory of its parent.
             ((f"{first + i:09d}", captions[(first + i) % len(captions)]) for i in range(per_shard)),
         )
     recipe = "metadata" if kind == "metadata" else "convert"

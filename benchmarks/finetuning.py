@@ -1,12 +1,12 @@
-"""What settings of fine-tuning gain on new photos, and what they cost of what the model knew.
+"""Accuracy gained on new photos by settings of fine-tuning, and lost on the original data.
 
     python -m data_prep.examples cifar10 emoji --output runs/data
     python -m benchmarks.finetuning --data runs/data
 
-`clipart_tiny`, which knows emoji, is fine-tuned on 4,000 photos of CIFAR-10 by
-`configs/cifar10_finetune.py`, once for each of `SETTINGS` and seed. Measured are top-1 on 1,000
-other photos, by prompts, and R@10 of text to image among one artist's 3,786 emoji. Writes
-`benchmarks/results/finetuning.json`; started again, it goes on where it was.
+`clipart_tiny`, trained on emoji, is fine-tuned on 4,000 photos of CIFAR-10 by
+`configs/cifar10_finetune.py`, once for each of `SETTINGS` and seed. The metrics are top-1 with
+prompts on 1,000 other photos, and R@10 of text to image among one artist's 3,786 emoji. Writes
+`benchmarks/results/finetuning.json`; resumes when started again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.record import write_result
 from diht_jax import command_line
 
 START = "clipart_tiny"
-# Name -> the recipe's argument, and other keys of it.
+# Name -> the recipe's argument, and other keys.
 SETTINGS = {
     "all": ("all", ()),
     "all, a third of the rate": ("all", ("optimizer.learning_rate=1e-4",)),
@@ -34,7 +34,7 @@ SETTINGS = {
     "adapters of rank 8": ("lora", ()),
     "image projection alone": ("probe", ()),
 }
-# Name -> the setting whose model is averaged with the start, half of each.
+# Name -> the setting whose model is averaged with the initial model, with equal weights.
 MEANS = {
     "mean of `all` and the start": "all",
     "mean of the adapters and the start": "adapters of rank 8",
@@ -43,7 +43,7 @@ _KNOWN, _NEW = "emoji/t2i_r10", "cifar10/top1"
 
 
 def define_flags() -> None:
-    """The command line of `main`."""
+    """Defines the flags of this command."""
     flags.DEFINE_string("data", "runs/data", "Folder with the tars of emoji and CIFAR-10.")
     flags.DEFINE_string("workdir", "runs/finetuning", "Where runs and their results lie.")
     flags.DEFINE_integer("examples", 7680, "Samples seen by a run: config.total_examples.")
@@ -51,7 +51,7 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    """Trains, evaluates, prints."""
+    """Trains and evaluates, and prints the results."""
     given = flags.FLAGS
     folder, data = pathlib.Path(given.workdir), pathlib.Path(given.data)
     records, seeds = folder / "records", range(given.seeds)
@@ -76,12 +76,12 @@ def main() -> None:
 
 
 def run_of(folder: pathlib.Path, name: str, seed: int) -> pathlib.Path:
-    """The work directory of a setting's run."""
+    """Returns the work directory of a run."""
     return folder / f"setting_{list(SETTINGS).index(name)}_seed{seed}"
 
 
 def train(name: str, run: pathlib.Path, records: pathlib.Path, seed: int) -> pathlib.Path:
-    """One run of a setting, from where it was; returns its work directory."""
+    """Trains a setting, or resumes its run; returns the work directory."""
     argument, keys = SETTINGS[name]
     run_command(
         "diht_jax.train",
@@ -97,7 +97,7 @@ def train(name: str, run: pathlib.Path, records: pathlib.Path, seed: int) -> pat
 
 
 def average(run: pathlib.Path) -> pathlib.Path:
-    """The mean of a run and the start, half of each; returns its directory."""
+    """Averages a run with the initial model, with equal weights; returns the directory."""
     mean = run.with_name(f"{run.name}_mean")
     if not mean.exists():
         models = f"--models={START},{run}"
@@ -106,7 +106,7 @@ def average(run: pathlib.Path) -> pathlib.Path:
 
 
 def evaluate(model: pathlib.Path | str, run: pathlib.Path, data: pathlib.Path) -> dict[str, float]:
-    """The two metrics of a model; its results are kept next to `run`."""
+    """Returns the two metrics of a model; its results file is next to `run`."""
     if not results_of(run).exists():
         known = f"emoji=retrieval:{data / 'emoji_twitter.tar'}?caption_template={{caption}}"
         run_command(
@@ -122,7 +122,7 @@ def evaluate(model: pathlib.Path | str, run: pathlib.Path, data: pathlib.Path) -
 
 
 def as_row(name: str, found: list[dict[str, float]]) -> dict[str, Any]:
-    """Means over the seeds, and the values of each."""
+    """Computes the means over the seeds, with the values of each seed."""
     row: dict[str, Any] = {"setting": name}
     for metric in (_NEW, _KNOWN):
         values = [each[metric] for each in found]
@@ -131,7 +131,7 @@ def as_row(name: str, found: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def format_rows(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table; percent."""
+    """Formats a Markdown table; values in percent."""
     lines = ["| trained | photos, top-1 | emoji, R@10 |", "|---|--:|--:|"]
     for row in rows:
         means = [f"{100 * row[metric]['mean']:.1f}%" for metric in (_NEW, _KNOWN)]

@@ -1,12 +1,12 @@
-"""A new user's first minutes: until a picture is found by its text, and until pairs are filtered.
+"""Time of a new user until an image is found by its text, and until pairs are filtered.
 
     python -m benchmarks.first_minutes --folder /tmp/first_minutes
 
-Clones this checkout's last commit into the folder, which must not exist, makes an environment there
-with an empty home, so that nothing is downloaded or compiled before, and runs the commands of the
-quickstart and of `docs/guides/install.md` on the pictures of `data_prep.examples`. Writes
-`benchmarks/results/first_minutes.json`: the seconds of each command by the clock and of the
-processor, their sums, and the numbers of pairs before and after the filter.
+Clones this checkout's last commit into the folder, which must not exist, and makes an environment
+there with an empty home, without any downloaded or compiled files. Runs the commands of the
+quickstart and of `docs/guides/install.md` on the images of `data_prep.examples`. Writes
+`benchmarks/results/first_minutes.json`: wall time and processor time of each command, their sums,
+and the numbers of pairs before and after the filter.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from diht_jax import command_line
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 _QUERY = "red tomato"
-# Each in a new shell, in the folder that has the clone, its environment and the pictures.
+# Each command runs in a new shell, in the folder of the clone, its environment and the images.
 _PLACES = {"REPOSITORY": str(_REPOSITORY), "PYTHON": sys.executable}
 _UNTIL_FOUND = (
     "git clone --quiet REPOSITORY clone",
@@ -46,7 +46,7 @@ _UNTIL_FILTERED = (
 
 
 def define_flags() -> None:
-    """The command line of `main`."""
+    """Defines the flags of this command."""
     flags.DEFINE_string("folder", None, "Where everything comes to lie; kept.", required=True)
 
 

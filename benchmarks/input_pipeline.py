@@ -2,18 +2,18 @@
 
     python -m benchmarks.input_pipeline --photos runs/data/photos.tar
 
-The same JPEG files and captions reach both sides: as webdataset tars through open_clip's own
+Both sides read the same JPEG files and captions. open_clip reads webdataset tars with its own
 `get_wds_dataset` (webdataset, `image_transform(is_train=True)`, its tokenizer, collated float32
-batches), and as TFRecord shards, which `data_prep.filter` makes of these tars, through
-`TrainIterator` (uint8 batches; the device normalises). One process on one core measures them in
-turn, round by round; every round starts an iterator anew, leaves out its first batches and then
-times a fixed number of them. The decoders only turn the bytes into full-size RGB pixels.
+batches). `TrainIterator` reads TFRecord shards that `data_prep.filter` makes of these tars (uint8
+batches; the device normalises). One process on one core measures them alternately. Every round
+starts a new iterator, skips its first batches, and times a fixed number of batches. The decoders
+only decode the bytes to full-size RGB pixels.
 
-Three data sets: the photos as they are (at most 384 px), the same encoded again with a longer side
-of 512 px, and with one of 256 to 1,024 px.
+There are three data sets: the original photos (at most 384 px), and the photos re-encoded with a
+longer side of 512 px, and of 256 to 1,024 px.
 
-The figures are images per second of processor time, of all threads of the process: on an idle core
-these are seconds of the clock (recorded too), and they hold where others use the core as well.
+The results are images per second of processor time, over all threads of the process. On an idle
+core this equals wall time (also recorded), and it stays valid when others use the core as well.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 OURS, EXACT, OPEN_CLIP = "diht_jax", "diht_jax_exact", "open_clip"
 AIM_RATIO = 2.0
 AS_IS = "384 px"
-# Name -> least and largest longer side that the photos are scaled to.
+# Name -> range of the longer side to which the photos are scaled.
 DATA_SETS = {AS_IS: None, "512 px": (512, 512), "256 to 1024 px": (256, 1024)}
 
 
 def decode_with_pillow(data: bytes) -> Image.Image:
-    """Bytes to RGB pixels, as webdataset decodes them."""
+    """Decodes bytes to RGB pixels like webdataset."""
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
@@ -75,7 +75,7 @@ DECODERS = {"simplejpeg": simplejpeg.decode_jpeg, "pillow": decode_with_pillow}
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is measured: the values of the flags."""
+    """Values of the flags."""
 
     photos: str
     copies: int
@@ -88,11 +88,11 @@ class Settings:
 
 
 def define_flags() -> None:
-    """The command line of `main`."""
+    """Defines the flags of this command."""
     photos = str(REPOSITORY / "runs/data/photos.tar")
     flags.DEFINE_string("photos", photos, "Webdataset tar of JPEGs.")
-    # Of 1,500 records, grain's shuffle takes 22 us for an index (it walks a domain of 65,536 until
-    # it meets one of them); of 6,000 it takes 8, and of millions 4.
+    # With 1,500 records, grain's shuffle takes 22 us per index (it walks a domain of 65,536 until
+    # it hits a record); with 6,000 records it takes 8, and with millions 4.
     flags.DEFINE_integer("copies", 40, "Of the tar: shards on both sides.")
     flags.DEFINE_integer("rounds", 7, "Rounds; medians are over these.")
     flags.DEFINE_integer("batches", 8, "Batches that are timed in a round.")
@@ -103,10 +103,10 @@ def define_flags() -> None:
 
 
 def read_settings() -> Settings:
-    """Of the flags.
+    """Reads the settings from the flags.
 
     Raises:
-        ValueError: no such tar, or no two numbers.
+        ValueError: there is no such tar, or a range does not have two numbers.
     """
     given = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Settings)}
     if not pathlib.Path(given["photos"]).is_file():
@@ -125,7 +125,7 @@ def read_settings() -> Settings:
 def main() -> None:
     """Measures, prints a table and writes `benchmarks/results/input_pipeline.json`."""
     settings = read_settings()
-    jax.config.update("jax_platforms", "cpu")  # what is recorded of the machine needs no more
+    jax.config.update("jax_platforms", "cpu")  # sufficient for the record of the machine
     cores = os.sched_getaffinity(0)
     payloads = {}
     for name, sides in DATA_SETS.items():
@@ -150,12 +150,12 @@ def main() -> None:
 
 
 def scale_photos(source: str, target: str, sides: tuple[int, int]) -> None:
-    """Writes a tar again with every photo scaled, and encoded at quality 90.
+    """Copies a tar with every photo scaled and re-encoded at quality 90.
 
     Args:
         source: webdataset tar of JPEGs.
         target: tar to write.
-        sides: least and largest longer side, in pixels; drawn anew for each photo.
+        sides: range of the longer side in pixels; drawn for each photo.
     """
     rng = random.Random(0)
     with tarfile.open(source) as tar, tarfile.open(target, "w") as written:
@@ -174,9 +174,9 @@ def scale_photos(source: str, target: str, sides: tuple[int, int]) -> None:
 
 
 def prepare_data(photos: str, copies: int, folder: pathlib.Path) -> tuple[str, str]:
-    """Lays the tar out as shards, and filters them into TFRecords as a user would.
+    """Copies the tar to several shards, and filters these to TFRecords like a user would.
 
-    Several copies, so that shards and epochs are no smaller than shuffling expects.
+    Several copies make shards and epochs as large as shuffling expects.
 
     Returns:
         The tars as a brace pattern, and the folder of the TFRecords.
@@ -197,7 +197,7 @@ def prepare_data(photos: str, copies: int, folder: pathlib.Path) -> tuple[str, s
 def make_sides(
     settings: Settings, tars: str, records: str
 ) -> dict[str, Callable[[], Generator[int]]]:
-    """What is measured: name -> a function that starts an iterator over image counts."""
+    """Returns name -> function that starts an iterator over the image counts of its batches."""
     source = open_records(records)
     files = [schema.decode_record(source[index]).image for index in range(len(source))]
     sides = {
@@ -211,7 +211,7 @@ def make_sides(
 
 
 def iterate_ours(settings: Settings, source: Any, *, fast_decode: bool) -> Generator[int]:
-    """Batches of `TrainIterator`, decoded in threads of this process."""
+    """Iterates over batches of `TrainIterator`, decoded in threads of this process."""
     decode = DecodeExample(
         settings.image_size, 77, settings.crop_scale, "{caption}", fast_decode=fast_decode
     )
@@ -229,7 +229,7 @@ def iterate_ours(settings: Settings, source: Any, *, fast_decode: bool) -> Gener
 
 
 def iterate_open_clip(settings: Settings, tars: str, num_samples: int) -> Generator[int]:
-    """Batches of open_clip's training data, loaded in this process."""
+    """Iterates over batches of open_clip's training data, loaded in this process."""
     open_clip_settings = types.SimpleNamespace(
         train_data=tars,
         train_num_samples=num_samples,
@@ -254,7 +254,7 @@ def iterate_open_clip(settings: Settings, tars: str, num_samples: int) -> Genera
 def iterate_decoder(
     decode: Callable[[bytes], Any], files: list[bytes], batch_size: int
 ) -> Generator[int]:
-    """Full-size RGB pixels of one file after the other, counted in batches."""
+    """Decodes the files one after another to full-size RGB pixels, and counts them in batches."""
     endless = itertools.cycle(files)
     while True:
         for data in itertools.islice(endless, batch_size):
@@ -265,10 +265,10 @@ def iterate_decoder(
 def measure(
     sides: dict[str, Callable[[], Generator[int]]], settings: Settings
 ) -> dict[str, list[dict[str, float]]]:
-    """Times all sides in turn, the order rotated by one in each round.
+    """Times all sides alternately, with the order rotated by one in each round.
 
     Returns:
-        For each side one dict a round: images per second of the wall clock and of the processor.
+        For each side one dict per round: images per second of wall time and of processor time.
     """
     names = list(sides)
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
@@ -282,10 +282,10 @@ def measure(
 
 
 def time_batches(batches: Generator[int], warmup: int, count: int) -> dict[str, float]:
-    """Images per second of `count` batches after `warmup` others.
+    """Measures images per second of `count` batches after `warmup` others.
 
-    Buffers are full when the processor's time begins to count, and when it ends: what was decoded
-    ahead before is made up for by what is decoded ahead after.
+    The buffers are full both when the timer starts and when it stops, so batches decoded ahead of
+    the start are balanced by those decoded ahead of the end.
     """
     for _ in range(warmup):
         next(batches)
@@ -301,7 +301,7 @@ def time_batches(batches: Generator[int], warmup: int, count: int) -> dict[str, 
 
 
 def wait_until_idle() -> None:
-    """Returns when no other thread of this process has been busy for a while."""
+    """Waits until no other thread of this process has been busy for a while."""
     idle = 0
     while idle < 4:
         time.sleep(0.02)
@@ -309,16 +309,16 @@ def wait_until_idle() -> None:
 
 
 def is_running(task: pathlib.Path) -> bool:
-    """Whether a thread, a folder of /proc/self/task, runs or waits for the processor."""
+    """Returns whether a thread, given as a folder of /proc/self/task, is running or runnable."""
     try:
         state = (task / "stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:  # it ended meanwhile
+    except OSError:  # the thread has ended in the meantime
         return False
     return state == "R" and int(task.name) != threading.get_native_id()
 
 
 def summarize(rounds: dict[str, list[dict[str, float]]], settings: Settings) -> dict[str, Any]:
-    """Medians, and the ratios of interest."""
+    """Computes the medians, and the ratios of interest."""
 
     def median(name: str, clock: str) -> float:
         return statistics.median(figures[clock] for figures in rounds[name])
@@ -343,7 +343,7 @@ def summarize(rounds: dict[str, list[dict[str, float]]], settings: Settings) -> 
 
 
 def print_table(data_set: str, payload: dict[str, Any]) -> None:
-    """The result for a reader."""
+    """Prints the result as a table."""
     print(f"{data_set:16s}{'images/s and core':>18s}{'by the clock':>14s}")
     for name, speed in payload["images_per_sec_and_core"].items():
         print(f"{name:16s}{speed:18,.0f}{payload['images_per_wall_sec'][name]:14,.0f}")

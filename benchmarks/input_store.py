@@ -1,16 +1,16 @@
-"""Images per second from an object store that answers after 50 ms, beside the same from local disk.
+"""Images per second from an object store with 50 ms latency, compared with the local disk.
 
     python -m benchmarks.input_store
 
-A host with 8 decoding workers trains on photos (copies of `photos.tar`, their shorter side scaled
-to 256 px): `TrainIterator` with the block-shuffled order from the store (`slow_store.py`) and from
-local disk; with the order of old, one request a record, from the store; open_clip's webdataset
-loader from tars (streams: one request a shard); and grain over ArrayRecord files with grain's own
-shuffle, one read a record. Blocks, streams and windows are small, as the data set is. Sides are
-measured in turn, each time over whole epochs after its first batches.
+A host with 8 decoding workers reads photos for training (copies of `photos.tar`, with the shorter
+side scaled to 256 px). The sides are: `TrainIterator` with the block-shuffled order, from the store
+(`slow_store.py`) and from local disk; with the former order, one request per record, from the
+store; open_clip's webdataset loader from tars (streams: one request per shard); and grain over
+ArrayRecord files with grain's own shuffle, one read per record. Blocks, streams and windows are
+small, like the data set. Sides are measured alternately, over whole epochs after the first batches.
 
-Images per second of the clock are what counts, and depend on who else uses the machine; images per
-second of processor time, of all processes of a side, hardly do.
+The main result is images per second of wall time, which depends on other users of the machine.
+Images per second of processor time, over all processes of a side, hardly depend on them.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ STORE, LOCAL, GLOBAL = "diht_jax, store", "diht_jax, local disk", "diht_jax, glo
 OPEN_CLIP, OPEN_CLIP_LOCAL = "open_clip, store", "open_clip, local disk"
 ARRAY_RECORD, ARRAY_RECORD_LOCAL = "grain + ArrayRecord, store", "grain + ArrayRecord, local disk"
 AIM_SHARE_OF_LOCAL, AIM_REQUESTS = 0.9, 1.1
-# Each thread of a worker of grain makes a whole batch: they arrive in bursts of so many a worker.
+# Each thread of a grain worker makes a whole batch, so a worker delivers batches in such bursts.
 GRAIN_THREADS, GRAIN_BURSTS = 16, 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is measured: the values of the flags."""
+    """Values of the flags."""
 
     photos: str
     copies: int
@@ -78,7 +78,7 @@ class Settings:
 
 
 def define_flags() -> None:
-    """The command line of `main`."""
+    """Defines the flags of this command."""
     photos = str(REPOSITORY / "runs/data/photos.tar")
     flags.DEFINE_string("photos", photos, "Webdataset tar of JPEGs.")
     flags.DEFINE_integer("copies", 128, "Of the tar's photos.")
@@ -113,7 +113,7 @@ def main() -> None:
     settings = Settings(
         **{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Settings)}
     )
-    os.environ["JAX_PLATFORMS"] = "cpu"  # what is recorded of the machine needs no more
+    os.environ["JAX_PLATFORMS"] = "cpu"  # sufficient for the record of the machine
     os.environ[slow_store.LATENCY_SECS] = str(settings.latency_secs)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
@@ -129,7 +129,7 @@ def main() -> None:
 
 
 def prepare_data(settings: Settings, folder: pathlib.Path) -> int:
-    """Writes the photos as TFRecord, tar and ArrayRecord shards; returns how many there are."""
+    """Writes the photos as TFRecord, tar and ArrayRecord shards; returns their number."""
     pairs = list(read_photos(settings.photos, settings.picture_size))
     for name in ("tfrecord", "tar", "array_record"):
         (folder / name).mkdir()
@@ -157,7 +157,7 @@ def prepare_data(settings: Settings, folder: pathlib.Path) -> int:
 
 
 def read_photos(path: str, size: int) -> Generator[tuple[bytes, str]]:
-    """JPEGs whose shorter side has `size` pixels, and captions, of a webdataset tar."""
+    """Yields JPEGs with a shorter side of `size` pixels, and captions, from a webdataset tar."""
     with tarfile.open(path) as tar:
         for member in tar.getmembers():
             if not member.name.endswith(".jpg"):
@@ -173,7 +173,7 @@ def read_photos(path: str, size: int) -> Generator[tuple[bytes, str]]:
 def measure(
     settings: Settings, folder: pathlib.Path, num_records: int
 ) -> dict[str, list[Measured]]:
-    """All sides; store and local disk several times in turn, so that both meet the same machine."""
+    """Measures all sides; store and disk alternate, so both see the same state of the machine."""
     images = int(settings.epochs * num_records)
     sides: list[tuple[str, Callable[[], Generator[Any]], int]] = []
     for number in range(settings.rounds):
@@ -203,8 +203,8 @@ def measure(
 
 
 def ours(settings: Settings, data: str, *, blocks: bool = True) -> Generator[Any]:
-    """The batches of `TrainIterator`."""
-    # Not at the top: the decoding processes of the other sides import this module.
+    """Iterates over batches of `TrainIterator`."""
+    # Imported here because the decoding processes of the other sides import this module.
     from diht_jax.training.recipe import default_config
 
     source = (slow_store.SlowRecords if data.startswith("slow:") else TFRecordSource)(data)
@@ -234,14 +234,14 @@ def ours(settings: Settings, data: str, *, blocks: bool = True) -> Generator[Any
 
 
 def cached_bytes(batches: TrainIterator) -> int:
-    """Bytes of the blocks that a host holds."""
+    """Returns the bytes of the blocks cached by a host."""
     folders = [store.folder for store in batches.block_stores]
     sizes = (path.stat().st_size for folder in folders for path in folder.glob("*.block"))
     return sum(sizes)
 
 
 def decode_example(settings: Settings) -> DecodeExample:
-    """As training decodes."""
+    """Returns the decoder of training."""
     return DecodeExample(settings.image_size, 77, (0.9, 1.0), "{caption}")
 
 
@@ -250,8 +250,8 @@ def _decode(decode: DecodeExample, data: bytes, rng: np.random.Generator) -> dic
 
 
 def of_open_clip(settings: Settings, tars: str, num_records: int) -> Generator[Any]:
-    """The batches of open_clip's training data."""
-    # Not at the top: the decoding processes of the other sides import this module.
+    """Iterates over batches of open_clip's training data."""
+    # Imported here because the decoding processes of the other sides import this module.
     import open_clip
     from open_clip_train.data import get_wds_dataset
 
@@ -259,7 +259,7 @@ def of_open_clip(settings: Settings, tars: str, num_records: int) -> Generator[A
         train_data=tars,
         train_num_samples=num_records,
         train_data_upsampling_factors=None,
-        dataset_resampled=True,  # endless, as its documentation advises for large data
+        dataset_resampled=True,  # endless, as its documentation recommends for large data
         seed=0,
         batch_size=settings.batch_size,
         workers=settings.num_workers,
@@ -276,7 +276,7 @@ def of_open_clip(settings: Settings, tars: str, num_records: int) -> Generator[A
 
 
 def of_grain(settings: Settings, paths: list[str], *, slow: bool) -> Generator[Any]:
-    """The batches of grain over ArrayRecord files, decoded as ours are."""
+    """Iterates over batches of grain from ArrayRecord files, decoded like ours."""
     source = grain.sources.ArrayRecordDataSource(paths)
     dataset = grain.MapDataset.source(slow_store.SlowSequence(source) if slow else source)
     decode = functools.partial(_decode, decode_example(settings))
@@ -297,11 +297,11 @@ def of_grain(settings: Settings, paths: list[str], *, slow: bool) -> Generator[A
 def time_side(
     batches: Generator[Any], settings: Settings, images: int, counts: pathlib.Path
 ) -> Measured:
-    """Times some images of a side after its first ones, those that were decoded ahead."""
+    """Times a number of images of a side, after the images that were decoded ahead."""
     began = time.perf_counter()
     next(batches)
     first_batch_secs = time.perf_counter() - began
-    # As much as all workers hold: what is timed was not decoded before.
+    # All workers together hold this many: timed batches were not decoded before the start.
     ahead = min(images, 4 * settings.num_workers * settings.batch_size)
     for _ in itertools.islice(batches, ahead // settings.batch_size):
         pass
@@ -313,14 +313,14 @@ def time_side(
     batches.close()
     requests = {kind: after[kind] - before.get(kind, 0) for kind in after}
     requests["before"] = sum(before.values()) - before.get("total_bytes", 0)
-    if requests.get("bytes"):  # blocks that are ahead now, and were not, are of later records
+    if requests.get("bytes"):  # blocks that were fetched ahead belong to later records
         more = (taken[-1][1] - taken[0][1]) * requests["bytes"] / requests["total_bytes"]
         requests["bytes"] -= round(more)
     return Measured(timed, secs, processor_secs, requests, first_batch_secs, cache_bytes)
 
 
 def cpu_secs() -> float:
-    """Processor time of this process and of those that it has started, and they."""
+    """Returns the processor time of this process and its descendants, running or ended."""
     children: dict[int, list[int]] = {}
     times: dict[int, float] = {}
     for path in pathlib.Path("/proc").iterdir():
@@ -328,10 +328,10 @@ def cpu_secs() -> float:
             continue
         try:
             fields = (path / "stat").read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             continue
         children.setdefault(int(fields[1]), []).append(int(path.name))
-        # Own time, and that of children which have ended.
+        # Its own time, and the time of its ended children.
         times[int(path.name)] = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
     total, waiting = 0.0, [os.getpid()]
     while waiting:
@@ -344,7 +344,7 @@ def cpu_secs() -> float:
 def summarize(
     settings: Settings, num_records: int, rounds: dict[str, list[Measured]]
 ) -> dict[str, Any]:
-    """Medians, and the figures that are aimed at."""
+    """Computes the medians, and the figures of interest."""
 
     def median(name: str, figure: Callable[[Measured], float]) -> float:
         return statistics.median(map(figure, rounds[name]))
@@ -372,7 +372,7 @@ def summarize(
 
 
 def print_table(payload: dict[str, Any]) -> None:
-    """The result for a reader."""
+    """Prints the result as a table."""
     print(f"{'':32s}{'images/s':>10s}{'of a core':>11s}{'requests/record':>17s}")
     for name, speed in payload["images_per_sec"].items():
         print(

@@ -1,15 +1,15 @@
-"""Benchmark: a host's batch joined in new memory, in memory used again, and one batch ahead.
+"""Times joining a host's batch: in new memory, in reused memory, and one batch ahead.
 
     python -m benchmarks.join_batches
 
-Sub-batches of 256 pictures of 224 px, decoded already, are copied into batches, in turn
+Decoded sub-batches of 256 images of 224 px are copied into batches, alternately
 
-  * `new`: into a new allocation, and begun when the batch is asked for, as it was done before;
-  * `reused`: into memory that has been given back;
-  * `ahead`: by `diht_jax.input.in_flight.Joiner`, which begins when the batch before is
-    taken, while the devices work on that (here the consumer sleeps for --step_secs).
+  * `new`: into a new allocation, when the batch is requested, as it was done before;
+  * `reused`: into memory that was returned;
+  * `ahead`: by `diht_jax.input.in_flight.Joiner`, which starts when the previous batch is taken,
+    while the devices work on that (here, the consumer sleeps for --step_secs).
 
-Reported are gigabytes a second of the joins, and how long a step waits for its batch.
+Reports gigabytes per second of the joins, and how long a step waits for its batch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ROWS, _SIDE = 256, 224
 
 
 def define_flags() -> None:
-    """The command line of `main`."""
+    """Defines the flags of this command."""
     flags.DEFINE_integer("parts", 16, "Sub-batches of a batch, 39 MB each.")
     flags.DEFINE_integer("batches", 4, "Batches of a round and way.")
     flags.DEFINE_integer("rounds", 3, "Rounds in turn; the medians count.")
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def measure(take: Callable[[], Any], batches: int, step_secs: float) -> list[float]:
-    """Seconds that each batch is waited for, but for the first two, which find no memory yet."""
+    """Returns the seconds waited for each batch, except the first two, which allocate memory."""
     secs = []
     for _ in range(batches + 2):
         start = time.perf_counter()
@@ -83,7 +83,7 @@ def measure(take: Callable[[], Any], batches: int, step_secs: float) -> list[flo
 
 
 def describe(payload: dict[str, Any]) -> Iterator[str]:
-    """The result as lines for people."""
+    """Formats the result as lines of text."""
     yield f"batches of {payload['batch_bytes'] / 1e9:.2f} GB, steps of {payload['step_secs']:g} s"
     for name, secs in payload["median_wait_secs"].items():
         rate = payload["bytes_per_sec"].get(name)

@@ -1,7 +1,7 @@
-"""One training step of open_clip, as its own training script puts it together.
+"""One training step of open_clip, built like its own training script.
 
-Model, loss and optimiser of open_clip 3 (open_clip_train/main.py and train.py), to be timed beside
-diht_jax by `benchmarks/train_step.py`.
+Model, loss and optimiser are those of open_clip 3 (open_clip_train/main.py and train.py).
+`benchmarks/train_step.py` compares its time with diht_jax.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from diht_jax.models import Architecture
 
 
 class OpenClipStep:
-    """Trains open_clip's CLIP on one batch. Calling it runs so many steps to their end."""
+    """Trains open_clip's CLIP on one batch; calling it runs some steps and waits for them."""
 
     def __init__(
         self,
@@ -41,15 +41,15 @@ class OpenClipStep:
         """Builds the model and puts the batch on the device.
 
         Args:
-            arch: sizes.
-            weights: to begin with, in CLIP's layout (`diht_jax.weights.clip_layout.to_clip`).
+            arch: sizes of the model.
+            weights: initial weights in CLIP's layout (`diht_jax.weights.clip_layout.to_clip`).
             images: uint8 [b, size, size, 3].
             tokens: int32 [b, t].
             device: "cpu" (float32) or "gpu" (bfloat16 autocast).
             compiled: run the model under `torch.compile`.
-            learning_rate, weight_decay, betas, epsilon: of AdamW.
-            clip_norm: of the gradient, over all parameters.
-            max_logit_scale: after exp.
+            learning_rate, weight_decay, betas, epsilon: settings of AdamW.
+            clip_norm: maximum global norm of the gradient.
+            max_logit_scale: maximum after exp.
         """
         self._device = torch.device("cuda" if device == "gpu" else "cpu")
         self._clip_norm, self._max_scale = clip_norm, max_logit_scale
@@ -98,7 +98,7 @@ class OpenClipStep:
 
 
 def open_clip_model(arch: Architecture) -> torch.nn.Module:
-    """open_clip's CLIP with the sizes of `arch`, exact GELU, and random weights."""
+    """Returns open_clip's CLIP with the sizes of `arch`, exact GELU, and random weights."""
     return open_clip.model.CLIP(
         embed_dim=arch.embed_dim,
         vision_cfg={
@@ -120,7 +120,7 @@ def open_clip_model(arch: Architecture) -> torch.nn.Module:
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """open_clip's two groups: no decay on vectors, norms, biases and the logit scale."""
+    """Returns open_clip's two groups: no decay on vectors, norms, biases and the logit scale."""
     plain, decayed = [], []
     for name, param in model.named_parameters():
         is_plain = param.ndim < 2 or any(part in name for part in ("bn", "ln", "bias"))

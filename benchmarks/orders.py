@@ -1,11 +1,11 @@
-"""Does an order that reads whole blocks train as well as the global permutation? Some seeds.
+"""Compares training with the block-shuffled order and with the global permutation, over seeds.
 
     python -m benchmarks.orders --name demo --config configs/demo.py --train demo_output/filtered \\
         --tasks 'scenes=retrieval:demo_output/web/val_retrieval.tar?caption_template={caption}'
 
-Trains a recipe with every seed in both orders of `config.data.order`, and evaluates the ends. Equal
-seeds begin with the same parameters. Prints mean and spread, and writes
-`benchmarks/results/orders_NAME.json`; started again, it goes on where it was.
+Trains a recipe with every seed in both orders of `config.data.order`, and evaluates the final
+models. Equal seeds share the initialisation. Prints mean and spread, and writes
+`benchmarks/results/orders_NAME.json`; resumes when started again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ORDERS = ("global", "blocks")
 
 
 def define_flags() -> None:
-    """The command line of `main`."""
+    """Defines the flags of this command."""
     flags.DEFINE_string("name", None, "Of the result: benchmarks/results/orders_NAME.json.")
     flags.DEFINE_string("config", "configs/demo.py", "The recipe.")
     flags.DEFINE_string("train", None, "Its data: config.data.train.")
@@ -36,7 +36,7 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    """Trains, evaluates, prints."""
+    """Trains and evaluates, and prints the results."""
     given = flags.FLAGS
     for name in ("name", "train", "tasks"):
         if not given[name].value:
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def train_and_evaluate(run: pathlib.Path, seed: int, order: str) -> None:
-    """One run and its results."""
+    """Trains and evaluates one run."""
     given = flags.FLAGS
     run_command(
         "diht_jax.train",
@@ -79,7 +79,7 @@ def train_and_evaluate(run: pathlib.Path, seed: int, order: str) -> None:
 
 
 def read_metrics(run: pathlib.Path) -> dict[str, float]:
-    """The shares that people look at first: "TASK/METRIC" -> value."""
+    """Returns the headline metrics: "TASK/METRIC" -> value."""
     found = json.loads(results_of(run).read_text())["results"]
     return {
         f"{result['task']}/{metric}": value
@@ -90,7 +90,7 @@ def read_metrics(run: pathlib.Path) -> dict[str, float]:
 
 
 def as_row(order: str, metric: str, scores: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    """Mean and spread of one metric in one order, and its distance from the global one's."""
+    """Computes mean and spread of one metric in one order, and the difference to the global one."""
     values = [score[metric] for score in scores[order]]
     distances = [v - g[metric] for v, g in zip(values, scores["global"], strict=True)]
     return {
@@ -104,7 +104,7 @@ def as_row(order: str, metric: str, scores: dict[str, list[dict[str, float]]]) -
 
 
 def format_rows(rows: list[dict[str, Any]]) -> str:
-    """The table for a reader, in percent."""
+    """Formats the table, in percent."""
     lines = [f"{'metric':20s} {'order':14s} mean +- standard deviation (minus global)"]
     for row in rows:
         spread = "" if row["stdev"] is None else f" +- {100 * row['stdev']:.2f}"

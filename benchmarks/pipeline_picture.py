@@ -1,10 +1,10 @@
-"""Draws the pipeline with pairs of the demo: what the filter does to them, a label, and a search.
+"""Draws the pipeline with pairs of the demo: the filter, a label, and a search.
 
     bash run_demo.sh
     python -m benchmarks.pipeline_picture     # writes docs/images/pipeline.svg
 
-Pairs, reasons, counts and labels are those of the folder of `run_demo.sh`; its last model makes the
-search among the 500 held-out scenes. The result is that of `benchmarks/results/demo.json`.
+Pairs, reasons, counts and labels come from the output folder of `run_demo.sh`. Its last model runs
+the search among the 500 held-out scenes. The metrics are those of `benchmarks/results/demo.json`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from diht_jax.records.schema import decode_record
 from diht_jax.storage.files import write_bytes
 
 _PICTURE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "images" / "pipeline.svg"
-# Outcome of the report -> what the picture says, and how many of its pairs are shown.
+# Outcome in the report -> its text in the picture, and the number of pairs to show.
 _SHOWN = {
     "Kept": ("kept", 2),
     "Dropped, caption: file name": ("a file name", 1),
@@ -46,7 +46,7 @@ _KEPT, _DROPPED, _INK, _GREY, _LINE = "#1a7f37", "#cf222e", "#1f2328", "#57606a"
 _WIDTH, _CARD, _GAP, _LEFT = 760, 114, 10, 13
 _MOST_WORDS = 9  # of a caption that fits its card
 _MATCHES = 4
-_TOP, _SECOND = 66, 306  # of the two rows of pictures
+_TOP, _SECOND = 66, 306  # positions of the two rows of images
 _HEIGHT = 440
 _HEAD = f"""\
 <svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" \
@@ -57,7 +57,7 @@ stroke="{_LINE}"/>"""
 
 
 class Card(NamedTuple):
-    """A pair with what became of it."""
+    """A pair with its outcome."""
 
     image: bytes
     caption: str
@@ -67,27 +67,27 @@ class Card(NamedTuple):
 
 
 class Label(NamedTuple):
-    """A kept pair's picture with its likeliest concepts: name and probability."""
+    """Image of a kept pair with its most likely concepts: name and probability."""
 
     image: bytes
     concepts: list[tuple[str, float]]
 
 
 class Search(NamedTuple):
-    """A caption of a held-out scene, and the pictures found, its own first."""
+    """Caption of a held-out scene, and the images found, the correct one first."""
 
     query: str
     images: list[bytes]
 
 
 def define_flags() -> None:
-    """The command line of `main`."""
+    """Defines the flags of this command."""
     flags.DEFINE_string("demo", "demo_output", "Folder of run_demo.sh.")
     flags.DEFINE_string("output", str(_PICTURE), "The picture (SVG).")
 
 
 def main() -> None:
-    """Writes the picture."""
+    """Draws and writes the picture."""
     folder = pathlib.Path(flags.FLAGS.demo)
     report = read_report(folder / "filtered")
     students = json.loads((RESULTS / "demo.json").read_text())["students"]
@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def read_cards(report: dict[str, Any]) -> list[Card]:
-    """Some pairs of each outcome that is shown, whose captions are short."""
+    """Selects pairs with short captions for each outcome shown."""
     counts = _count_outcomes(report)
     cards = []
     for title, pairs in pairs_to_show(report):
@@ -128,7 +128,7 @@ def _count_outcomes(report: dict[str, Any]) -> dict[str, int]:
 
 
 def read_label(folder: pathlib.Path) -> Label:
-    """The kept pair whose first object and first attribute the teacher is surest of."""
+    """Selects the kept pair with the most confident first object and first attribute."""
     records = TFRecordSource(str(folder / "filtered"))
     labels = open_labels(str(folder / "labelled"), records, "--demo")
     names = [
@@ -153,7 +153,7 @@ def read_label(folder: pathlib.Path) -> Label:
 
 
 def search(folder: pathlib.Path) -> Search:
-    """The first held-out caption whose own picture the last student finds first."""
+    """Selects the first held-out caption whose image the last student ranks first."""
     names, images, captions = [], [], []
     with tarfile.open(folder / "web" / "val_retrieval.tar") as tar:
         for member in tar:
@@ -171,7 +171,7 @@ def search(folder: pathlib.Path) -> Search:
 
 
 def _draw_filter(cards: Sequence[Card], counts: dict[str, Any]) -> Iterator[str]:
-    """The first row: a card for each pair."""
+    """Draws the first row: a card for each pair."""
     yield _heading(_LEFT, 30, "1", "data_prep.filter", "keeps or drops each pair, for a reason")
     yield _text(
         _WIDTH - _LEFT, 30, f"{counts['read']:,} pairs in, {counts['kept']:,} out", anchor="end"
@@ -193,7 +193,7 @@ def _draw_filter(cards: Sequence[Card], counts: dict[str, Any]) -> Iterator[str]
 
 
 def _draw_label(label: Label) -> Iterator[str]:
-    """The left of the second row: the teacher's concepts of a picture."""
+    """Draws the left of the second row: the teacher's concepts for an image."""
     yield _heading(_LEFT, _SECOND - 14, "2", "data_prep.label", "what a teacher sees")
     yield _image(label.image, _LEFT, _SECOND, 104)
     for row, (name, probability) in enumerate(label.concepts):
@@ -209,7 +209,7 @@ def _draw_label(label: Label) -> Iterator[str]:
 
 
 def _draw_search(found: Search, before: float, after: float) -> Iterator[str]:
-    """The right of the second row: pictures that the trained model finds."""
+    """Draws the right of the second row: images found by the trained model."""
     x, side = 384, 84
     yield _heading(x, _SECOND - 14, "3", "diht_jax.train, then search", "")
     yield _text(x, _SECOND + 8, f"\u201c{found.query}\u201d", size=11)

@@ -1,16 +1,16 @@
-"""Do the recipes fit the pods that they name, and what grows from 8 to 4,096 chips?
+"""Memory and time bounds of the recipes on their pods, and their growth from 8 to 4,096 chips.
 
     python -m benchmarks.pod_fit
     python -m benchmarks.pod_fit --parts gpus
 
-Compiles, with the real compiler and without any pod, (1) every recipe of `configs/` that names a
-TPU slice, and (2) one recipe, with the same number of examples on each chip, on slices of v5p,
-whose slices span the whole range. Sizes between the compiled ones come from the formula in
-`extrapolate`, which the table checks against every row that was compiled. The part `gpus` compiles
-(3) the same recipes for H100s, and needs JAX's CUDA plugin instead of libtpu. Writes
-`benchmarks/results/pod_fit.json`, or `pod_fit_gpus.json`, after each row and prints the tables of
-`docs/benchmarks/pods.md`; the same command again continues with the missing rows. Every row has the
-date and the command that made it, for rows of earlier runs are kept. A row takes minutes.
+Compiles for real pods without needing one: (1) every recipe of `configs/` that names a TPU slice,
+and (2) one recipe, with a fixed number of examples per chip, on slices of v5p, which span the whole
+range of sizes. Sizes between the compiled ones come from the formula in `extrapolate`, which the
+table compares with every compiled row. The part `gpus` compiles (3) the same recipes for H100s, and
+needs JAX's CUDA plugin instead of libtpu. Writes `benchmarks/results/pod_fit.json`, or
+`pod_fit_gpus.json`, after each row, and prints the tables of `docs/benchmarks/pods.md`. Started
+again, it continues with the missing rows. Every row includes the date and the command that made it,
+because rows of earlier runs are kept. A row takes minutes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-# The machine's own devices are of no use here; read when JAX is imported.
+# The local devices are not used; JAX reads this when it is imported.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import ml_collections
@@ -40,7 +40,7 @@ CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 NAME, GPU_NAME = "pod_fit", "pod_fit_gpus"
 GPU_TOPOLOGIES = ("h100:8", "h100:64x8")
 
-# Chips -> slice of v5p, the family whose slices span the whole range.
+# Chips -> slice of v5p, the family with slices over the whole range.
 SLICES = {
     8: "v5p:2x2x2",
     16: "v5p:2x2x4",
@@ -66,7 +66,7 @@ _FRESH = flags.DEFINE_bool("fresh", False, "Measure again what the results file 
 
 
 def main(_: list[str]) -> None:
-    """Measures what is missing, writes after every row, prints both tables."""
+    """Compiles the missing rows, writes after every row, and prints both tables."""
     logging.set_verbosity(logging.INFO)
     if "gpus" in _PARTS.value:
         measure_gpus()
@@ -87,12 +87,12 @@ def main(_: list[str]) -> None:
 
 
 def recipes_for_pods(only: list[str]) -> list[str]:
-    """The recipes that name a slice, or those of them that are asked for.
+    """Returns the recipes that name a slice, or the requested ones of them.
 
     Returns:
         Names such as `diht_vitb16`, or `diht_vitb16_stages:stage=1` for each of several stages.
     """
-    # Those for a machine at hand, which need an argument, and for one node.
+    # Recipes for the local machine, which need an argument, and for one node.
     others = ("common", "own_data", "datacomp")
     names = []
     files = [*CONFIGS.glob("*.py"), *CONFIGS.glob("stages/*.py")]
@@ -114,13 +114,13 @@ def _load(name: str, argument: str = "") -> ml_collections.ConfigDict:
 
 
 def measure_recipe(name: str) -> dict[str, Any]:
-    """Compiles a recipe for the topology it names."""
+    """Compiles a recipe for its own topology."""
     config = _load(name)
     return as_row(compile_step(config, get_topology(config.topology)))
 
 
 def measure_gpus() -> None:
-    """Compiles the recipes, each as it is for some GPUs, and prints the table."""
+    """Compiles the recipes with their settings for GPUs, and prints the table."""
     results = _earlier_results(GPU_NAME, ("gpus",))
     for topology in _GPUS.value:
         for name in recipes_for_pods(_ONLY.value):
@@ -131,7 +131,7 @@ def measure_gpus() -> None:
 
 
 def measure_on_gpus(name: str, topology: str) -> dict[str, Any]:
-    """Compiles a recipe with the settings that it has for a topology."""
+    """Compiles a recipe with its settings for a topology."""
     config = _load(name, f"topology={topology}")
     report = compile_step(config, get_topology(topology))
     return {
@@ -146,16 +146,16 @@ def measure_on_gpus(name: str, topology: str) -> dict[str, Any]:
 
 
 def measure_growth(chips: int) -> dict[str, Any]:
-    """Compiles the recipe of the second table for so many chips."""
+    """Compiles the recipe of the second table for a number of chips."""
     config = load_recipe(CONFIGS / f"{_RECIPE.value}.py")
     config.data.batch_size = chips * _EXAMPLES.value
     config.micro_batch = None
-    config.mesh.fsdp = 1  # so that every array of the state is on every chip, whatever their number
+    config.mesh.fsdp = 1  # replicates the whole state on every chip, for any number of chips
     return as_row(compile_step(config, get_topology(SLICES[chips])))
 
 
 def as_row(report: StepReport) -> dict[str, Any]:
-    """A report as JSON."""
+    """Converts a report to JSON."""
     estimate = report.roofline
     collectives = report.traffic.collectives if report.traffic else ()
     return {
@@ -197,12 +197,12 @@ def as_row(report: StepReport) -> dict[str, Any]:
 
 
 def extrapolate(base: dict[str, Any], chips: int, embed_dim: int) -> dict[str, float]:
-    """What a chip needs in a mesh of `chips`, from a compiled row with the same local batch.
+    """Computes the needs of a chip in a mesh of `chips`, from a row with the same local batch.
 
-    With P chips, n examples on each and embeddings of size d, the towers compute the same whatever
-    P is. Each chip's n images meet P blocks of n texts, in four products (the logits twice, two
-    gradients), and every block passes every chip; at the end the gradients of the texts and four
-    statistics of each, all float32, go home:
+    With P chips, n examples per chip and embeddings of size d, the cost of the towers does not
+    depend on P. Each chip compares its n images with P blocks of n texts, in four products (the
+    logits twice, two gradients), and every block passes every chip. Finally, the gradients of the
+    texts and four statistics of each, all float32, return to their chips:
 
         FLOPs(P) = towers + P 8 n^2 d         ring(P) = P round + 4 n (d + 4)
         sums(P) = 2 (P - 1)/P gradients       memory(P) = constant
@@ -213,7 +213,7 @@ def extrapolate(base: dict[str, Any], chips: int, embed_dim: int) -> dict[str, f
         embed_dim: d.
 
     Returns:
-        `matmul_flops`, `ring_bytes`, `reduced_bytes` and `peak_bytes` of one chip.
+        `matmul_flops`, `ring_bytes`, `reduced_bytes` and `peak_bytes` per chip.
     """
     local_batch = base["batch_size"] // base["chips"]
     block_flops = 8 * local_batch**2 * embed_dim
@@ -229,7 +229,7 @@ def extrapolate(base: dict[str, Any], chips: int, embed_dim: int) -> dict[str, f
 
 
 def recipe_table(rows: dict[str, dict[str, Any]]) -> str:
-    """Markdown: one recipe a line."""
+    """Formats a Markdown table with one line per recipe."""
     lines = [
         "| recipe | attention | remat | micro-batch | state and batch | temporaries | peak | "
         "FLOPs (of the model) | memory traffic | sent | permutes | step as scheduled, at least | "
@@ -255,7 +255,7 @@ def recipe_table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def gpu_table(rows: dict[str, dict[str, Any]]) -> str:
-    """Markdown: one recipe on one topology a line."""
+    """Formats a Markdown table with one line per recipe and topology."""
     lines = [
         "| recipe | for | micro-batch | fsdp | loss | needed | FLOPs (of the model) | "
         "memory traffic | sent | permutes | latency | step as scheduled, at least | MFU, at most | "
@@ -280,7 +280,7 @@ def gpu_table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def permutes(row: dict[str, Any]) -> int:
-    """How often a compiled row's program permutes, one after the other."""
+    """Returns the number of sequential permutes in a compiled row's program."""
     return sum(
         entry["count"]
         for entry in row.get("collectives", ())
@@ -297,7 +297,7 @@ def _cost_cells(row: dict[str, Any]) -> list[str]:
 
 
 def _time_cells(row: dict[str, Any]) -> list[str]:
-    """Both bounds; rows of earlier runs have only that of a step that overlaps everything."""
+    """Formats both time bounds; older rows have only the one in which everything overlaps."""
     overlapped = f"{1e3 * row['step_secs']:,.0f} ms"
     if not row.get("scheduled_secs"):
         return ["-", "-", overlapped]
@@ -305,7 +305,7 @@ def _time_cells(row: dict[str, Any]) -> list[str]:
 
 
 def growth_table(results: dict[str, dict[str, Any]]) -> str:
-    """Markdown: one size a line; formula where nothing was compiled, and its error where it was."""
+    """Formats a Markdown table by size: the formula, and its error where a size was compiled."""
     compiled = {row["chips"]: row for row in results["growth"].values()}
     if not compiled:
         return f"growth: nothing compiled yet for {_RECIPE.value}"

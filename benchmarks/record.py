@@ -1,7 +1,7 @@
-"""Benchmark records: what was measured, on which machine, with which versions, and when.
+"""Benchmark records: results with the machine, package versions and date.
 
-Every benchmark ends with `write_result`; the JSON files are kept in the repository and quoted by
-`docs/benchmarks/`. How something is measured is the matter of each benchmark.
+Every benchmark ends with `write_result`. The JSON files are kept in the repository and cited by
+`docs/benchmarks/`. The benchmarks themselves define how they measure.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from diht_jax.storage.files import write_bytes
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 
-# Module -> its package. Recorded where the benchmark has imported the module.
+# Module -> its package; recorded if the benchmark has imported the module.
 _PACKAGES = {
     "jax": "jax",
     "jaxlib": "jaxlib",
@@ -47,21 +47,21 @@ def write_result(
     directory: str | os.PathLike[str] = RESULTS,
     command: str | None = None,
 ) -> pathlib.Path:
-    """Writes `directory/NAME.json`; a file of that name is replaced.
+    """Writes `directory/NAME.json`, and replaces an existing file.
 
     Args:
-        name: of the benchmark, lower-case letters, digits and `_`.
-        payload: what was measured, ready for JSON. Keys carry their units (`_secs`, `_bytes`).
+        name: name of the benchmark: lower-case letters, digits and `_`.
+        payload: results, ready for JSON. Keys include their units (`_secs`, `_bytes`).
         directory: `benchmarks/results` by default.
-        command: what makes this result; by default, how this process was started.
+        command: command that produces this result; defaults to that of this process.
 
     Returns:
-        The path of the file, which holds the payload's keys and `benchmark`, `command`,
+        The path of the file, which contains the payload's keys and `benchmark`, `command`,
         `machine`, `versions` and `date_utc`.
 
     Raises:
-        ValueError: a name that is no plain file name, a payload that uses a reserved key, or one
-            that is not finite or not JSON.
+        ValueError: the name is not a plain file name, or the payload uses a reserved key, is not
+            finite or is not JSON.
     """
     if not re.fullmatch(r"[a-z0-9_]+", name):
         raise ValueError(f"name: expected lower-case letters, digits and '_', got {name!r}")
@@ -87,18 +87,18 @@ def write_result(
 
 
 def utc_now() -> str:
-    """Date and time, to the second."""
+    """Returns date and time, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def children_cpu_secs() -> float:
-    """Processor time of all processes that this one has started and that have ended."""
+    """Returns the processor time of all ended child processes."""
     times = os.times()
     return times.children_user + times.children_system
 
 
 def command_line() -> str:
-    """How this process was started, as one would type it in the repository's root."""
+    """Returns the command of this process as typed in the root of the repository."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = (
         f"-m {spec.name.removesuffix('.__main__')}" if spec else pathlib.Path(sys.argv[0]).name
@@ -107,9 +107,9 @@ def command_line() -> str:
 
 
 def describe_machine() -> dict[str, Any]:
-    """`cpu`, `cores`, `memory_gb`, and `accelerator` (None on a machine without).
+    """Returns `cpu`, `cores`, `memory_gb`, and `accelerator` (None if there is none).
 
-    The accelerator is looked for only with the libraries that are imported already.
+    Uses only libraries that are already imported to find the accelerator.
     """
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
@@ -123,7 +123,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that are imported at this moment."""
+    """Returns the versions of Python and of the packages that are currently imported."""
     versions = {"python": platform.python_version()}
     for module, package in _PACKAGES.items():
         if module in sys.modules:

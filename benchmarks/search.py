@@ -1,10 +1,10 @@
-"""A query to an index of a million pictures: time, memory, and what eight bits lose.
+"""Search in an index of a million images: time, memory, and recall of eight-bit embeddings.
 
     python -m benchmarks.search
 
-The embeddings are simulated: 512 numbers around 20,000 centres, as near to one another as those of
-photos that show the same thing. Both dtypes of an index answer the same queries, in turn with the
-exact search in float32 by NumPy, which holds all embeddings in memory and is the truth.
+The embeddings are simulated: 512 dimensions, around 20,000 centres, as similar to each other as
+photos of the same object. Indexes of both dtypes answer the same queries, alternately with the
+exact float32 search in NumPy, which holds all embeddings in memory and defines the correct result.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from diht_jax.terminal import ProgressBar
 
 _DTYPES = ("float16", "int8")  # of an index
 _CENTRES = 20_000
-_SPREAD = 0.9  # of a picture around its centre, beside the centre's own length of 1
+_SPREAD = 0.9  # of an image around its centre, which has length 1
 _MATCHES = 10
 
 
 def define_flags() -> None:
-    """The command line of `main`."""
+    """Defines the flags of this command."""
     flags.DEFINE_integer("num_pictures", 1_000_000, "In the index.")
     flags.DEFINE_integer("dim", 512, "Numbers of an embedding.")
     flags.DEFINE_integer("num_queries", 40, "That are measured, one after the other.")
@@ -45,7 +45,7 @@ def define_flags() -> None:
 
 def main() -> None:
     """Measures, prints a table and writes `benchmarks/results/search.json`."""
-    jax.config.update("jax_platforms", "cpu")  # what is recorded of the machine needs no more
+    jax.config.update("jax_platforms", "cpu")  # sufficient for the record of the machine
     given = flags.FLAGS
     rng = np.random.default_rng(0)
     centres = unit_rows(rng.standard_normal((_CENTRES, given.dim), np.float32))
@@ -83,12 +83,12 @@ def main() -> None:
 
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:
-    """Rows of length 1."""
+    """Normalises rows to length 1."""
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 def perturb(rng: np.random.Generator, rows: np.ndarray) -> np.ndarray:
-    """Rows of length 1 near to those given."""
+    """Returns normalised rows near the given rows."""
     noise = rng.standard_normal(rows.shape, np.float32) * (_SPREAD / rows.shape[1] ** 0.5)
     return unit_rows(rows + noise)
 
@@ -125,14 +125,14 @@ def write_indexes(
 
 
 def search_exactly(image_emb: np.ndarray, query: np.ndarray) -> list[int]:
-    """Numbers of the nearest rows."""
+    """Returns the numbers of the nearest rows."""
     similarities = image_emb @ query
     nearest = np.argpartition(-similarities, _MATCHES)[:_MATCHES]
     return nearest[np.argsort(-similarities[nearest])].tolist()
 
 
 def make_search(index: picture_index.PictureIndex) -> Callable[[np.ndarray], list[int]]:
-    """The same by an index."""
+    """Returns a function that searches an index."""
 
     def search(query: np.ndarray) -> list[int]:
         return [int(hit.key.removesuffix(".jpg")) for hit in index.search(query[None], _MATCHES)[0]]
@@ -143,11 +143,11 @@ def make_search(index: picture_index.PictureIndex) -> Callable[[np.ndarray], lis
 def measure(
     searches: dict[str, Callable[[np.ndarray], list[int]]], queries: np.ndarray
 ) -> dict[str, Any]:
-    """Seconds and recall of each search over the queries, taken in turn."""
+    """Measures seconds and recall of each search over the queries, alternately."""
     secs: dict[str, list[float]] = {name: [] for name in searches}
     shared: dict[str, list[float]] = {name: [] for name in searches}
     for search in searches.values():
-        search(queries[0])  # reads what is mapped
+        search(queries[0])  # loads the memory-mapped file
     for query in ProgressBar(queries, desc="queries", unit="query"):
         truth = None
         for name, search in searches.items():

@@ -1,7 +1,7 @@
-"""An object store that answers each request after a fixed time: `slow:///FOLDER`, for fsspec.
+"""Object store with a fixed latency per request, for fsspec: `slow:///FOLDER`.
 
-It reads local files, sleeps before each answer, and counts requests and bytes in files, as several
-processes read. Requests of several threads are answered at the same time.
+It reads local files, sleeps before each answer, and counts requests and bytes in files, because
+several processes read. Concurrent requests of several threads are answered at the same time.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import fsspec
 
 from diht_jax.records.formats import TFRecordSource
 
-# The environment reaches the processes that read. Seconds; a folder for the counts; which requests
-# for bytes fail, every N-th of a process.
+# Environment variables, because these reach all reading processes: latency in seconds, folder for
+# the counts, and N, where every N-th read of a process fails.
 LATENCY_SECS, COUNTS, FAIL_EVERY = (
     "SLOW_STORE_LATENCY_SECS",
     "SLOW_STORE_COUNTS",
@@ -28,7 +28,7 @@ LATENCY_SECS, COUNTS, FAIL_EVERY = (
 
 
 class SlowStore(fsspec.AbstractFileSystem):
-    """Local files behind a latency."""
+    """Local files with latency."""
 
     protocol = "slow"
 
@@ -38,13 +38,13 @@ class SlowStore(fsspec.AbstractFileSystem):
         self._lock = threading.Lock()
 
     def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
-        """The files of a folder, by one request."""
+        """Lists a folder with one request."""
         names = [os.path.join(path, name) for name in sorted(os.listdir(path))]
         answer("list", 0)
         return [self._info_of(name) for name in names] if detail else names
 
     def info(self, path: str, **_: Any) -> dict[str, Any]:
-        """Size and kind of a file, by one request."""
+        """Returns size and kind of a file with one request."""
         path = self._strip_protocol(path)
         answer("info", 0)
         return self._info_of(path)
@@ -52,7 +52,7 @@ class SlowStore(fsspec.AbstractFileSystem):
     def cat_file(
         self, path: str, start: int | None = None, end: int | None = None, **_: Any
     ) -> bytes:
-        """Some bytes of a file, by one request."""
+        """Reads some bytes of a file with one request."""
         with open(self._strip_protocol(path), "rb") as file:
             file.seek(start or 0)
             data = file.read(-1 if end is None else end - (start or 0))
@@ -69,7 +69,7 @@ class SlowStore(fsspec.AbstractFileSystem):
         return open(path, mode)
 
     def pipe_file(self, path: str, value: bytes, **_: Any) -> None:
-        """Writes a file, by one request."""
+        """Writes a file with one request."""
         answer("write", len(value))
         pathlib.Path(self._strip_protocol(path)).write_bytes(value)
 
@@ -80,21 +80,21 @@ class SlowStore(fsspec.AbstractFileSystem):
 
 
 def answer(kind: str, size: int) -> None:
-    """Sleeps as long as a request takes, and counts it."""
+    """Sleeps for the latency, and counts the request."""
     time.sleep(float(os.environ.get(LATENCY_SECS, 0)))
     folder = os.environ.get(COUNTS)
     if folder:
-        # One short write at the end of a file of this process: no line is lost at a kill.
+        # One short write to a file of this process: a kill loses no line.
         with open(os.path.join(folder, str(os.getpid())), "ab", buffering=0) as file:
             file.write(f"{kind} {size}\n".encode())
 
 
 class SlowRecords(TFRecordSource):
-    """Records of the store; a process that unpickles them knows its URLs."""
+    """Records in the store; unpickling registers the store in the new process."""
 
 
 class SlowSequence(Sequence[bytes]):
-    """Records of a local source that each take a request, as on a mounted bucket."""
+    """Records of a local source with one request per record, as on a mounted bucket."""
 
     def __init__(self, records: Sequence[bytes]):
         """Wraps the records."""
@@ -113,7 +113,7 @@ class SlowSequence(Sequence[bytes]):
 
 
 def read_counts(folder: pathlib.Path) -> dict[str, int]:
-    """Requests of each kind so far, and `total_bytes`."""
+    """Returns the number of requests of each kind so far, and `total_bytes`."""
     counts: collections.Counter[str] = collections.Counter()
     for path in folder.iterdir():
         for line in path.read_text().splitlines():

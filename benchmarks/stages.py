@@ -1,11 +1,11 @@
-"""What do the recipes in stages cost, against those that see full pictures from the beginning?
+"""Compares the cost of recipes in stages with recipes that use full-size images from the start.
 
     python -m benchmarks.pod_fit --only diht_vitb16_stages:stage=1,diht_vitl14_stages:stage=1
     python -m benchmarks.stages
 
-Prints chip-hours by the bounds that `benchmarks.pod_fit` has compiled, where everything overlaps,
-and for TPUs also of all in the order of its schedule. A later stage computes the step of a recipe
-without stages, whose bound it has.
+Prints chip-hours from the lower bounds compiled by `benchmarks.pod_fit`, in which everything
+overlaps, and for TPUs also with everything in the order of its schedule. Later stages compute the
+step of a recipe without stages, and have the same bound.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from absl import app
 from benchmarks.record import RESULTS
 from diht_jax.config import load_recipe
 
-# Recipe in stages -> the rows of its stages, and the recipes that lead to the same model.
+# Recipe in stages -> the rows of its stages, and the recipes that produce the same model.
 STAGES = {
     "diht_vitb16_stages": (("diht_vitb16_stages:stage=1", "diht_vitb16"), ("diht_vitb16",)),
     "diht_vitl14_stages": (
@@ -53,7 +53,7 @@ def main(_: list[str]) -> None:
 
 
 def chip_hours(recipe: str, row: dict[str, Any], bound: str) -> float:
-    """Chip-hours of a recipe with its argument, by one of the bounds in its row."""
+    """Returns the chip-hours of a recipe with its argument, by one of the bounds in its row."""
     stem, _, argument = recipe.partition(":")
     config = load_recipe(stem, argument)
     steps = config.total_examples / config.data.batch_size
@@ -63,14 +63,14 @@ def chip_hours(recipe: str, row: dict[str, Any], bound: str) -> float:
 def print_part(
     parts: list[tuple[str, str]], *machines: dict[str, dict[str, Any]]
 ) -> list[float | None]:
-    """Prints a line for each part of a training, and one for all.
+    """Prints a line for each part of a training run, and one for the total.
 
     Args:
-        parts: recipe with its argument, and the row that has its bound.
+        parts: recipe with its argument, and the name of the row with its bound.
         *machines: name of a row -> row.
 
     Returns:
-        Chip-hours of all parts on each machine; None where a bound is missing.
+        Chip-hours of all parts on each machine; None if a bound is missing.
     """
     totals: list[float | None] = [0.0 for _ in machines]
     for recipe, name in parts:

@@ -1,28 +1,28 @@
-"""What the text spotter finds and drops wrongly, beside the paper's rule and plain EasyOCR.
+"""Recall and false drops of the text spotter, compared with the paper's rule and plain EasyOCR.
 
     python -m benchmarks.text_spotting --photos runs/data/photos.tar \\
         --captions runs/data/captions_web.txt --fonts FOLDER
 
-Pictures with known text (`benchmarks.text_spotting_testset`), in fonts that nothing was chosen by:
-the files under `--fonts` whose names end in Regular or Bold. The text of an unrelated picture is
-any other caption, which may share words with the picture's own. Three readers decide about the same
-pictures:
+The images contain known text (`benchmarks.text_spotting_testset`) in fonts that were not used to
+choose any setting: the files under `--fonts` whose names end in Regular or Bold. The text of an
+unrelated image is any other caption, which may share words with the image's own. Three readers
+decide about the same images:
 
 - `own`: `data_prep.text_spotting.spotter` at its defaults;
-- `paper`: the same networks at one look, with the paper's rule: any run of five characters of one
-  line;
+- `paper`: the same networks with a single look, and the paper's rule: any run of five characters of
+  one line;
 - `easyocr`: `Reader.readtext` at EasyOCR's defaults, with the paper's rule.
 
-Reported for each: captions found by kind, other texts dropped, and the share of 40 captions of
-other pictures that match what was read, since few pictures cannot show how rare a false drop is.
+Reports for each reader the captions found by kind, other texts dropped, and the share of 40
+captions of other images that match the text, because few images cannot show rare false drops.
 
-The words that `own` takes for common were counted in every second line of `captions_web.txt`, from
-the first on; the captions here are the lines between.
+The common words of `own` were counted in every second line of `captions_web.txt`, starting with the
+first; the captions here are the other lines.
 
-Then images per second, of which the ratios count: processor time on one thread, from the encoded
-bytes to the decision, of the three in turn, a few pictures at a time, on pictures of which a third
-carries text. What `readtext` finds is kept in --work_dir, so that a stopped run goes on where it
-was; nothing of it is used for the times.
+Then measures images per second, mainly for their ratios: single-threaded processor time from the
+encoded bytes to the decision. The readers alternate, a few images at a time, on images of which a
+third contains text. The results of `readtext` are kept in --work_dir, which lets a stopped run
+resume; they are not used for the times.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ from diht_jax.input.transforms import decode_rgb
 from diht_jax.terminal import ProgressBar
 
 AIMS = {"false_drops": 0.01, "speed": 3.5}
-_CHUNK = 16  # pictures that are read before the work directory is brought up to date
+_CHUNK = 16  # images between updates of the work directory
 
 
 def define_flags() -> None:
-    """The command line of `main`."""
+    """Defines the flags of this command."""
     flags.DEFINE_string("photos", None, "Tar of photos to draw on; unset: synthetic scenes.")
     flags.DEFINE_string("captions", None, "File with a caption a line; unset: synthetic ones.")
     flags.DEFINE_string("fonts", None, "Folder of font files; unset: nine of matplotlib's.")
@@ -94,10 +94,10 @@ def main() -> None:
 
 
 def find_fonts(folder: str | None) -> list[str]:
-    """The font files under a folder whose names end in Regular or Bold; [] without a folder.
+    """Returns the font files in a folder with names in Regular or Bold; [] without a folder.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there are no such files.
     """
     if folder is None:
         return []
@@ -115,7 +115,7 @@ def find_fonts(folder: str | None) -> list[str]:
 def draw_pictures(
     count: int, seed: int, photos: str | None, captions: str | None, fonts: Sequence[str]
 ) -> list[TestPicture]:
-    """The test set of captions that the common words were not counted in."""
+    """Draws the test set from captions that were not used to count the common words."""
     lines = None
     if captions is not None:
         lines = pathlib.Path(captions).read_text(encoding="utf-8").splitlines()[1::2]
@@ -126,7 +126,7 @@ def draw_pictures(
 
 
 def take_a_third_with_text(pictures: Sequence[TestPicture], count: int) -> list[TestPicture]:
-    """Every third picture carries text, half of them of the caption."""
+    """Returns images of which every third contains text, half of these their caption."""
     drawn = [
         [p for p in pictures if p.kind == kind]
         for kind in ("band", "unrelated", "picture", "unrelated", "rotated", "unrelated", "small")
@@ -143,7 +143,7 @@ def take_a_third_with_text(pictures: Sequence[TestPicture], count: int) -> list[
 
 
 class Bench:
-    """The three readers; `read` and `measure_speed` return what goes into the JSON file."""
+    """The three readers; `read` and `measure_speed` return parts of the JSON file."""
 
     def __init__(self, work_dir: pathlib.Path):
         own = Settings()
@@ -163,13 +163,13 @@ class Bench:
         )
 
     def measure_scores(self, pictures: Sequence[TestPicture]) -> dict[str, Any]:
-        """Recall and false drops of each reader."""
+        """Measures recall and false drops of each reader."""
         captions = [
             [picture.caption, *foreign_captions(pictures, i)] for i, picture in enumerate(pictures)
         ]
         scores = {}
         for name, settings in self.settings.items():
-            # Everything is read, so that captions of others are judged by the same lines.
+            # Reads all text, so captions of other images are compared with the same lines.
             complete = dataclasses.replace(settings, stop_at_match=False, audit_share=0.0)
             cache = SpotCache(self._work_dir / "cache", complete.describe_readings(), "testset")
             verdicts = judge_all(TextSpotter(complete, cache), pictures, captions, name)
@@ -184,7 +184,7 @@ class Bench:
         return scores | {"easyocr": score(pictures, drops)}
 
     def readtext(self, pictures: Sequence[TestPicture]) -> list[list[tuple[str, float]]]:
-        """Texts and confidences of `Reader.readtext` at EasyOCR's defaults."""
+        """Returns texts and confidences of `Reader.readtext` at EasyOCR's defaults."""
         path = self._work_dir / "readtext.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         known = dict(map(json.loads, path.read_text().splitlines())) if path.exists() else {}
@@ -201,7 +201,7 @@ class Bench:
         return [[(text, float(confidence)) for _, text, confidence in one] for one in read]
 
     def measure_speed(self, pictures: Sequence[TestPicture]) -> dict[str, Any]:
-        """Images per second of one core, the three in turn."""
+        """Measures images per second on one core; the three readers alternate."""
         spotters = {name: TextSpotter(settings) for name, settings in self.settings.items()}
         readers: dict[str, Callable[[Sequence[TestPicture]], Any]] = {
             name: functools.partial(judge_own, spotter) for name, spotter in spotters.items()
@@ -227,7 +227,7 @@ def judge_all(
     captions: Sequence[Sequence[str]],
     label: str,
 ) -> list[Verdict]:
-    """Judges every picture by some captions, a few at a time, so that a stopped run goes on."""
+    """Judges every image by its captions, in chunks, so that a stopped run can resume."""
     verdicts = []
     for start in ProgressBar(range(0, len(pictures), _CHUNK), desc=label):
         chunk = slice(start, start + _CHUNK)
@@ -236,29 +236,29 @@ def judge_all(
 
 
 def judge_own(spotter: TextSpotter, pictures: Sequence[TestPicture]) -> list[Verdict]:
-    """Judges every picture by its caption."""
+    """Judges every image by its caption."""
     return spotter.judge([p.image for p in pictures], [[p.caption] for p in pictures])
 
 
 def decode_bgr(picture: TestPicture) -> np.ndarray:
-    """The array that EasyOCR takes."""
+    """Decodes an image to the array that EasyOCR takes."""
     return np.ascontiguousarray(np.asarray(decode_rgb(picture.image))[..., ::-1])
 
 
 def timed(function: Callable[[], Any]) -> float:
-    """Seconds of processor time of this process, which has one thread at work."""
+    """Returns the seconds of processor time of this single-threaded process."""
     start = time.process_time()
     function()
     return time.process_time() - start
 
 
 def chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    """Runs of at most `size` items."""
+    """Splits a sequence into chunks of at most `size` items."""
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def check_aims(payload: dict[str, Any]) -> list[str]:
-    """The aims that were missed."""
+    """Returns the aims that were missed."""
     own, paper = payload["scores"]["own"], payload["scores"]["paper"]
     wrong, texts = own["dropped_wrongly"]
     met = {

@@ -1,20 +1,19 @@
-"""How full the text spotter's batches are, and what the canvases that fill them change.
+"""Batch sizes of the text spotter, and the effect of the canvases that fill its batches.
 
     python -m benchmarks.text_spotting_batches --photos runs/data/photos.tar \\
         --captions runs/data/captions_web.txt
 
-First a simulation: pictures with the sizes of LAION-2B-en go through the windows in which the
-filter hands them to the spotter, before (32 candidates at a time, a batch for each padded shape)
-and now (`Settings.window` candidates, a batch for each of nine canvases): all of them to detection,
-or through a first look of 160 px, and half of them to detection behind it. Widths and heights are
-drawn from LAION's published quantiles (laion.ai/blog/laion-5b, "Laion2B-en"), with the dependence
-that reproduces its published numbers of pictures of which both sides have 256, 512 and 1,024 px.
-How often exact ratios such as 4:3 occur is not published: once no two ratios are alike, once those
-within 3% of a common ratio have it.
+The first part is a simulation. Images with the sizes of LAION-2B-en pass through the windows in
+which the filter sends them to the spotter, before (32 candidates at a time, one batch per padded
+shape) and now (`Settings.window` candidates, one batch for each of nine canvases). Either all
+images go to detection, or all go through a first look of 160 px and half of them to detection.
+Widths and heights follow LAION's published quantiles (laion.ai/blog/laion-5b, "Laion2B-en"), with a
+correlation that reproduces its published numbers of images with both sides of at least 256, 512 and
+1,024 px. The frequency of exact ratios such as 4:3 is not published; it is simulated without equal
+ratios, and with all sizes within 3% of a common ratio snapped to it.
 
-Then a measurement: the decisions on `photos.tar` and on the test set of `text_spotting_testset`,
-with EasyOCR's canvases and with ours, at the same precision, of the pictures whose canvas is not
-the same in both.
+The second part compares decisions on `photos.tar` and on the test set of `text_spotting_testset`,
+with EasyOCR's canvases and with ours, at equal precision, for images whose canvases differ.
 """
 
 from __future__ import annotations
@@ -44,26 +43,26 @@ from diht_jax import command_line
 from diht_jax.input.transforms import open_image
 from diht_jax.terminal import ProgressBar
 
-# Of LAION-2B-en in px, from 5% to 95% in steps of 5%.
+# Quantiles of LAION-2B-en in px, from 5% to 95% in steps of 5%.
 _WIDTHS = (132, 160, 180, 210, 225, 240, 262, 300, 309, 340, 400, 450, 480, 512, 600, 656, 760, 960,
            1050)  # fmt: skip
 _HEIGHTS = (125, 150, 166, 188, 208, 225, 250, 270, 300, 320, 350, 380, 418, 470, 500, 600, 672,
             800, 1014)  # fmt: skip
-# Least width and height -> millions of the 2,320 with both.
+# Minimum of both sides -> millions of the 2,320 million images.
 _BOTH = {256: 1324, 512: 488, 1024: 76}
 _TOTAL = 2320
 _COMMON_RATIOS = (1, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 2)
-# Of the pairs, how many C and A leave (DiHT keeps a fifth of LAION after T), and of those how many
-# a first look lets through where there is one.
+# Share of the pairs that pass C and A (DiHT keeps a fifth of LAION after T), and the share of these
+# that passes a first look, if there is one.
 _REACH_SPOTTER, _PASS_FIRST_LOOK = 0.3, 0.5
-_GATE_SIZE = 160  # px of that look, as the documentation advises; by default there is none
+_GATE_SIZE = 160  # px of that look, as the documentation recommends; by default there is none
 _PAIRS = 20_000  # two shards
-# Pairs that are parsed together, and candidates that the spotter sees together.
+# Pairs that are parsed together, and candidates that the spotter processes together.
 _BEFORE, _NOW = (256, 32), (1024, Settings().window)
 
 
 def define_flags() -> None:
-    """The command line of `main`."""
+    """Defines the flags of this command."""
     flags.DEFINE_string("photos", None, "Tar of photos, with a caption each; unset: none.")
     flags.DEFINE_string("captions", None, "File with a caption a line; unset: synthetic ones.")
     flags.DEFINE_integer("pictures", 480, "Pictures of the test set; 0: simulate only.")
@@ -85,7 +84,7 @@ def main() -> None:
 
 
 def draw_sizes(count: int) -> tuple[np.ndarray, float]:
-    """Widths and heights of LAION, int [count, 2], and the correlation of their normal scores."""
+    """Draws LAION sizes, int [count, 2]; also returns the correlation of their normal scores."""
     rng = np.random.default_rng(0)
     first, second = rng.standard_normal((2, count))
 
@@ -102,7 +101,7 @@ def draw_sizes(count: int) -> tuple[np.ndarray, float]:
 
 
 def _quantile(values: Sequence[int], scores: np.ndarray) -> np.ndarray:
-    """The value that is as rare as a normal score; between quantiles, and beyond, by logarithm."""
+    """Maps normal scores to quantiles, with logarithmic inter- and extrapolation."""
     normal = statistics.NormalDist()
     known = np.array([normal.inv_cdf(0.05 * (i + 1)) for i in range(len(values))])
     logs = np.log(values)
@@ -113,7 +112,7 @@ def _quantile(values: Sequence[int], scores: np.ndarray) -> np.ndarray:
 
 
 def snap_ratios(sizes: np.ndarray) -> np.ndarray:
-    """The sizes with heights that make a common ratio exact where it is 3% away at most."""
+    """Adjusts the heights to make a common ratio exact if it is at most 3% away."""
     ratios = np.array(sorted({*_COMMON_RATIOS, *(1 / r for r in _COMMON_RATIOS)}))
     own = sizes[:, 0] / sizes[:, 1]
     nearest = ratios[np.abs(np.log(own[:, None] / ratios)).argmin(1)]
@@ -122,7 +121,7 @@ def snap_ratios(sizes: np.ndarray) -> np.ndarray:
 
 
 def simulate(sizes: np.ndarray) -> dict[str, Any]:
-    """Batches of detection, of a first look, and of detection behind it; before and now."""
+    """Simulates batches of detection, of a first look, and of detection after it."""
     rng = np.random.default_rng(1)
     reach = rng.random((2, len(sizes)))
     s = Settings()
@@ -164,7 +163,7 @@ def _describe(batches: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
         "pictures": pictures,
         "shapes": len({batch[1:] for batch in batches}),
         "mean": float(sizes.mean()),
-        # Of the batch in which a picture lies, rather than of the batches.
+        # Mean over images, not over batches.
         "mean_of_pictures": float((sizes**2).sum() / pictures),
         "pixels_per_picture": sum(n * h * w for n, h, w in batches) / pictures,
         "share_of_pictures": {
@@ -177,7 +176,7 @@ def _describe(batches: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
 
 
 def print_histograms(name: str, simulated: dict[str, Any]) -> None:
-    """One table: the share of the pictures that lie in batches of each size."""
+    """Prints one table: the share of the images in batches of each size."""
     print(f"\n{name}")
     for stage in simulated["now"]:
         for when in ("before", "now"):
@@ -191,7 +190,7 @@ def print_histograms(name: str, simulated: dict[str, Any]) -> None:
 
 
 def compare_decisions(count: int, photos: str | None, captions: str | None) -> dict[str, Any]:
-    """Decisions with EasyOCR's canvases and with ours, where these differ, and their spots."""
+    """Compares decisions, and their spots, for images where EasyOCR's canvases and ours differ."""
     drawn = make_test_set(count, photos=photos, captions=captions)
     sets = {"test_set": [(picture.image, picture.caption) for picture in drawn]}
     if photos is not None:

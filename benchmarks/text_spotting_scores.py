@@ -1,7 +1,4 @@
-"""Scores of the readers of `benchmarks.text_spotting`, and how they are printed.
-
-No picture is read here.
-"""
+"""Scores of the readers of `benchmarks.text_spotting`, and their report."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ FOREIGN_CAPTIONS = 40  # per picture
 
 
 def foreign_captions(pictures: Sequence[TestPicture], index: int) -> list[str]:
-    """Captions of other pictures that the text in a picture does not come from; [] for no text."""
+    """Returns captions of other images whose text does not occur in an image; [] without text."""
     picture = pictures[index]
     first_line = picture.drawn.split("\n")[0]
     if not picture.drawn:
@@ -32,12 +29,12 @@ def foreign_captions(pictures: Sequence[TestPicture], index: int) -> list[str]:
 
 
 def score(pictures: Sequence[TestPicture], drops: Sequence[Sequence[bool]]) -> dict[str, Any]:
-    """Recall and false drops of one reader.
+    """Computes recall and false drops of one reader.
 
     Args:
-        pictures: of the test set.
-        drops: for each picture, whether it shows its caption, and whether it shows each of
-            `foreign_captions`.
+        pictures: images of the test set.
+        drops: for each image, whether its caption was found, and whether each of
+            `foreign_captions` was found.
     """
     kinds = np.array([p.kind for p in pictures])
     carries = np.array([p.carries_caption for p in pictures])
@@ -62,12 +59,12 @@ def score(pictures: Sequence[TestPicture], drops: Sequence[Sequence[bool]]) -> d
 
 
 def _count(found: np.ndarray) -> list[int]:
-    """[dropped, of how many]."""
+    """Returns [dropped, total]."""
     return [int(found.sum()), len(found)]
 
 
 def print_report(payload: dict[str, Any]) -> None:
-    """A line for each reader, and their speed."""
+    """Prints a line for each reader, and their speed."""
     names = (*KINDS, "found", "dropped_wrongly")
     print(" " * 10 + " ".join(f"{name:>15}" for name in names) + "  foreign")
     for reader, scores in payload["scores"].items():

@@ -1,9 +1,9 @@
-"""Pictures with known text, to calibrate and to test the text spotter on.
+"""Images with known text, to calibrate and test the text spotter.
 
-Captions are drawn on photos where there are some, else on the scenes of `data_prep.synthetic`. What
-a spotter makes of them is not known here.
+Captions are drawn on photos if given, else on the scenes of `data_prep.synthetic`. This module does
+not know the spotter.
 
-Ours: everything in this file.
+All choices in this file are ours.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from data_prep.synthetic.sampling import sample_scene
 from data_prep.text_spotting.match import caption_matches
 from diht_jax.input.transforms import decode_rgb
 
-# Kind -> its share. The first four carry the caption and should be dropped, the others not.
+# Kind -> its share. The first four show the caption and should be dropped, the others should not.
 KINDS = {
     "band": 0.2,  # the caption on a plain band, letters of 20 px or more
-    "picture": 0.2,  # straight over the picture, no outline, 20 px or more
-    "small": 0.1,  # one or the other, 12 to 17 px
-    "rotated": 0.1,  # one or the other, 20 px or more, turned by 3 to 10 degrees
+    "picture": 0.2,  # directly on the image, no outline, 20 px or more
+    "small": 0.1,  # either of the two, 12 to 17 px
+    "rotated": 0.1,  # either of the two, 20 px or more, rotated by 3 to 10 degrees
     "unrelated": 0.2,  # words of another caption
-    "nothing": 0.2,  # the bare picture
+    "nothing": 0.2,  # the image without text
 }
 CARRIES_CAPTION = frozenset({"band", "picture", "small", "rotated"})
 
@@ -41,33 +41,33 @@ _FONTS = (
     *("DejaVuSerif-Bold.ttf", "DejaVuSansMono.ttf", "STIXGeneral.ttf", "STIXGeneralBol.ttf"),
     "STIXGeneralItalic.ttf",
 )
-# Size of the type (the em) in px; capitals are about 0.7 of it high, an "x" half of it.
+# Font size (the em) in px; capitals are about 0.7 of it high, an "x" half of it.
 _LARGE = (20, 33)
 _SMALL = (12, 18)
 _MAX_LINES = 3
 _MARGIN = 8  # px
 _INKS = ((255, 255, 255), (0, 0, 0), (255, 225, 0), (200, 20, 30), (20, 60, 170))
 _PAPERS = ((255, 255, 255), (0, 0, 0), (240, 235, 220), (30, 40, 90), (255, 220, 60))
-_MIN_CONTRAST = 70.0  # grey levels between ink and what lies behind; a person can read it
+_MIN_CONTRAST = 70.0  # grey levels between ink and background; readable for humans
 _SYNTHETIC_SIDE = 352  # px
 _JPEG_QUALITY = 90
 
 
 @dataclasses.dataclass(frozen=True)
 class TestPicture:
-    """One picture with a caption.
+    """One image with a caption.
 
     Attributes:
-        key: its name; the same for the same arguments of `make_test_set`.
+        key: its name; equal for equal arguments of `make_test_set`.
         image: JPEG bytes.
-        caption: of the pair.
-        kind: of `KINDS`.
-        drawn: the text in the picture, lines separated by a newline; "" for none.
-        font_px: size of the type; 0 for none.
-        group: number of the picture underneath; halves must not share one.
+        caption: caption of the pair.
+        kind: a key of `KINDS`.
+        drawn: the text in the image, lines separated by a newline; "" for none.
+        font_px: font size; 0 for none.
+        group: number of the background image; halves must not share one.
     """
 
-    __test__ = False  # no test case of pytest
+    __test__ = False  # not a test case of pytest
 
     key: str
     image: bytes
@@ -92,19 +92,19 @@ def make_test_set(
     fonts: Sequence[str | pathlib.Path] = _FONTS,
     share_words: bool = False,
 ) -> list[TestPicture]:
-    """Draws the test set; the same pictures for the same arguments.
+    """Draws the test set; equal arguments give equal images.
 
     Args:
-        count: pictures, of the kinds in the shares of `KINDS`.
-        seed: of everything that is chosen.
+        count: number of images, with the kinds in the shares of `KINDS`.
+        seed: seed of all random choices.
         photos: a tar of JPEG files to draw on; None for synthetic scenes.
-        captions: a text file with a caption a line, or its lines; None for synthetic captions.
-        fonts: files, or names of fonts that matplotlib brings.
+        captions: a text file with one caption per line, or its lines; None for synthetic captions.
+        fonts: files, or names of fonts that matplotlib ships.
         share_words: whether the unrelated text may share words with the caption, as any two
             captions may; else it shares no run of five characters.
 
     Raises:
-        ValueError: no pictures in `photos`, or too few captions in `captions`.
+        ValueError: there are no images in `photos`, or too few captions.
     """
     backgrounds = _read_photos(photos) if photos is not None else None
     lines = _read_captions(captions) if captions is not None else None
@@ -114,7 +114,7 @@ def make_test_set(
     pictures = []
     for index in range(count):
         rng = np.random.default_rng([seed, index])
-        # Neighbours in `kinds` get different photos, and every kind photos of both halves.
+        # Neighbours in `kinds` get different photos, and every kind gets photos of both halves.
         group = index % len(backgrounds) if backgrounds else index
         ground = backgrounds[group].copy() if backgrounds else _synthetic(rng)
         pictures.append(_make_picture(rng, str(kinds[index]), ground, style, index, group))
@@ -124,14 +124,14 @@ def make_test_set(
 def split_halves(
     pictures: Sequence[TestPicture],
 ) -> tuple[list[TestPicture], list[TestPicture]]:
-    """One half to choose settings on, one to report on; no photo is in both."""
+    """Splits into one half to choose settings, and one to report results; they share no photo."""
     choosing = [picture for picture in pictures if picture.group % 2 == 0]
     return choosing, [picture for picture in pictures if picture.group % 2 == 1]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Style:
-    """What texts are drawn in which fonts; fields as the arguments of `make_test_set`."""
+    """Texts and fonts to draw; fields as the arguments of `make_test_set`."""
 
     fonts: tuple[str, ...]
     captions: list[str] | None
@@ -152,7 +152,7 @@ def _make_picture(
         on_band = kind == "band" or (kind != "picture" and rng.random() < 0.5)
         angle = float(rng.uniform(3, 10) * rng.choice([-1, 1])) if kind == "rotated" else 0.0
         sizes = range(*(_SMALL if kind == "small" else _LARGE))
-        # A turned block must not lose its ends.
+        # A rotated block must not lose its ends.
         room = round(0.85 * ground.width) if angle else ground.width - 2 * _MARGIN
         while not (
             layouts := _lay_out(
@@ -168,7 +168,7 @@ def _make_picture(
 
 
 def _choose_captions(rng: np.random.Generator, style: _Style) -> tuple[str, str]:
-    """A caption, and another one."""
+    """Returns a caption and another one."""
     while True:
         if style.captions is None:
             caption, other = (describe_scene(rng, sample_scene(rng)) for _ in range(2))
@@ -182,7 +182,7 @@ def _choose_captions(rng: np.random.Generator, style: _Style) -> tuple[str, str]
 def _lay_out(
     rng: np.random.Generator, fonts: Sequence[str], text: str, sizes: range, room: int
 ) -> list[tuple[int, ImageFont.FreeTypeFont, str]]:
-    """Size, font and wrapped first words, for every size in which they are evidence."""
+    """Returns size, font and wrapped first words, for every size in which it is evidence."""
     layouts = []
     for size in sizes:
         font = _load_font(fonts[rng.integers(len(fonts))], size)
@@ -221,7 +221,7 @@ def _draw_text(
     ink = _choose_ink(rng, behind)
     at = (pad - left, pad - top)
     ImageDraw.Draw(layer).multiline_text(at, drawn, font=font, fill=(*ink, 255))
-    if not on_band:  # the colour of transparent pixels shows where edges are blended
+    if not on_band:  # the colour of transparent pixels is visible where edges are blended
         layer = Image.composite(layer, Image.new("RGBA", layer.size, (*ink, 0)), layer)
     corner = (spot[0] - pad, spot[1] - pad)
     if angle:
@@ -253,7 +253,7 @@ def _region(ground: Image.Image, spot: tuple[int, int], size: tuple[int, int]) -
 
 
 def _choose_ink(rng: np.random.Generator, behind: np.ndarray) -> tuple[int, int, int]:
-    """Any ink that stands out from the mean of what is behind, else the one that does most."""
+    """Returns a random ink that contrasts with the mean background, else the best one."""
     contrasts = [abs(_luma(np.array(ink)) - _luma(behind.reshape(-1, 3).mean(0))) for ink in _INKS]
     good = [
         ink for ink, contrast in zip(_INKS, contrasts, strict=True) if contrast >= _MIN_CONTRAST
@@ -292,7 +292,7 @@ def _read_captions(captions: str | pathlib.Path | Sequence[str]) -> list[str]:
 
 @functools.cache
 def _load_font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    # A path of its own, or one of matplotlib's.
+    # A path, or the name of a font of matplotlib.
     path = pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name
-    # The basic layout engine, so that the picture does not depend on whether raqm is installed.
+    # The basic layout engine makes images independent of whether raqm is installed.
     return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)

@@ -1,21 +1,20 @@
-"""Benchmark: training steps of diht_jax and of open_clip side by side.
+"""Times training steps of diht_jax and of open_clip side by side.
 
     python -m benchmarks.train_step                 # ViT-B/32, float32, batch 32, on the CPU
     python -m benchmarks.train_step --device gpu    # ViT-B/32, B/16 and L/14, bfloat16
 
-Both train the same architecture (the numbers of parameters are compared) on the same random pairs,
-from the same weights, with the symmetric contrastive loss, a global-norm clip at 1 and AdamW
-without decay on vectors; the losses of the first two steps are compared.
-open_clip runs as its own training script does: its CLIP model with SDPA, its ClipLoss, torch's
-AdamW, its scale clamp, once as it is and once under `torch.compile`; the faster of the two counts.
-Each side finds its batch on the device in the form that its own input pipeline makes: float images
-already normalised for open_clip, uint8 for diht_jax, which normalises inside its step and also
-measures accuracies and norms there. On GPUs open_clip runs under bfloat16 autocast, diht_jax
-computes in bfloat16; parameters and optimiser are float32 on both sides.
+Both train the same architecture (parameter counts are compared) on the same random pairs, from the
+same weights, with the symmetric contrastive loss, a global-norm clip at 1 and AdamW without decay
+on vectors; the losses of the first two steps are compared. open_clip runs as in its own training
+script: its CLIP model with SDPA, its ClipLoss, torch's AdamW, its scale clamp, both eager and under
+`torch.compile`; the faster of the two counts. Each side has its batch on the device in the form of
+its own input pipeline: normalised float images for open_clip, uint8 for diht_jax, which normalises
+inside its step and also measures accuracies and norms there. On GPUs, open_clip runs under bfloat16
+autocast, and diht_jax computes in bfloat16; parameters and optimiser are float32 on both sides.
 
-Rounds are interleaved in one process, on the same cores and threads, so that whatever else the
-machine does hits all alike. Speeds are medians over rounds; MFU is the counted FLOPs of the matrix
-products (`model_flops`, the same number for both) over the device's peak.
+Rounds are interleaved in one process, on the same cores and threads, so other load on the machine
+affects all sides. Speeds are medians over rounds. MFU is the counted FLOPs of the matrix products
+(`model_flops`, the same number for both) over the peak of the device.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ _THREADS = flags.DEFINE_integer("threads", None, "CPU cores to use; all by defau
 _TORCH_COMPILE = flags.DEFINE_bool("torch_compile", True, "Run open_clip under torch.compile too.")
 
 MODELS = {"b32": "diht_vitb32_224px", "b16": "diht_vitb16_224px", "l14": "diht_vitl14_224px"}
-# Small enough for the activations of both sides to lie in 80 GB together.
+# Small enough for the activations of both sides to fit into 80 GB together.
 GPU_BATCH_SIZES = {"b32": 512, "b16": 192, "l14": 64}
 LEARNING_RATE, WEIGHT_DECAY, BETAS, EPSILON, CLIP_NORM = 1e-4, 0.1, (0.9, 0.98), 1e-6, 1.0
 MAX_LOGIT_SCALE = 100.0
@@ -102,14 +101,14 @@ def compare(
     Args:
         model: a key of `MODELS`.
         device: "cpu" (float32) or "gpu" (bfloat16).
-        batch_size: pairs a step.
-        rounds: how often each side gets its turn.
-        steps: of a turn.
-        torch_compile: run open_clip under torch.compile too.
-        overrides: sizes of the model that are not the architecture's.
+        batch_size: pairs per step.
+        rounds: number of turns per side.
+        steps: steps per turn.
+        torch_compile: also run open_clip under torch.compile.
+        overrides: model sizes that differ from the architecture's.
 
     Returns:
-        What the results file holds of this architecture.
+        The entry of this architecture in the results file.
     """
     import jax
 
@@ -124,7 +123,7 @@ def compare(
     sides = build_sides(arch, config, device, torch_compile)
     failures = warm_up(sides)
     check_same_training(sides, 1e-3 if device == "cpu" else 5e-2)
-    # The first round in turns moves the sides' memory to where it then stays.
+    # After the first round, the memory of all sides stays where it is.
     time_rounds(sides, 1, steps)
     secs = time_rounds(sides, rounds, steps)
     num_params = sides["diht_jax"].num_params
@@ -160,7 +159,7 @@ def compare(
 def build_sides(
     arch: Architecture, config: ml_collections.ConfigDict, device: str, torch_compile: bool
 ) -> dict[str, Side]:
-    """All sides, starting from the same weights, on the same pairs."""
+    """Builds all sides, with the same initial weights and the same pairs."""
     from benchmarks.open_clip_step import OpenClipStep
     from diht_jax.weights.clip_layout import to_clip
 
@@ -188,7 +187,7 @@ def build_sides(
 
 
 def warm_up(sides: dict[str, Side]) -> dict[str, str]:
-    """Two untimed steps of every side; drops a compiled one that fails; returns why."""
+    """Runs two untimed steps per side; drops a compiled side that fails, and returns the reason."""
     failures = {}
     for name, side in list(sides.items()):
         start = time.perf_counter()
@@ -207,7 +206,7 @@ def warm_up(sides: dict[str, Side]) -> dict[str, str]:
 
 
 def check_same_training(sides: dict[str, Side], tolerance: float) -> None:
-    """The sides have as many parameters, and the same losses before and after a step."""
+    """Checks for equal parameter counts, and equal losses before and after a step."""
     num_params = {name: side.num_params for name, side in sides.items()}
     losses = {name: side.losses[:2] for name, side in sides.items()}
     logging.info("losses of the first two steps: %s", losses)
@@ -218,7 +217,7 @@ def check_same_training(sides: dict[str, Side], tolerance: float) -> None:
 
 
 def time_rounds(sides: dict[str, Side], rounds: int, steps: int) -> dict[str, list[float]]:
-    """Seconds a step, of every side and round; the order turns with the rounds."""
+    """Returns seconds per step of every side and round; rotates the order between rounds."""
     secs: dict[str, list[float]] = {name: [] for name in sides}
     names = list(sides)
     for i in range(rounds):
@@ -232,7 +231,7 @@ def time_rounds(sides: dict[str, Side], rounds: int, steps: int) -> dict[str, li
 
 
 def diht_config(name: str, device: str, batch_size: int) -> ml_collections.ConfigDict:
-    """The training config of our side."""
+    """Returns the training config of our side."""
     from diht_jax.config import default_config
 
     config = default_config()
@@ -254,7 +253,7 @@ def diht_config(name: str, device: str, batch_size: int) -> ml_collections.Confi
 
 
 class Side(Protocol):
-    """What is timed: calling it runs so many training steps to their end."""
+    """A timed side: calling it runs a number of training steps to completion."""
 
     num_params: int
     losses: list[float]
@@ -263,7 +262,7 @@ class Side(Protocol):
 
 
 class DihtStep:
-    """Our side: the recipe's own jitted step."""
+    """Our side: the jitted step of the recipe."""
 
     def __init__(self, config: ml_collections.ConfigDict, images: np.ndarray, tokens: np.ndarray):
         import jax
@@ -282,7 +281,7 @@ class DihtStep:
 
     @property
     def params(self) -> dict[str, Any]:
-        """As they are now."""
+        """The current parameters."""
         return self._state.params
 
     def __call__(self, steps: int) -> None:
@@ -296,7 +295,7 @@ class DihtStep:
 
 
 def random_pairs(arch: Architecture, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 images [b, size, size, 3] and int32 tokens [b, t] of texts of random length."""
+    """Returns uint8 images [b, size, size, 3] and int32 tokens [b, t] of random text lengths."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (batch_size, arch.image_size, arch.image_size, 3), np.uint8)
     tokens = rng.integers(1, arch.vocab_size - 2, (batch_size, arch.context_length), np.int32)
@@ -308,7 +307,7 @@ def random_pairs(arch: Architecture, batch_size: int) -> tuple[np.ndarray, np.nd
 
 
 def format_row(row: dict[str, Any]) -> str:
-    """One architecture as a paragraph for people."""
+    """Formats the results of one architecture as a paragraph."""
     lines = [f"{row['model']}, {row['dtype']}, batch {row['batch_size']}"]
     for name, speed in row["median_images_per_sec"].items():
         rate = row["model_flops_per_sec"][name]
@@ -319,7 +318,7 @@ def format_row(row: dict[str, Any]) -> str:
 
 
 def _prepare_process(device: str, threads: int | None) -> int:
-    """Settings that JAX and torch read when they are imported; returns the number of cores."""
+    """Sets the options that JAX and torch read at import; returns the number of cores."""
     assert not {"jax", "torch"} & sys.modules.keys(), "imported too early for these settings"
     cores = sorted(os.sched_getaffinity(0))
     if threads is not None:
@@ -330,8 +329,8 @@ def _prepare_process(device: str, threads: int | None) -> int:
     os.environ["OMP_NUM_THREADS"] = str(len(cores))
     if device == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
-        keep_freed_memory()  # as `diht_jax.train` does; the other sides gain by it as well
-    # Both share one GPU: JAX must not take it all at the start.
+        keep_freed_memory()  # as `diht_jax.train` does; the other sides benefit as well
+    # Both share one GPU: JAX must not preallocate all of it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     return len(cores)
 

@@ -1,15 +1,15 @@
-r"""Fine-tuning on CIFAR-10 with the class prompts as the start: FLYP, a probe, or adapters.
+r"""Fine-tuning on CIFAR-10, initialised with class prompts: FLYP, a linear probe, or adapters.
 
-FLYP (Goyal et al. 2022, arXiv 2212.00638) goes on with the contrastive loss on pairs of an image
-and the prompt of its class. So the classifier is at any time what the text tower makes of the
-prompts: it starts as the zero-shot one, and evaluation, WiSE-FT, soups and export need nothing of
-their own. The captions of `cifar10_train.tar` are such prompts ("a photo of a airplane."); where
-they are class names, set `--config.data.text_template="a photo of a {caption}."`.
+FLYP (Goyal et al. 2022, arXiv 2212.00638) continues training with the contrastive loss on pairs of
+an image and the prompt of its class. The classifier always consists of the text embeddings of the
+prompts: it starts as the zero-shot classifier, and evaluation, WiSE-FT, soups and export work as
+usual. The captions of `cifar10_train.tar` are such prompts ("a photo of a airplane."). For captions
+that are class names, set `--config.data.text_template="a photo of a {caption}."`.
 
-The argument `train` says what is trained:
+The argument `train` selects the trained parameters:
 
     all     both towers and the logit scale
-    probe   the projection of the image tower alone: a linear map of fixed features
+    probe   the projection of the image tower only: a linear map of fixed features
     lora    adapters of rank 8 in both towers
 
 Run, from a model of the same architecture, here the demo's:
@@ -21,10 +21,10 @@ Run, from a model of the same architecture, here the demo's:
         --config.model.init_from=runs/base --config.data.train=runs/cifar10_records \
         --workdir runs/tuned_lora
 
-Meant for the machine it is started on; a laptop will do (`config.topology`: local).
+Meant for the local machine; a laptop is enough (`config.topology`: local).
 
-Expected: in the laboratory (docs/experiments/students.md) adapters lose 2.9 points against all
-parameters and gain 7.2 on the projection alone; the synthetic web is a bad start for photos.
+Expected: in the laboratory (docs/experiments/students.md), adapters are 2.9 points worse than all
+parameters and 7.2 better than the projection only; the synthetic web is a bad start for photos.
 """
 
 import ml_collections
@@ -36,7 +36,7 @@ TRAINED = ("all", "probe", "lora")
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The recipe; `common.parse_arg` describes `arg`."""
+    """Returns the recipe; see `common.parse_arg` for `arg`."""
     args = common.parse_arg(arg, train="all")
     if args.train not in TRAINED:
         raise ValueError(f"recipe argument 'train={args.train}': expected {', '.join(TRAINED)}")
@@ -55,7 +55,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.total_examples = 30_720
 
     config.loss.alpha = 1.0
-    config.loss.beta = 0.0  # a batch holds equal prompts, which are no hard negatives
+    config.loss.beta = 0.0  # batches contain equal prompts, which are not hard negatives
 
     config.optimizer.kind = "muon"
     config.optimizer.learning_rate = 3e-4

@@ -1,15 +1,15 @@
-"""CLIP ViT-B/16 at 224 px on LAION-CAT: the one published run whose settings are known.
+"""CLIP ViT-B/16 at 224 px on LAION-CAT: the one published run with known settings.
 
-InfoNCE on the 440 million pairs that CAT leaves of LAION, as SemDeDup trains it (arXiv 2303.09540,
-tables A3 to A6). A check of the whole chain before DiHT's own losses are added. Each value says
-where it is from: "SemDeDup"; "paper" and "recalled" are DiHT's (arXiv 2301.02280), read or from
-memory; "ours" is our own choice.
+InfoNCE on the 440 million pairs of LAION that pass CAT, as trained by SemDeDup (arXiv 2303.09540,
+tables A3 to A6). It checks the whole pipeline without DiHT's losses. The comment at each value is
+its source: "SemDeDup"; "paper" (DiHT, arXiv 2301.02280); "recalled" (DiHT, from memory); "ours"
+(our own choice).
 
 Run, after `data_prep.filter` has written its shards to DATA:
 
     python -m diht_jax.train --config clip_vitb16 --config.data.train=DATA --workdir DIR
 
-Meant for v5e:16x16, where it fits as the compiler reports (`config.topology`,
+Meant for v5e:16x16, where it fits according to the compiler (`config.topology`,
 docs/guides/scale/scale.md):
 
     python -m diht_jax.compile --config clip_vitb16
@@ -25,7 +25,7 @@ from diht_jax.config import default_config
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The recipe; `common.parse_arg` describes `arg`."""
+    """Returns the recipe; see `common.parse_arg` for `arg`."""
     args = common.parse_arg(arg)
     config = default_config()
 
@@ -57,7 +57,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.optimizer.weight_decay = 0.2  # SemDeDup; matrices only
     config.optimizer.clip_global_norm = 1.0  # ours
 
-    # Machine: changes how the step is computed, and nothing of the result.
+    # Machine: affects how the step is computed, not its result.
     config.topology = "v5e:16x16"  # ours; 256 chips
     config.mesh.fsdp = 8  # ours
     config.model.scan_layers = True  # ours

@@ -1,18 +1,18 @@
-"""CLIP ViT-B/32 at 224 px: InfoNCE, the baseline that `diht_vitb32` is compared with.
+"""CLIP ViT-B/32 at 224 px: InfoNCE, the baseline for `diht_vitb32`.
 
-`diht_vitb32` with another loss. Method: CLIP, arXiv 2103.00020. Each value says where it is from:
-"paper" and "recalled" are DiHT's (arXiv 2301.02280), read or from memory; "ours" is our own choice.
+`diht_vitb32` with another loss. Method: CLIP, arXiv 2103.00020. The comment at each value is its
+source: "paper" (DiHT, arXiv 2301.02280), "recalled" (DiHT, from memory), "ours" (our own choice).
 
 Run, after `data_prep.filter` has written its shards to DATA:
 
     python -m diht_jax.train --config clip_vitb32 --config.data.train=DATA --workdir DIR
 
-Meant for v5e:16x16, where it fits as the compiler reports (`config.topology`,
+Meant for v5e:16x16, where it fits according to the compiler (`config.topology`,
 docs/guides/scale/scale.md):
 
     python -m diht_jax.compile --config clip_vitb32
 
-Expected: not known. Nobody has compared it with `diht_vitb32` on the same pairs, and neither recipe
+Expected: unknown. It has not been compared with `diht_vitb32` on the same pairs, and neither recipe
 has been run at full length here.
 """
 
@@ -23,7 +23,7 @@ from diht_jax.config import default_config
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The recipe; `common.parse_arg` describes `arg`."""
+    """Returns the recipe; see `common.parse_arg` for `arg`."""
     args = common.parse_arg(arg)
     config = default_config()
 
@@ -55,7 +55,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.optimizer.weight_decay = 0.1  # ours, after OpenCLIP; matrices only
     config.optimizer.clip_global_norm = 1.0  # ours
 
-    # Machine: changes how the step is computed, and nothing of the result.
+    # Machine: affects how the step is computed, not its result.
     config.topology = "v5e:16x16"  # ours; 256 chips
     config.mesh.fsdp = 8  # ours
     config.model.scan_layers = True  # ours

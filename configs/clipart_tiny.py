@@ -1,8 +1,8 @@
-r"""Clip art: the small model `clipart_tiny` that comes with the package.
+r"""Clip art: the small model `clipart_tiny` that is packaged with the library.
 
-HN-NCE on the emoji of two artists (Noto Emoji, Twemoji): 7,572 pictures of 3,786 names. Pictures
-with the same text are right answers for it (`equal_pairs`); one time of four the text is what kind
-of thing it is. A tenth of the pictures is not trained on. Every value is ours; none was tuned.
+HN-NCE on the emoji of two artists (Noto Emoji, Twemoji): 7,572 images of 3,786 names. Images with
+equal texts are positives of each other (`equal_pairs`); a quarter of the texts name the category
+instead. A tenth of the images is held out. Every value is ours; none was tuned.
 
 Run:
 
@@ -12,12 +12,12 @@ Run:
     python -m diht_jax.train --config clipart_tiny \
         --config.data.train=runs/clipart_records --workdir runs/clipart_10
 
-The packaged model trained for 8 more epochs from there: docs/guides/evaluate/clipart_tiny.md.
+The packaged model was then trained for 8 more epochs: docs/guides/evaluate/clipart_tiny.md.
 
-Meant for the machine it is started on; a laptop will do (`config.topology`: local).
+Meant for the local machine; a laptop is enough (`config.topology`: local).
 
-Expected: text-to-image R@1 40.0%, R@10 79.1% on the 788 pictures that are held out (by chance 0.1%
-and 1.3%), with InfoNCE 38.2% and 80.0%; 530 steps, 20 minutes on two busy CPU cores.
+Expected: text-to-image R@1 40.0%, R@10 79.1% on the 788 held-out images (chance: 0.1% and 1.3%);
+InfoNCE reaches 38.2% and 80.0%. 530 steps, 20 minutes on two busy CPU cores.
 """
 
 import ml_collections
@@ -27,7 +27,7 @@ from diht_jax.config import default_config
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The recipe; `common.parse_arg` describes `arg`."""
+    """Returns the recipe; see `common.parse_arg` for `arg`."""
     args = common.parse_arg(arg)
     config = default_config()
 
@@ -36,7 +36,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.data.num_workers = 0
     config.data.validation_share = 0.1
     config.total_epochs = 10.0
-    # A name three times of four, else what kind of thing it is: "plant-flower", "Food & Drink".
+    # The name three times out of four, else the category, such as "plant-flower", "Food & Drink".
     config.data.captions = "sample"
     config.data.caption_columns = "kind=subcategory,group=category"
     config.data.caption_weights = "alt=6,kind=1,group=1"

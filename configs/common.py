@@ -1,6 +1,6 @@
-"""Shared by all recipes: the argument after the colon, the debug form, the settings of a machine.
+"""Functions shared by all recipes: the argument of --config, debug shrinking, machine settings.
 
-The argument holds any number of `key=value`, with commas between them:
+The argument follows the recipe's name, as `key=value` pairs separated by commas:
 
     --config diht_vitb32:debug=True
     --config diht_vitb16:topology=h100:64x8
@@ -22,8 +22,8 @@ from diht_jax.hardware.chips import GIB, find_chip
 from diht_jax.hardware.compiler import accelerator
 from diht_jax.hardware.topologies import LOCAL, parse_topology
 
-# Architecture -> examples that a GPU of 80 GB takes at once with all values kept for the backward
-# pass (remat "none"): with the whole state on every GPU, as on one host, and with an eighth of it.
+# Architecture -> examples per 80 GB GPU at a time that fit without rematerialisation (remat
+# "none"): with the whole state on every GPU, as on one host, and with one eighth of the state.
 # Found by compiling: docs/benchmarks/gpus.md.
 EXAMPLES_AT_ONCE = {
     "diht_vitb32_224px": (1024, 1024),
@@ -32,9 +32,9 @@ EXAMPLES_AT_ONCE = {
     "diht_vitl14_336px": (64, 128),
 }
 GPUS_OF_80_GB = ("a100_80gb", "h100", "h200")
-# (architecture, TPU of more memory than the recipes' v5e) -> policy of `model.remat` with the
-# lowest bound, and GiB that an example keeps under it. None: nothing that fits has a lower bound
-# than the recipe. Found by compiling: docs/benchmarks/pods.md.
+# (architecture, TPU with more memory than the recipes' v5e) -> policy of `model.remat` with the
+# lowest bound on the step time, and GiB kept per example with it. None: no fitting policy has a
+# lower bound than the recipe. Found by compiling: docs/benchmarks/pods.md.
 TPU_SETTINGS: dict[tuple[str, str], tuple[str, float] | None] = {
     ("diht_vitb32_224px", "v4"): ("none", 0.027),
     ("diht_vitb32_224px", "v5p"): ("none", 0.027),
@@ -49,25 +49,25 @@ TPU_SETTINGS: dict[tuple[str, str], tuple[str, float] | None] = {
     ("diht_vitl14_336px", "v5p"): ("minimal", 0.183),
     ("diht_vitl14_336px", "v6e"): None,
 }
-# Taken where the memory of an accelerator is not known.
+# Used if the memory of an accelerator is unknown.
 _LEAST_GIB = 8.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """The devices that a recipe is for."""
+    """The devices that a recipe runs on."""
 
-    has_accelerator: bool = False  # they are GPUs or TPUs
-    num_devices: int = 1  # how many
-    device_gib: float = _LEAST_GIB  # memory of the smallest of them
+    has_accelerator: bool = False  # whether they are GPUs or TPUs
+    num_devices: int = 1
+    device_gib: float = _LEAST_GIB  # memory of the smallest device
 
     def divisible(self, batch_size: int) -> int:
-        """A batch that divides by the devices: the largest power of two below, or a little more."""
+        """Rounds a batch size down to a power of two, and then up to a multiple of the devices."""
         power = 1 << (batch_size.bit_length() - 1)
         return -(-power // self.num_devices) * self.num_devices
 
     def micro_batch(self, model: str, batch_size: int) -> int | None:
-        """The largest part of a batch that fits; None where all of it does, or nothing is known."""
+        """Returns the largest part of a batch that fits; None if all of it does, or if unknown."""
         if not self.has_accelerator or model not in EXAMPLES_AT_ONCE:
             return None
         most = max(1, int(EXAMPLES_AT_ONCE[model][0] * self.device_gib / 80))
@@ -75,7 +75,7 @@ class Machine:
 
 
 def find_machine(topology: str | None) -> Machine:
-    """The devices of a topology, or those of this machine, which JAX is not asked for yet."""
+    """Describes the devices of a topology, or those of this machine, without starting JAX."""
     if topology not in (None, LOCAL):
         family, shape = parse_topology(topology)
         return Machine(True, math.prod(shape), find_chip(family).hbm_bytes / GIB)
@@ -91,35 +91,35 @@ def find_machine(topology: str | None) -> Machine:
 
 
 def _gpu_gib() -> list[float]:
-    """Memory of each GPU that this process may use; one of `_LEAST_GIB` where that is not known."""
+    """Returns the memory of each visible GPU; one entry of `_LEAST_GIB` if it is unknown."""
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     query += [f"--id={visible}"] if visible else []
     try:
         output = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60)
-        # Rounded up: the driver keeps a part, 0.4 of the 80 GiB of an H100.
+        # Rounded up because the driver reserves a part, 0.4 of the 80 GiB of an H100.
         return [math.ceil(float(mib) / 1024) for mib in output.stdout.split()] or [_LEAST_GIB]
     except (OSError, ValueError, subprocess.SubprocessError):
         return [_LEAST_GIB]
 
 
 def parse_arg(arg: str, **defaults: Any) -> ml_collections.ConfigDict:
-    """The values in the text after the colon of --config.
+    """Parses the text after the colon of --config.
 
-    Every recipe knows `debug` (False: the recipe as it is; True: shrunk to seconds on a CPU) and
-    `topology` (None: the recipe's own; else the machine it is meant for, such as "h100:8").
+    Every recipe accepts `debug` (False: the full recipe; True: shrunk to seconds on a CPU) and
+    `topology` (None: the recipe's own; else the target machine, such as "h100:8").
 
     Args:
-        arg: such as "" or "debug=True,topology=h100:8".
+        arg: text such as "" or "debug=True,topology=h100:8".
         **defaults: further keys of this recipe with their defaults, each a bool, int, float or str;
-            a value in `arg` is converted to the type of the default.
+            values in `arg` are converted to the type of the default.
 
     Returns:
         All keys with their values.
 
     Raises:
-        ValueError: an unknown key, a key that occurs twice, a value of another type, or no such
-            topology.
+        ValueError: a key is unknown or repeated, a value has the wrong type, or the topology is
+            unknown.
     """
     known = {"debug": False, "topology": None, **defaults}
     given: dict[str, Any] = {}
@@ -144,7 +144,7 @@ def parse_arg(arg: str, **defaults: Any) -> ml_collections.ConfigDict:
 def finish(
     config: ml_collections.ConfigDict, args: ml_collections.ConfigDict
 ) -> ml_collections.ConfigDict:
-    """The recipe as `args` (of `parse_arg`) ask for it; changes `config` in place."""
+    """Applies the arguments from `parse_arg` to a recipe, in place, and returns it."""
     if args.topology not in (None, config.topology, LOCAL):
         suit(config, args.topology)
     if args.debug:
@@ -157,15 +157,15 @@ def finish(
 def set_stage(
     config: ml_collections.ConfigDict, number: int, stages: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Sets, in place, what differs in one of the stages of a recipe.
+    """Applies the settings of one stage to a recipe, in place.
 
     Args:
-        config: with what the stages have in common.
-        number: of the stage, from 1; 0 for all of them, which gives the config of the first one.
+        config: the settings shared by all stages.
+        number: number of the stage, from 1; 0 trains all stages, and applies the first one.
         stages: dotted names of keys and their values, for each stage.
 
     Raises:
-        ValueError: no such stage.
+        ValueError: there is no such stage.
     """
     if not 0 <= number <= len(stages):
         raise ValueError(
@@ -176,14 +176,14 @@ def set_stage(
 
 
 def suit(config: ml_collections.ConfigDict, topology: str) -> None:
-    """Sets, in place, how the step is computed on a machine; what it computes stays the same.
+    """Chooses, in place, how the step is computed on a machine; the result stays the same.
 
-    Known are the DiHT architectures on GPUs of 80 GB, in any number of hosts. There a scan costs
-    more than it saves, for it copies the values that it keeps; a host has room for the whole state,
-    and several hosts save traffic between them where each splits the state over its own GPUs.
-    `loss.impl="auto"` chooses the form of the loss by the mesh. Known are also those of
-    `TPU_SETTINGS`, where the memory decides. For every other machine the recipe stays as it is, and
-    a line in the log says so.
+    Settings are known for the DiHT architectures on 80 GB GPUs, with any number of hosts. There,
+    scanning over layers costs more than it saves, because it copies the kept activations. One host
+    has room for the whole state, and several hosts exchange less data if each shards the state over
+    its own GPUs. `loss.impl="auto"` selects the form of the loss by the mesh. TPUs in
+    `TPU_SETTINGS` are configured by their memory. Other machines keep the recipe's settings, and a
+    warning is logged.
     """
     family, shape = parse_topology(topology)
     if (config.model.name, family) in TPU_SETTINGS:
@@ -204,20 +204,20 @@ def suit(config: ml_collections.ConfigDict, topology: str) -> None:
     config.mesh.fsdp = shape[-1] if several_hosts else 1
     gpus = math.prod(shape)
     if config.data.batch_size % gpus:
-        return  # training explains that the batch does not divide by the devices
+        return  # training reports that the batch is not divisible
     most = EXAMPLES_AT_ONCE[config.model.name][several_hosts]
     config.micro_batch = _largest_micro_batch(config.data.batch_size, gpus, most)
 
 
 def _largest_micro_batch(batch_size: int, num_devices: int, most: int) -> int | None:
-    """The largest part of a batch with at most `most` examples a device; None for all of it."""
+    """Returns the largest micro-batch with at most `most` examples per device; None for all."""
     of_each = batch_size // num_devices
     at_once = max(number for number in range(1, most + 1) if of_each % number == 0)
     return at_once * num_devices if at_once < of_each else None
 
 
 def _suit_tpu(config: ml_collections.ConfigDict, family: str, chips: int) -> None:
-    """Keeps more for the backward pass than the recipe does where a chip has room for it."""
+    """Keeps more activations for the backward pass if the memory of the chips allows it."""
     settings = TPU_SETTINGS[config.model.name, family]
     if settings is None:
         return
@@ -230,11 +230,11 @@ def _suit_tpu(config: ml_collections.ConfigDict, family: str, chips: int) -> Non
 
 
 def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Shrinks a recipe, in place, to seconds on a CPU; losses, schedule and rules stay its own."""
+    """Shrinks a recipe, in place, to seconds on a CPU; keeps losses, schedule and rules."""
     config.total_steps, config.total_examples, config.total_epochs = 4, None, None
     config.model.dtype = "float32"
     config.model.overrides.update(
-        # The pictures of stages are of different sizes, as in the recipe.
+        # Stages keep different image sizes, as in the full recipe.
         image_size=16 * (config.stage.number or 1) if config.stage.count else 32,
         patch_size=8,
         vision_layers=2,
@@ -250,7 +250,7 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.micro_batch = 8 if config.micro_batch else None
     config.topology = "local"
     if config.mesh.fsdp > 1:
-        config.mesh.data, config.mesh.fsdp = 1, -1  # all devices that there are
+        config.mesh.data, config.mesh.fsdp = 1, -1  # all available devices
     config.data.num_workers = 0
     config.log_every_steps = 1
     config.checkpoint.every_steps = 2

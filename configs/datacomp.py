@@ -1,18 +1,18 @@
 r"""DataComp's small and medium scale, ViT-B/32: InfoNCE, hard negatives, or all of DiHT.
 
-The recipe of a comparison: model, batch, rate and samples seen are DataComp's (arXiv 2304.14108,
-`scale_configs.py` of github.com/mlfoundations/datacomp) in every run, so that runs differ in their
-pairs, their loss and their seed alone. Values that are no part of DataComp's are marked "ours",
-and those of DiHT "recalled".
+For comparisons: model, batch size, learning rate and samples seen are DataComp's (arXiv 2304.14108,
+`scale_configs.py` of github.com/mlfoundations/datacomp) in every run. Runs differ only in their
+pairs, loss and seed. Values that DataComp does not define are marked "ours", or "recalled" if they
+are DiHT's from memory.
 
-Run, after `data_prep.filter` has written its shards to DATA; `method=diht` needs their labels too
+Run, after `data_prep.filter` has written its shards to DATA; `method=diht` also needs their labels
 (`data_prep.label`):
 
     python -m diht_jax.train --config datacomp:scale=small,method=diht \
         --config.data.train=DATA --config.data.labels=LABELS --workdir DIR
 
-docs/guides/scale/datacomp.md has the data, the grid of 27 runs and what it costs. Meant for one
-node, h100:8, where it fits as the compiler reports (`config.topology`):
+docs/guides/scale/datacomp.md describes the data, the grid of 27 runs and its cost. Meant for one
+node, h100:8, where it fits according to the compiler (`config.topology`):
 
     python -m diht_jax.compile --config datacomp:method=diht
 
@@ -30,10 +30,10 @@ METHODS = ("clip", "hard_negatives", "diht")
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The recipe; `common.parse_arg` describes `arg`.
+    """Returns the recipe; see `common.parse_arg` for `arg`.
 
     Raises:
-        ValueError: an unknown scale or method.
+        ValueError: the scale or the method is unknown.
     """
     args = common.parse_arg(arg, scale="small", method="clip")
     for name, known in (("scale", SAMPLES), ("method", METHODS)):
@@ -78,13 +78,13 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.optimizer.weight_decay = 0.2
     config.optimizer.clip_global_norm = float("inf")
 
-    # Machine: changes how the step is computed, and nothing of the result.
+    # Machine: affects how the step is computed, not its result.
     config.topology = "h100:8"
     config.mesh.fsdp = 1
     config.model.scan_layers = False
     config.model.remat = "none"
 
-    # Checkpoints; the 38 tasks are measured at the end.
+    # Checkpoints; the 38 tasks are evaluated at the end.
     config.checkpoint.every_steps = 500
     config.checkpoint.keep_last = 1
     return common.finish(config, args)

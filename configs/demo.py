@@ -1,10 +1,9 @@
 r"""Demo: a tiny CLIP on the synthetic noisy web, in minutes on a laptop.
 
-HN-NCE on the pairs that the caption filter kept. `run_demo.sh` trains it four times for the same
-number of samples seen, and changes one thing at a time: raw pairs with InfoNCE, filtered pairs,
-HN-NCE, and the concept labels of a small teacher. A batch is small, since in so short a run the
-number of updates counts most, and the optimiser is Muon, with which the student learns shapes
-(docs/benchmarks/index.md).
+HN-NCE on the pairs kept by the caption filter. `run_demo.sh` trains it four times for the same
+number of samples, and changes one thing at a time: raw pairs with InfoNCE, filtered pairs, HN-NCE,
+and the concept labels of a small teacher. The batch is small because the number of updates matters
+most in so short a run. With Muon as optimiser the student learns shapes (docs/benchmarks/index.md).
 
 Run, as a part of `bash run_demo.sh`, or alone:
 
@@ -14,9 +13,9 @@ Run, as a part of `bash run_demo.sh`, or alone:
     python -m diht_jax.train --config demo \
         --config.data.train=demo_output/filtered --workdir demo_output/filtered_hn_nce
 
-Meant for the machine it is started on; a laptop will do (`config.topology`: local).
+Meant for the local machine; a laptop is enough (`config.topology`: local).
 
-Expected: the table of the README.
+Expected: the table in the README.
 """
 
 import ml_collections
@@ -26,7 +25,7 @@ from diht_jax.config import default_config
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The recipe; `common.parse_arg` describes `arg`."""
+    """Returns the recipe; see `common.parse_arg` for `arg`."""
     args = common.parse_arg(arg)
     config = default_config()
 
@@ -41,7 +40,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.model.overrides.text_width = 64
     config.model.overrides.text_heads = 1
 
-    config.loss.alpha = 1.0  # of the web recipes
+    config.loss.alpha = 1.0  # as in the web recipes
     config.loss.beta = 0.25
 
     config.optimizer.kind = "muon"  # the schedule is a cosine

@@ -1,19 +1,19 @@
 r"""DiHT ViT-B/16 at 224 px for smaller and cleaner data, such as collections of captioned photos.
 
-`diht_vitb16` with harder negatives, for captions that are seldom wrong: alpha 0.999 and beta 0.5,
-where web pairs have 1 and 0.25; some 28 epochs of 70 million pairs. Method: DiHT, arXiv 2301.02280.
-Each value says where it is from: "paper" is read in the paper's official code or in papers that
-describe it, "recalled" is from memory of the paper and not checked, "ours" is our own choice.
+`diht_vitb16` with harder negatives, for captions that are rarely wrong: alpha 0.999 and beta 0.5
+instead of 1 and 0.25 for web pairs; some 28 epochs of 70 million pairs. Method: DiHT, arXiv
+2301.02280. The comment at each value is its source: "paper" (the paper's official code, or papers
+that describe it), "recalled" (the paper, from memory, not checked), "ours" (our own choice).
 
 Run, after `data_prep.filter` and `data_prep.label` have written their shards to DATA:
 
     python -m diht_jax.train --config diht_vitb16_clean --config.data.train=DATA \
         --workdir DIR
 
-Meant for v5e:16x16, where its step is that of `diht_vitb16`.
+Meant for v5e:16x16, where its step is the same as that of `diht_vitb16`.
 
-Expected: on its clean collection the paper reports to win 28 of its 29 zero-shot tasks, on LAION
-20. This recipe has not been run at full length here.
+Expected: the paper reports the best result on 28 of its 29 zero-shot tasks with its clean data, and
+on 20 with LAION. This recipe has not been run at full length here.
 """
 
 import ml_collections
@@ -23,7 +23,7 @@ from diht_jax.config import default_config
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The recipe; `common.parse_arg` describes `arg`."""
+    """Returns the recipe; see `common.parse_arg` for `arg`."""
     args = common.parse_arg(arg)
     config = default_config()
 
@@ -48,7 +48,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.concepts.attribute_weight = 1.0  # ours
     config.concepts.num_objects = 10_000  # ours; room for the vocabulary of the labels
     config.concepts.num_attributes = 2_000  # ours
-    config.concepts.top_k = 10  # recalled; labels of each kind from a record
+    config.concepts.top_k = 10  # recalled; labels per kind and record
     config.concepts.feature = "pooled"  # ours; before the projection
     config.concepts.learning_rate_multiplier = 10.0  # recalled
     config.concepts.weight_decay_multiplier = 0.01  # recalled
@@ -63,10 +63,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.optimizer.weight_decay = 0.1  # ours, after OpenCLIP; matrices only
     config.optimizer.clip_global_norm = 1.0  # ours
 
-    # Machine: changes how the step is computed, and nothing of the result.
+    # Machine: affects how the step is computed, not its result.
     config.topology = "v5e:16x16"  # ours; 256 chips
     config.mesh.fsdp = 8  # ours
-    config.model.scan_layers = False  # ours; unrolled, a TPU copies nothing from layer to layer
+    config.model.scan_layers = False  # ours; avoids copies between layers on TPUs
     config.model.remat = "minimal"  # ours; what fits, see docs/guides/scale/scale.md
 
     # Evaluation and checkpoints: all ours.

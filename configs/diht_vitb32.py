@@ -1,19 +1,19 @@
 """DiHT ViT-B/32 at 224 px: hard negatives and concept distillation on CAT-filtered pairs.
 
-Method: DiHT, arXiv 2301.02280. Each value says where it is from: "paper" is read in the paper's
-official code or in papers that describe it, "recalled" is from memory of the paper and not
-checked, "ours" is our own choice.
+Method: DiHT, arXiv 2301.02280. The comment at each value is its source: "paper" (the paper's
+official code, or papers that describe it), "recalled" (the paper, from memory, not checked), "ours"
+(our own choice).
 
 Run, after `data_prep.filter` and `data_prep.label` have written their shards to DATA:
 
     python -m diht_jax.train --config diht_vitb32 --config.data.train=DATA --workdir DIR
 
-Meant for v5e:16x16, where it fits as the compiler reports (`config.topology`,
+Meant for v5e:16x16, where it fits according to the compiler (`config.topology`,
 docs/guides/scale/scale.md):
 
     python -m diht_jax.compile --config diht_vitb32
 
-Expected: with the released DiHT weights of this architecture the official code reports 68.0%
+Expected: the official code reports, with the released DiHT weights of this architecture, 68.0%
 zero-shot top-1 on ImageNet. This recipe has not been run at full length here.
 """
 
@@ -24,7 +24,7 @@ from diht_jax.config import default_config
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The recipe; `common.parse_arg` describes `arg`."""
+    """Returns the recipe; see `common.parse_arg` for `arg`."""
     args = common.parse_arg(arg)
     config = default_config()
 
@@ -49,7 +49,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.concepts.attribute_weight = 1.0  # ours
     config.concepts.num_objects = 10_000  # ours; room for the vocabulary of the labels
     config.concepts.num_attributes = 2_000  # ours
-    config.concepts.top_k = 10  # recalled; labels of each kind from a record
+    config.concepts.top_k = 10  # recalled; labels per kind and record
     config.concepts.feature = "pooled"  # ours; before the projection
     config.concepts.learning_rate_multiplier = 10.0  # recalled
     config.concepts.weight_decay_multiplier = 0.01  # recalled
@@ -64,7 +64,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.optimizer.weight_decay = 0.1  # ours, after OpenCLIP; matrices only
     config.optimizer.clip_global_norm = 1.0  # ours
 
-    # Machine: changes how the step is computed, and nothing of the result.
+    # Machine: affects how the step is computed, not its result.
     config.topology = "v5e:16x16"  # ours; 256 chips
     config.mesh.fsdp = 8  # ours
     config.model.scan_layers = True  # ours

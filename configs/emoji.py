@@ -1,12 +1,12 @@
-r"""Emoji: a small CLIP trained on one artist's emoji, to find another artist's by their names.
+r"""Emoji: a small CLIP trained on one artist's emoji, evaluated on another artist's by name.
 
-HN-NCE on 3,786 pairs (Noto Emoji); retrieval is measured on the same captions drawn anew
-(Twemoji). The drawings are small pictures with few colours, so crops may be harder than for photos.
-Ours: the alpha of `diht_vitb16_clean`, since every caption is right and nearly all are unique, with
-the beta of the web recipes, since half of the emoji differ from another in a skin tone alone, and a
-larger beta would give these pairs most of the weight. In the laboratory
-(docs/experiments/wrong_captions.md, four seeds of a smaller student) alpha 0.999 and 1 differ in
-R@10 by one of 3,786 queries at most, and at this alpha beta 0.25 and 0.5 cannot be told apart: -0.2
+HN-NCE on 3,786 pairs (Noto Emoji); retrieval is evaluated with the same captions and other drawings
+(Twemoji). The drawings are small images with few colours; crops may be harder than for photos. All
+values are ours. The alpha is that of `diht_vitb16_clean`, because every caption is right and nearly
+all are unique. The beta is that of the web recipes: half of the emoji differ from another one only
+in skin tone, and a larger beta would give most of the weight to these pairs. In the laboratory
+(docs/experiments/wrong_captions.md, four seeds of a smaller student), alpha 0.999 and 1 differ in
+R@10 by at most one of 3,786 queries. At this alpha, beta 0.25 and 0.5 are indistinguishable: -0.2
 points (-1.7 to 1.2).
 
 Run, with the tars of emoji-datasource that the README names:
@@ -18,7 +18,7 @@ Run, with the tars of emoji-datasource that the README names:
     python -m diht_jax.evaluate --model runs/emoji \
         --tasks 'retrieval:emoji_twitter.tar' --output runs/emoji.json
 
-Meant for the machine it is started on; a laptop will do (`config.topology`: local).
+Meant for the local machine; a laptop is enough (`config.topology`: local).
 
 Expected: text-to-image R@1 10.5%, R@10 31% on 3,786 captions; 592 steps at about 170 images/s, a
 quarter of an hour on two CPU cores.
@@ -31,7 +31,7 @@ from diht_jax.config import default_config
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The recipe; `common.parse_arg` describes `arg`."""
+    """Returns the recipe; see `common.parse_arg` for `arg`."""
     args = common.parse_arg(arg)
     config = default_config()
 

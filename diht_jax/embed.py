@@ -1,13 +1,13 @@
-"""Command: write the embeddings of a data set to files that other tools read.
+"""Command: write the embeddings of a data set to npz or Parquet files.
 
     python -m diht_jax.embed --model runs/b32 --input 'photos/*.tar' --output embedded
 
 `--input` is any source of `diht_jax.readers` (tars, tables, folders, TFRecords, TFDS), or a
-folder of pictures without captions. The output is `embeddings-SHARD-PART.npz` (or `.parquet`), each
-with a `.json` that says what went into it; the same command again goes on where it was stopped.
-Input and output may be URLs (`s3://BUCKET/photos/*.tar`). On a cluster the same command runs on
-every host, and each embeds its share of the files (of the pictures of a folder, of the parts of
-few large files). Where one fails, the others finish theirs, and all end with its error.
+folder of images without captions. The output is `embeddings-SHARD-PART.npz` (or `.parquet`), each
+with a `.json` that describes its input. To resume, run the same command again. Input and output may
+be URLs (`s3://BUCKET/photos/*.tar`). On a cluster, run the same command on every host. Each embeds
+a part of the files (or of the images of a folder, or of a few large files). If a host fails, the
+others finish their parts, and all exit with its error.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main() -> None:
     fields = [field.name for field in dataclasses.fields(EmbedOptions)]
     options = EmbedOptions(**command_line.values(*fields))
     source = given.input[0] if len(given.input) == 1 else given.input
-    list_inputs(source)  # a missing file should not have to wait for the model
+    list_inputs(source)  # reports a missing file before the model is loaded
     if is_remote(given.output):
         check_writable(given.output, "--output")
     distributed.start_from_flags()
@@ -69,7 +69,7 @@ def main() -> None:
     from diht_jax.loading import load_model
     from diht_jax.training.multihost import check_same_step
 
-    # The processes of a job divide what this task of an array has.
+    # The processes of a job divide the part of this task of a job array.
     options = dataclasses.replace(
         options,
         task_index=options.task_index * jax.process_count() + jax.process_index(),
@@ -82,7 +82,7 @@ def main() -> None:
     done = processes.exchange(
         processes.together(lambda: embed_source(model, source, given.output, options))
     )
-    # A task of an array sees its own share alone, and another may have usable pairs.
+    # A task of a job array sees only its own part, and another task may have usable pairs.
     if given.num_tasks == 1 and not any(share["pairs"] for share in done):
         dropped = collections.Counter()
         for share in done:

@@ -5,8 +5,8 @@ r"""Command: evaluate a model on zero-shot tasks, or compare results.
         --output results.json
     python -m diht_jax.evaluate --compare a.json b.json
 
-`docs/guides/evaluate/evaluate.md` describes tasks, protocols and the results file. On several hosts
-the same command runs on each of them (see `diht_jax.distributed`), and the first one writes.
+`docs/guides/evaluate/evaluate.md` describes tasks, protocols and the results file. On several
+hosts, run the same command on each of them (see `diht_jax.distributed`); the first one writes.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def define_flags() -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Compares results, or evaluates a model; the arguments are more files to compare."""
+    """Compares results, or evaluates a model; `arguments` are further files to compare."""
     given = flags.FLAGS
     if given.compare is not None:
         compare([*given.compare, *arguments], given.output, draw=given.pages)
@@ -88,12 +88,12 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def open_tasks(model: str, texts: Sequence[str], step: int | None = None) -> list[Task]:
-    """The tasks of `--tasks`; "validation" is what the run `model` has held out.
+    """Parses `--tasks`; "validation" stands for the held-out records of the run `model`.
 
-    Of a run in a store the checkpoint of `step` is copied, as `load_model` does.
+    For a run in an object store, the checkpoint of `step` is copied, like in `load_model`.
 
     Raises:
-        ValueError: a wrong task, or the model is no run that holds records out.
+        ValueError: a task is wrong, or the model is not a run with held-out records.
     """
     from diht_jax.evaluation.task_parsing import parse_tasks
     from diht_jax.evaluation.tasks import VALIDATION, validation_tasks
@@ -119,9 +119,9 @@ def open_tasks(model: str, texts: Sequence[str], step: int | None = None) -> lis
 
 
 def compare(files: Sequence[str], chart: str | None = None, *, draw: bool = True) -> None:
-    """Prints two or more results files side by side, and draws them as bars.
+    """Prints two or more results files side by side, and draws them as a bar chart.
 
-    The chart is a PNG, next to the last file where it has no other path.
+    The chart is a PNG; its default path is next to the last file.
     """
     if not 2 <= len(files) <= len(LETTERS):
         raise ValueError(
@@ -151,21 +151,21 @@ def evaluate_model(
     pages: bool = True,
     **model_options: Any,
 ) -> dict[str, Any]:
-    """Evaluates a model on tasks; the results file is complete after every task.
+    """Evaluates a model on tasks; the results file is written after every task.
 
     Args:
-        model: of `load_model`.
-        tasks: of `parse_tasks`.
+        model: argument of `load_model`.
+        tasks: from `parse_tasks`.
         output: the results file (JSON).
-        batch_size: images, and texts, a batch over all devices.
-        num_threads: decoding threads; None is one per core, 16 at most.
-        limit: number of entries of each source, from the first on; None is all.
-        num_resamples: for bootstrap intervals; 0 leaves them out.
-        pages: whether to write a page (HTML) with the numbers and examples next to it.
-        **model_options: of `load_model`, such as `step` and `ema`.
+        batch_size: number of images, and of texts, in a batch over all devices.
+        num_threads: decoding threads; None is one per core, at most 16.
+        limit: number of first entries of each source to use; None is all.
+        num_resamples: for bootstrap intervals; 0 omits them.
+        pages: whether to write a page (HTML) with metrics and examples next to the results.
+        **model_options: arguments of `load_model`, such as `step` and `ema`.
 
     Returns:
-        What the results file holds.
+        The contents of the results file.
     """
     refuse_url(output, "output")
     import jax
@@ -176,7 +176,7 @@ def evaluate_model(
     from diht_jax.loading import load_model
     from diht_jax.training.multihost import check_same_step
 
-    # A missing file should not have to wait for the model.
+    # Reports a missing file before the model is loaded.
     sources = list(map(open_source, tasks))
     output, is_first = pathlib.Path(output), distributed.is_first()
     page_path = drawn_path(output, ".html") if pages else None
@@ -217,5 +217,5 @@ def evaluate_model(
 
 if __name__ == "__main__":
     define_flags()
-    flags.FLAGS.set_gnu_getopt()  # flags may stand behind the files of --compare
+    flags.FLAGS.set_gnu_getopt()  # flags may follow the files of --compare
     command_line.run(main, takes_arguments=True)

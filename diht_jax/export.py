@@ -1,9 +1,9 @@
-"""Command: write a model for other programs.
+"""Command: export a model to a format of other libraries.
 
     python -m diht_jax.export --model runs/b32 --format open_clip --output exported/b32
 
-`--model` is what `diht_jax.load_model` takes, and `--push hf-hub:OWNER/NAME` writes it to the
-Hugging Face hub as well. `docs/guides/evaluate/weights.md` describes the formats.
+`--model` is any model of `diht_jax.load_model`. `--push hf-hub:OWNER/NAME` also uploads the result
+to the Hugging Face hub. `docs/guides/evaluate/weights.md` describes the formats.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ def export_model(
     private: bool = False,
     **model_options: Any,
 ) -> None:
-    """Writes a model directory with its card.
+    """Writes a model directory with its model card.
 
-    Arguments are called as the flags of the command, see `define_flags`; the directory must be
-    empty where it exists. `model_options` are those of `loading.read_model`.
+    Arguments have the names of the command's flags, see `define_flags`. The output directory must
+    be empty or missing. `model_options` are arguments of `loading.read_model`.
 
     Raises:
-        ValueError: the model cannot be read, or not be written in this format or to the hub.
+        ValueError: the model cannot be read, or cannot be written in this format or to the hub.
     """
     refuse_url(output, "output")
     import jax

@@ -1,11 +1,11 @@
-r"""Command: few-shot linear probing from the prompts, and from scratch.
+r"""Command: few-shot linear probing, initialised from the prompts and from scratch.
 
     python -m diht_jax.fewshot --model runs/b32 --task cifar10 \
         --train cifar10_train.tar --test cifar10_test.tar --output fewshot.json
 
-Writes the JSON file and, next to it, a plot. On a cluster the same command runs on every host: each
-reads its share of the pictures, and the first one writes. `docs/guides/evaluate/few_shot.md`
-describes the protocol.
+Writes the JSON file and, next to it, a plot. On a cluster, run the same command on every host: each
+reads a part of the images, and the first one writes. `docs/guides/evaluate/few_shot.md` describes
+the protocol.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    """Measures few-shot accuracy with the flags, and prints a table."""
+    """Evaluates few-shot accuracy, and writes and prints the results."""
     from diht_jax.evaluation.task_parsing import open_source
 
     given = flags.FLAGS
@@ -67,7 +67,7 @@ def main() -> None:
     options = _options()
     tasks = _tasks()
     for task in tasks.values():
-        open_source(task)  # a missing file should not have to wait for the model
+        open_source(task)  # reports a missing file before the model is loaded
     distributed.start_from_flags()
     from diht_jax.evaluation.charts import draw_few_shot
     from diht_jax.evaluation.embedding.encoding import Batching
@@ -109,7 +109,7 @@ def _options():
 
 
 def _tasks() -> dict[str, Any]:
-    """The splits that are given, as classification tasks with the same prompts."""
+    """Returns the given splits as classification tasks with the same prompts."""
     from diht_jax.evaluation.suite import CLASSIFICATION
     from diht_jax.evaluation.task_parsing import parse_tasks
 
@@ -124,11 +124,11 @@ def _tasks() -> dict[str, Any]:
 
 
 def task_text(task: str | None, source: str) -> str:
-    """One split as a text of `parse_tasks`.
+    """Returns one split in the syntax of `parse_tasks`.
 
     Args:
         task: the flag `--task`: a built-in task, or [NAME=]KIND; options after "?".
-        source: of the split; its own options, after "?", go before those of the task.
+        source: source of the split; its options after "?" take precedence over the task's.
     """
     from diht_jax.evaluation.protocols.registry import PROTOCOLS
     from diht_jax.evaluation.suite import CLASSIFICATION, TASKS_BY_NAME

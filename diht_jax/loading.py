@@ -1,6 +1,6 @@
-"""`load_model`: from a name, a work directory or a weight file to a `LoadedModel`.
+"""Loading of models: `load_model` loads a name, work directory or weight file as a `LoadedModel`.
 
-`read_model` is the same without the devices; `diht_jax.export` works on it.
+`read_model` does not put the parameters on all devices; `diht_jax.export` uses it.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def load_model(
     Args:
         name_or_path: one of
 
-            - "clipart_tiny", the small model for clip art and emoji that comes with the package;
+            - "clipart_tiny", the small model for clip art and emoji in the package;
             - a released DiHT model, such as "diht_vitb32_224px": downloaded once and checked, or
-              taken from the environment variable DIHT_JAX_WEIGHTS (`weights.releases`);
+              read from the path in the variable DIHT_JAX_WEIGHTS (`weights.releases`);
             - another published model by the name of its architecture, such as
               "siglip2_vitb16_224px", from the hub (`weights.releases.HUB_MODELS`);
             - a work directory of `diht_jax.train`, also in an object store (`s3://bucket/run`);
@@ -67,26 +67,26 @@ def load_model(
             - a directory of transformers (CLIPModel, MetaClip2Model, SiglipModel), of open_clip, or
               of `diht_jax.export`;
             - one of these on the Hugging Face hub: "hf-hub:owner/name", or with "@revision".
-        step: which checkpoint of a work directory; the latest by default.
+        step: checkpoint of a work directory; the latest by default.
         ema: load the moving average of the parameters (`config.ema.decay` of the run).
         image_size: pixels; position embeddings are resized to it. None keeps the model's.
-        context_length: tokens of a text; position embeddings are stretched to it, or cut
+        context_length: tokens of a text; position embeddings are stretched or truncated to it
             (`models.parameters.stretch_positions`). None keeps the model's.
-        dim: how many first numbers of the embeddings to take, at unit length; for models that
-            were trained with `config.matryoshka.sizes`. None takes all.
-        architecture: fields of `models.Architecture` that a bare weight file does not hold, such
-            as `{"activation": "quick_gelu"}`.
-        dtype: of the computation, "float32" or "bfloat16"; as trained by default, and float32 for
-            weights of others.
-        batch_size: most examples embedded at once, over all devices.
-        devices: other devices than the local ones, such as `jax.devices()` in a job of several
-            processes; all of them must then make the same calls.
+        dim: number of first dimensions of the embeddings to use, normalised again, for models
+            trained with `config.matryoshka.sizes`. None uses all.
+        architecture: fields of `models.Architecture` that a bare weight file does not contain,
+            such as `{"activation": "quick_gelu"}`.
+        dtype: of the computation, "float32" or "bfloat16". The default is that of training, and
+            float32 for other weights.
+        batch_size: largest number of examples embedded at once, over all devices.
+        devices: devices to use instead of the local ones, such as `jax.devices()` in a job of
+            several processes, which must then all make the same calls.
 
     Returns:
-        The model; its `config` is the training config, its `step` the checkpoint's.
+        The model, with the training config as `config` and the checkpoint's step as `step`.
 
     Raises:
-        ValueError: nothing there, a damaged or dangerous file, or parameters that do not fit.
+        ValueError: there is no model, a file is damaged or unsafe, or parameters do not match.
     """
     if dtype is not None and dtype not in FLOATS:
         raise ValueError(f"dtype='{dtype}': expected {FLOATS}")
@@ -107,9 +107,9 @@ def load_model(
 
 
 def put_on_devices(model: ModelFiles, mesh: Mesh, *, batch_size: int = 256) -> LoadedModel:
-    """The model of `read_model`, ready to embed in the dtype of its `config.model.dtype`."""
+    """Puts a model of `read_model` on devices, to compute in the dtype `config.model.dtype`."""
     section = model.config.model
-    # A kernel that a run insisted on need not apply here, but XLA's does everywhere.
+    # The run's kernel may not be supported here, but XLA's always is.
     attention = "xla" if section.attention == "xla" else "auto"
     definition = ModelDefinition(
         model.arch, section.dtype, section.param_dtype, Execution(attention=attention)
@@ -133,9 +133,9 @@ def read_model(
     architecture: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
 ) -> ModelFiles:
-    """Reads what `load_model` loads, with the same arguments and errors.
+    """Reads a model without creating a `LoadedModel`; see `load_model` for arguments and errors.
 
-    The parameters of a work directory go to the devices of the mesh; to one by default.
+    The parameters of a work directory are put on the devices of the mesh, by default on one.
     """
     name = os.fspath(name_or_path)
     folder = local_run(name, step, mesh)
@@ -184,9 +184,9 @@ def read_model(
 
 
 def identify_run(workdir: str) -> str:
-    """The model that a local work directory has learnt, as text that differs for another one.
+    """Returns a text that identifies the trained model of a local work directory.
 
-    Settings of the model, and checksums of its latest checkpoint. "" where there is no run.
+    It has the model's settings and the checksums of its latest checkpoint; "" without a run.
     """
     steps = steps_of_run(workdir)
     if not steps:
@@ -196,7 +196,7 @@ def identify_run(workdir: str) -> str:
 
 
 def _check_released(name: str, weights: ModelFiles) -> None:
-    """Raises ValueError if the weights of a released name are of another architecture."""
+    """Raises ValueError if the weights of a released name have another architecture."""
     if name not in RELEASES:
         return
     released = ARCHITECTURES[name]
@@ -208,9 +208,9 @@ def _check_released(name: str, weights: ModelFiles) -> None:
 
 
 def _with_dim(model: ModelFiles, dim: int) -> ModelFiles:
-    """The model whose embeddings are the first numbers of those of a model, at unit length.
+    """Truncates the embeddings of a model to the first `dim` dimensions, normalised again.
 
-    Embeddings are made to unit length after the projections, so these need less columns only.
+    Since embeddings are normalised after the projections, this only removes columns of these.
     """
     width = model.arch.embed_dim
     if not 1 <= dim <= width:
@@ -228,7 +228,7 @@ def _with_dim(model: ModelFiles, dim: int) -> ModelFiles:
         model,
         arch=dataclasses.replace(model.arch, embed_dim=dim),
         params={**model.params, **towers},
-        # Heads on the whole embeddings have no place on a part of them.
+        # Heads on the full embeddings do not apply to truncated ones.
         heads={} if config.concepts.feature == "projected" else model.heads,
         config=config,
     )

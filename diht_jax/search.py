@@ -1,19 +1,19 @@
-"""Command: find pictures by text.
+"""Command: search images by text.
 
     python -m diht_jax.search --model runs/b32 --input photos "a red car" "two dogs on a beach"
 
-Prints the best matches of every query; `--output=found.html` draws them on a page as well.
-`--input` is a folder of pictures, or any source of `diht_jax.readers.registry`.
+Prints the best matches of every query; `--output=found.html` also writes a page with the images.
+`--input` is a folder of images, or any source of `diht_jax.readers.registry`.
 
     python -m diht_jax.search --model runs/b32 --input photos --index photos_index "a red car"
     python -m diht_jax.search --model runs/b32 --index photos_index --serve
 
-With `--index` the embeddings stay on disk: pictures are embedded once, `--input` adds what is new
-and removes what is gone, and without `--input` the index is searched as it is. `--serve` answers a
-browser with a page that has a search field.
+With `--index` the embeddings are stored on disk, so images are embedded only once. `--input` adds
+new images and removes deleted ones; without it the index is not updated. `--serve` serves a web
+page with a search field.
 
-On a cluster the same command runs on every host: each reads its share of the pictures, and the
-first one searches and writes. An index is then in a folder that all hosts share.
+On a cluster, run the same command on every host: each reads a part of the images, and the first one
+searches and writes. An index must then be in a folder that all hosts share.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def define_flags() -> None:
 
 
 def main(queries: list[str]) -> None:
-    """Searches for the queries that stand on the command line."""
+    """Searches for the queries on the command line, and updates or serves an index."""
     from diht_jax.evaluation.embedding.inputs import list_inputs
     from diht_jax.evaluation.embedding.picture_index import PictureIndex, import_usearch
     from diht_jax.evaluation.embedding.search import fill_queries
@@ -70,7 +70,7 @@ def main(queries: list[str]) -> None:
         raise ValueError('expected at least one query, such as "a red car", behind the flags')
     if not (queries or given.serve or given.input):
         raise ValueError("--index: expected queries, --serve, or --input to bring it up to date")
-    # What is missing should not have to wait for the model, nor for the pictures.
+    # Reports missing files and packages before the model is loaded.
     shards = list_inputs(given.input, needs_caption=False) if given.input else []
     texts = fill_queries(queries, given.caption_template) if queries else {}
     if given.index and (queries or given.serve):
@@ -95,7 +95,7 @@ def main(queries: list[str]) -> None:
 
 
 def _load_model() -> Any:
-    """Joins the job, and loads the model onto the devices of each process."""
+    """Joins the distributed job, and loads the model onto the devices of each process."""
     distributed.start_from_flags()
     import jax
 
@@ -166,7 +166,7 @@ def _show(
     source: str,
     count: int,
 ) -> None:
-    """Prints the matches, and draws them on the page where there is to be one."""
+    """Prints the matches, and draws them on a page if `--output` is given."""
     from diht_jax.evaluation.embedding.search import draw_matches, format_matches
 
     given = flags.FLAGS

@@ -1,7 +1,7 @@
-"""The device mesh, the partition rules, and parameters made whole.
+"""Device mesh, partition rules, and all-gathering of sharded parameters.
 
-Axis names are `data` (replicas) and `fsdp` (parameters and optimiser state are split over it);
-a batch is split over both.
+Axis names are `data` (replicas) and `fsdp` (parameters and optimiser state are sharded over it);
+batches are sharded over both.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from jax.typing import DTypeLike
 FSDP = "fsdp"
 BATCH_AXES = ("data", FSDP)
 
-# Parameters that are gathered block by block, and those that are read and summed in the dtype they
-# are stored in (see `models.dual_encoder`, which is a floor above).
+# Parameters that are gathered block by block, and those that are gathered in the dtype that they
+# are stored in (see `models.dual_encoder`, which is a layer above).
 _OF_BLOCK = re.compile(r"(vision|text)/blocks/")
 _NOT_CAST = ("token_embedding", "positional_embedding")
 
-# The first pattern found in a parameter's path decides. Optimiser moments have the path of their
-# parameter inside their own, so the same rules apply to them. Matrices are split along their larger
-# side where CLIP's shapes allow it; vectors and scalars are too small to be worth a split.
+# The first matching pattern decides. The path of an optimiser moment contains that of its
+# parameter, so the same rules apply. Matrices are sharded along their larger side if CLIP's shapes
+# allow it; vectors and scalars are too small for sharding.
 PARTITION_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"token_embedding/embedding$", PartitionSpec(FSDP, None)),
     (r"patch_embedding/kernel$", PartitionSpec(None, None, None, FSDP)),
@@ -43,15 +43,15 @@ PARTITION_RULES: tuple[tuple[str, PartitionSpec], ...] = (
 
 
 def create_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with axes (`data`, `fsdp`).
+    """Creates a mesh with axes (`data`, `fsdp`).
 
     Args:
-        data: devices along `data`; -1 takes what `fsdp` leaves.
-        fsdp: devices along `fsdp`; -1 takes what `data` leaves.
-        devices: the devices to use; all of the job by default.
+        data: devices along `data`; -1 is the number of devices divided by `fsdp`.
+        fsdp: devices along `fsdp`; -1 is the number of devices divided by `data`.
+        devices: the devices to use; all devices of the job by default.
 
     Raises:
-        ValueError: the axes do not multiply to the number of devices.
+        ValueError: the product of the axes is not the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     if min(data, fsdp) < -1 or 0 in (data, fsdp) or data == fsdp == -1:
@@ -71,13 +71,13 @@ def create_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = Non
 
 
 def arrange_devices(devices: Sequence[jax.Device], data: int, fsdp: int) -> np.ndarray:
-    """The devices of a mesh, each group along `fsdp` on the fastest links that there are.
+    """Arranges devices for a mesh, with each group along `fsdp` on the fastest links.
 
-    A group stays inside a TPU slice or a GPU host where its size allows that; in a slice it fills a
-    block of the torus, whose physical axes are split where they must be.
+    A group is inside a TPU slice or a GPU host if its size allows it. In a slice it fills a block
+    of the torus, and physical axes are split if necessary.
 
     Args:
-        devices: in any order; `data` times `fsdp` of them.
+        devices: `data` times `fsdp` devices, in any order.
         data: size of the axis `data`.
         fsdp: size of the axis `fsdp`.
 
@@ -109,11 +109,11 @@ def arrange_devices(devices: Sequence[jax.Device], data: int, fsdp: int) -> np.n
 
 
 def _fast_islands(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
-    """The devices by slice (TPU) or by host (GPU), in order.
+    """Groups devices by slice (TPU) or by host (GPU), in order.
 
-    JAX numbers the hosts of GPUs as slices, however many processes a host runs. Where it does not,
-    a process is a host; in a described topology all hosts are one slice, and the order of the
-    devices keeps those of a host together.
+    JAX numbers GPU hosts as slices, for any number of processes per host. If it does not, each
+    process counts as a host. In a described topology all hosts are one slice, but devices of the
+    same host are adjacent.
     """
 
     def island(device: jax.Device) -> int:
@@ -127,7 +127,7 @@ def _fast_islands(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
 
 
 def _is_cuboid(devices: Sequence[jax.Device]) -> bool:
-    """Returns whether TPU chips fill a block of the torus, along which JAX can lay a mesh."""
+    """Returns whether TPU devices form a block of the torus, which JAX can map to a mesh."""
     if devices[0].platform != "tpu":
         return False
     coordinates = np.array([(*device.coords, device.core_on_chip) for device in devices])
@@ -136,19 +136,19 @@ def _is_cuboid(devices: Sequence[jax.Device]) -> bool:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Splits the first axis of an array over all devices."""
+    """Returns the sharding that splits the first axis of an array over all devices."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A whole copy on every device."""
+    """Returns the sharding with a full copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def partition_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """Partition of the array `path` of shape `shape`, by `PARTITION_RULES`.
+    """Returns the partition of the array at `path` by `PARTITION_RULES`.
 
-    An axis that the mesh axis does not divide stays whole.
+    An array axis is not sharded if the size of the mesh axis does not divide it.
     """
     for pattern, spec in PARTITION_RULES:
         if re.search(pattern, path):
@@ -162,7 +162,7 @@ def partition_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec
 
 
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:
-    """A tree of `NamedSharding` like `tree` (arrays or shape structs), by the rules."""
+    """Returns a `NamedSharding` for each leaf of `tree` (arrays or shape structs), by the rules."""
 
     def sharding_of(path, leaf):
         name = path_name(path)
@@ -172,19 +172,19 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def path_name(path: Sequence[Any]) -> str:
-    """A JAX key path as `a/b/c`."""
+    """Formats a JAX key path as `a/b/c`."""
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
 class ParameterGather:
-    """Makes split parameters whole where they are used, inside of `jax.shard_map`.
+    """All-gathers sharded parameters before their use, inside `jax.shard_map`.
 
-    What a device needs is cast to the dtype of the computation before it is sent; what comes back,
-    the gradient, is summed in the dtype of the parameter and arrives split again.
+    Parameters are cast to the dtype of the computation before they are sent. Gradients are
+    reduce-scattered in the dtype of the parameter.
     """
 
     def __init__(self, params: dict[str, Any], mesh: Mesh, dtype: DTypeLike):
-        """Notes where each parameter is split."""
+        """Determines the sharded axis of each parameter."""
         self._dtype = dtype
         is_split = mesh.shape[FSDP] > 1
         self._axes = {
@@ -193,16 +193,16 @@ class ParameterGather:
         }
 
     def block(self, tower: str) -> Callable[[dict[str, Any]], dict[str, Any]] | None:
-        """Gathers one block of a tower, whose layers are split alike; None if they are whole."""
+        """Returns a function that gathers one block of a tower; None if blocks are not sharded."""
         prefix = f"{tower}/blocks/0/"
         if all(axis is None for name, axis in self._axes.items() if name.startswith(prefix)):
             return None
         return functools.partial(self, prefix=prefix)
 
     def __call__(self, params: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        """All parameters, with those that belong to no block of a tower made whole.
+        """Gathers all parameters outside of the towers' blocks; those of blocks remain sharded.
 
-        With the `prefix` of a block, such as "vision/blocks/0/", the parameters of that block.
+        With the `prefix` of a block, such as "vision/blocks/0/", gathers the parameters of a block.
         """
 
         def gather(path, shard):

@@ -1,11 +1,11 @@
-"""What commands show: escaped texts, and progress bars.
+"""Terminal output of commands: escaped text, tables and progress bars.
 
-Keys, captions and file names come from anywhere. Raw, a control character moves the cursor or
-answers for the user, a line break forges a line of the log, and a bidirectional override shows the
-text in another order than it has. A terminal of ASCII has no sign at all for most letters.
+Keys, captions and file names are untrusted. Printed raw, a control character can move the cursor or
+send input to the terminal, a line break can forge a line of the log, and a bidirectional override
+can reorder text. An ASCII terminal cannot show most letters.
 
-Commands print by `print_escaped` and never by `print`. Progress bars are lively on a terminal;
-where the output goes to a file they are a line now and then.
+Commands use `print_escaped` and never `print`. Progress bars are interactive on a terminal, and
+occasional lines in a file.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 LINE_SECS = 30.0
-# Control characters (C0, delete, C1), line and paragraph separators, everything that sets the
-# direction of what follows, invisible marks (byte order, tags, annotations), lone surrogates.
+# Control characters (C0, delete, C1), line and paragraph separators, bidirectional formatting,
+# invisible marks (byte order, tags, annotations), lone surrogates.
 _STEERING = (
     r"\x00-\x1f\x7f-\x9f\u2028\u2029"
     r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u206f"
@@ -33,12 +33,12 @@ _BUT_LINE_BREAKS = re.compile(f"(?![\n\t])[{_STEERING}]")
 
 
 def print_escaped(text: str = "", file: TextIO | None = None) -> None:
-    r"""Prints a text of several lines of our own, for any terminal.
+    r"""Prints text of one or more lines, escaped for any terminal.
 
     Args:
-        text: what stands in it of other people is on one line by `escape`; the rest of the escaping
-            is done here. A letter that the encoding of the terminal lacks reads `\xdf`, `\u72ac`.
-        file: where to; None for stdout.
+        text: untrusted parts that must not contain line breaks need `escape` before; all other
+            escaping is done here. Letters that the terminal cannot encode become `\xdf`, `\u72ac`.
+        file: output file; None is stdout.
     """
     file = sys.stdout if file is None else file
     encoding = getattr(file, "encoding", None) or "utf-8"
@@ -47,16 +47,16 @@ def print_escaped(text: str = "", file: TextIO | None = None) -> None:
 
 
 def escape(text: str) -> str:
-    r"""The text on one line, with nothing in it that a terminal acts upon.
+    r"""Escapes line breaks and all other characters that a terminal interprets.
 
     Returns:
-        The same, where control characters and the like read `\\x1b` or `\\u202e`.
+        The text on one line, with escapes such as `\\x1b` or `\\u202e`.
     """
     return _IN_A_LINE.sub(_spell, text)
 
 
 def escape_lines(text: str) -> str:
-    """`escape` for a text of several lines of our own, such as a message: these stay lines."""
+    """Like `escape`, but keeps line breaks and tabs, for our own messages of several lines."""
     return _BUT_LINE_BREAKS.sub(_spell, text)
 
 
@@ -70,13 +70,13 @@ def _spell(match: re.Match[str]) -> str:
 def format_table(
     header: Sequence[str], rows: Sequence[Sequence[str]], align: str, *, rule: bool = True
 ) -> str:
-    """Rows of texts under a header and a rule, each column as wide as it must be.
+    """Formats a text table with columns of minimal width.
 
     Args:
-        header: a text for each column.
-        rows: likewise.
+        header: title of each column.
+        rows: cells of each row.
         align: "l" or "r" for each column.
-        rule: whether a line of dashes stands below the header.
+        rule: whether to draw a line of dashes below the header.
     """
     columns = []
     for side, (head, *cells) in zip(align, zip(header, *rows, strict=True), strict=True):
@@ -90,8 +90,8 @@ def format_table(
 class ProgressBar(tqdm):
     """tqdm's bar; without a terminal it writes plain lines, `LINE_SECS` apart, and one at its end.
 
-    What is written to a file has neither carriage returns nor ANSI codes, however often the bar is
-    updated, described anew or interrupted by log lines.
+    Output to a file never contains carriage returns or ANSI codes, even with frequent updates, new
+    descriptions or interleaved log lines.
     """
 
     def __init__(
@@ -101,12 +101,12 @@ class ProgressBar(tqdm):
         clock: Callable[[], float] = time.monotonic,
         **kwargs: Any,
     ):
-        """Takes the arguments of tqdm, and a clock of seconds from any start."""
+        """Takes the arguments of tqdm, and a monotonic clock in seconds."""
         self._clock = clock
         self._on_terminal = (kwargs.get("file") or sys.stderr).isatty()
-        self._last_line_secs = math.inf  # nothing is written while the bar is being made
+        self._last_line_secs = math.inf  # nothing is written during construction
         if not self._on_terminal:
-            # tqdm asks its clock at every update, and `display` how old the last line is.
+            # tqdm checks its clock at every update, and `display` the age of the last line.
             kwargs |= {"mininterval": 1.0, "miniters": 1, "dynamic_ncols": False}
         super().__init__(iterable, *args, **kwargs)
         self._last_line_secs = clock()
@@ -115,7 +115,7 @@ class ProgressBar(tqdm):
             self.start_t = self.last_print_t = clock()
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Draws the bar, or writes a line where it is time for one."""
+        """Draws the bar, or writes a line if the last one is old enough."""
         if self._on_terminal:
             return super().display(msg, pos)
         if self._clock() - self._last_line_secs >= LINE_SECS:
@@ -123,7 +123,7 @@ class ProgressBar(tqdm):
         return None
 
     def clear(self, nolock: bool = False) -> None:
-        """Clears the bar; a line that was written stays."""
+        """Clears the bar on a terminal; written lines stay."""
         if self._on_terminal:
             super().clear(nolock)
 
@@ -133,13 +133,13 @@ class ProgressBar(tqdm):
             super().moveto(n)
 
     def close(self) -> None:
-        """Ends the bar, with a last line where there is no terminal."""
+        """Closes the bar; without a terminal, writes a last line."""
         if self._on_terminal or self.disable:
             return super().close()
         self.disable = True
         self._decr_instances(self)
         if self.leave is not False:
-            self._ema_dt = lambda: None  # as tqdm: the rate of the whole, not of its end
+            self._ema_dt = lambda: None  # like tqdm: the overall rate, not the recent one
             self._write_line()
         return None
 

@@ -2,10 +2,10 @@
 
     python -m diht_jax.train --config emoji --config.data.train=DIR --workdir DIR
 
-The stages of a recipe that has some are trained one after the other, in folders of their own.
-The same command again goes on where the run stopped. A run that SIGTERM or ^C has stopped has
-saved its state and exits with 75; an error that no repetition mends exits with 78. On a
-cluster the same command runs on every host; see `diht_jax.distributed`.
+A recipe with stages trains them one after the other, each in its own folder. Running the same
+command again resumes the run. On SIGTERM or ^C, a run saves its state and exits with 75. A
+non-retryable error exits with 78. On a cluster, run the same command on every host; see
+`diht_jax.distributed`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from diht_jax.training.recipe import COMMENT_FILES, check_config, default_config
 
 
 def define_flags() -> None:
-    """The command line of `main`."""
+    """Defines this command's flags; not at import, since commands share names."""
     config_flags.DEFINE_config_file("config", None, "Recipe: a name such as emoji, or a path.")
     flags.DEFINE_string("workdir", None, "Directory of the run, or its URL in an object store.")
     distributed.define_flags()
@@ -42,7 +42,7 @@ def main() -> None:
     began = time.monotonic()
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     try:
-        if not workdir:  # it would be the folder at hand
+        if not workdir:  # an empty path would be the current folder
             raise ValueError("--workdir is required")
         check_config(config)
         stages = load_stages(config)
@@ -65,7 +65,7 @@ def main() -> None:
     if jax.process_count() > 1 and distributed.is_first():
         begin_job(workdir)
     try:
-        # After the validation: a mistyped key should not have to wait for these imports.
+        # Imported after the validation, to report a mistyped key without delay.
         from diht_jax.training.loop import train
 
         flag: Any = flags.FLAGS["config"]
@@ -75,7 +75,7 @@ def main() -> None:
         else:
             run(config, workdir)
     except Stopped as stopped:
-        # All is saved; one more of them must not replace the status that launchers wait for.
+        # The state is saved. Another SIGTERM must not replace the exit status for launchers.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         logging.warning("%s; the same command goes on from there", stopped)
         if stopped.input_stalls:
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def load_stages(config: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:
-    """The configs of the stages to train, checked, of a recipe that has some; else none."""
+    """Returns the checked configs of the stages to train; empty for a recipe without stages."""
     if not config.stage.count:
         return []
     if config.stage.number:
@@ -111,7 +111,7 @@ def load_stages(config: ml_collections.ConfigDict) -> list[ml_collections.Config
 def train_stages(
     train: Callable[..., object], stages: Sequence[ml_collections.ConfigDict], workdir: str
 ) -> None:
-    """Trains stages, each in a folder of its own, from the last one that has a checkpoint on."""
+    """Trains stages, each in its own folder, starting with the last one with a checkpoint."""
     from diht_jax.training.initial_parameters import open_stage, stage_folder
 
     first = open_stage(workdir, stages[-1].stage.count) if len(stages) > 1 else 1
@@ -121,7 +121,7 @@ def train_stages(
             config.stage.previous = stage_folder(workdir, number - 1)
         logging.info("stage %d of %d", number, config.stage.count)
         train(config, stage_folder(workdir, number))
-        train = functools.partial(train, began=None)  # the process began in the stage before
+        train = functools.partial(train, began=None)  # the process started before this stage
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 #!/bin/bash
-# TPU slice on Compute Engine (v5p, v6e, TPU7x): its hosts are a managed instance group, which a
-# workload policy joins to one torus.
+# TPU slice on Compute Engine (v5p, v6e, TPU7x). Its hosts are a managed instance group, and a
+# workload policy connects them to one torus.
 #
-#     bash launch/tpu_mig.sh create     # from the folder of this project, with gcloud
+#     bash launch/tpu_mig.sh create     # in the project's folder, with gcloud
 #     bash launch/tpu_mig.sh log        # of the first host
-#     bash launch/tpu_mig.sh delete     # costs end here, not at the end of training
+#     bash launch/tpu_mig.sh delete     # ends the costs; the end of training does not
 #
-# Replace: the values of the next six lines, and in tpu_host.sh bucket and recipe.
+# Replace: the values in the next six lines, and the bucket and the recipe in tpu_host.sh.
 NAME=b16
 ZONE=us-east5-b
 GENERATION=v6e  # v5p, v6e or tpu7x
@@ -36,7 +36,7 @@ create)
         --boot-disk-size=200GB --maintenance-policy=TERMINATE --scopes=cloud-platform \
         --metadata-from-file=startup-script="$folder/tpu_host.sh" "${CAPACITY[@]}"
     project=$(gcloud config get-value project)
-    # All hosts at once; one that is lost is not replaced alone, it would not be in the torus.
+    # Creates all hosts at once. A lost host is not replaced: a new one would not be in the torus.
     gcloud compute instance-groups managed create "$NAME" --zone="$ZONE" --template="$NAME" \
         --size="$hosts" --target-size-policy-mode=bulk --default-action-on-vm-failure=do-nothing \
         --workload-policy="projects/$project/regions/$region/resourcePolicies/$NAME"

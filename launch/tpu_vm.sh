@@ -1,12 +1,12 @@
 #!/bin/bash
-# TPU slice of v5e by the `tpu-vm` API. Legacy: Google mends that API and adds nothing to it, TPU7x
-# is not in it. On GKE v5e is as good as any other (tpu_gke_jobset.yaml).
+# TPU slice of v5e with the legacy `tpu-vm` API. Google only fixes bugs in this API, and it lacks
+# TPU7x. GKE supports v5e like all other generations (tpu_gke_jobset.yaml).
 #
-#     bash launch/tpu_vm.sh create      # from the folder of this project, with gcloud
+#     bash launch/tpu_vm.sh create      # in the project's folder, with gcloud
 #     bash launch/tpu_vm.sh log         # of the first host
-#     bash launch/tpu_vm.sh delete      # costs end here, not at the end of training
+#     bash launch/tpu_vm.sh delete      # ends the costs; the end of training does not
 #
-# Replace: the values of the next four lines, and in tpu_host.sh bucket and recipe.
+# Replace: the values in the next four lines, and the bucket and the recipe in tpu_host.sh.
 NAME=b16
 ZONE=us-west4-b
 CHIPS=256

@@ -1,4 +1,4 @@
-"""Shared test set-up: eight CPU devices, and the real data sets where they are present."""
+"""Shared test set-up: eight CPU devices, and real data sets where they are available."""
 
 import contextlib
 import gc
@@ -12,36 +12,36 @@ from tests.parts import part_of
 
 # Must be set before the first import of jax anywhere in the test process.
 os.environ["JAX_PLATFORMS"] = "cpu"
-# XLA leaves out what only makes programs faster, here and in the processes that tests start: most
-# of the suite's time would go into that, and nothing is timed.
+# Disables XLA optimisations here and in the processes that tests start: they would take most of
+# the suite's time, and tests time nothing.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# A program that one test has compiled is there for all others, for the processes that they start,
-# and for xdist's, which have this environment. A folder of your own in the variable is kept.
+# Tests, their child processes and xdist workers share one compilation cache (through the
+# environment). A folder that the variable already names is kept.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _compiled = tempfile.TemporaryDirectory(prefix="compiled_", ignore_cleanup_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-# Operations do not say from which lines they come: a tenth of tracing and lowering is saved.
+# Omits source locations from operations: saves a tenth of the time for tracing and lowering.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
-# Processes that tests start read the compiled modules of the project that the first one has left.
+# Processes that tests start reuse the bytecode (.pyc files) that the first process wrote.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-# One thread for torch and NumPy, as there are more processes of tests than cores: with several in
-# each, most of the time would go into waiting for each other.
+# One thread for torch and NumPy: there are more test processes than cores, and with several
+# threads each they would mostly wait for each other.
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}".strip()
 
-# torch's builds for CUDA bring Triton along. After TensorFlow its import ends the process, since
-# both register LLVM's options; before TensorFlow it does not.
+# torch's CUDA builds include Triton. Importing it after TensorFlow aborts the process, since both
+# register LLVM's options; importing it before TensorFlow works.
 with contextlib.suppress(ImportError):
     import triton  # noqa: F401
 
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
-# Shapes and dtypes in the signatures of these modules are checked at every call.
+# Checks the shapes and dtypes in the signatures of these modules at every call.
 jaxtyping.install_import_hook(
     [
         *(
@@ -57,8 +57,8 @@ jaxtyping.install_import_hook(
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
 
-# Of some 15 seconds and more, in this order at the front: at the end, one process would wait for
-# the other.
+# Files of about 15 seconds or more, which run first in this order: a long file at the end would
+# leave the other processes idle.
 LONGEST_FILES = (
     "training/test_processes.py",
     "training/test_stopping.py",
@@ -95,14 +95,14 @@ LONGEST_FILES = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--part 2/4`, for machines that share the suite."""
+    """Adds the option `--part 2/4`, for machines that share the suite."""
     parser.addoption("--part", default="1/1", help="2/4 runs the second of four parts of the files")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Orders the files of tests: `run_tests.sh` gives them to its processes in this order.
+    """Sorts the test files by `LONGEST_FILES`: `run_tests.sh` assigns them in this order.
 
-    Those of other parts than `--part` are left out.
+    Deselects the files outside of `--part`.
     """
     ranks = {str(REPOSITORY / "tests" / name): rank for rank, name in enumerate(LONGEST_FILES)}
     items.sort(key=lambda item: ranks.get(str(item.path), len(ranks)))
@@ -114,7 +114,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Spares the garbage collector what is there to stay: modules and the tests themselves."""
+    """Exempts permanent objects (modules and the tests themselves) from garbage collection."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
@@ -122,7 +122,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Iterator[None]:
-    """Escapes what UTF-8 has not: xdist cannot send it, and names of files in a log may have it."""
+    """Escapes text that is not valid UTF-8, such as file names in a log: xdist cannot send it."""
     report = yield
     report.sections = [
         (name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections
@@ -132,7 +132,7 @@ def pytest_runtest_makereport() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared_data() -> pathlib.Path:
-    """The folder of real test data beside the checkout; skips the test where it is absent."""
+    """The folder of real test data next to the checkout; skips the test if it is absent."""
     directory = REPOSITORY.parent / "shared" / "data"
     if not directory.is_dir():
         pytest.skip(f"{directory} is absent")
@@ -141,7 +141,7 @@ def shared_data() -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def s3_bucket():
-    """An S3 server in this process (moto), found through the environment; its bucket's URL."""
+    """Starts an S3 server (moto) in this process, sets its environment, yields a bucket's URL."""
     server_module = pytest.importorskip("moto.server")
     s3fs = pytest.importorskip("s3fs")
     server = server_module.ThreadedMotoServer(port=0, verbose=False)

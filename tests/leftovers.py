@@ -1,4 +1,4 @@
-"""What a run leaves behind when it ends: processes of its session, and shared memory."""
+"""Detects what a run leaves behind after it ends: processes and shared memory."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import pathlib
 
 from tests.waiting import wait_until
 
-# Of Python's segments, of ours, and of Python's semaphores.
+# Prefixes of Python's segments, of this project's segments, and of Python's semaphores.
 _PREFIXES = ("psm_", "diht_jax_", "sem.mp-")
 
 
 def processes_of(session: int) -> dict[int, str]:
-    """The processes of a session that have not ended, by id, with their memory maps."""
+    """Returns id -> memory maps of the live processes of a session; session 0 means all."""
     found = {}
     for folder in pathlib.Path("/proc").iterdir():
         with contextlib.suppress(OSError, IndexError):
@@ -23,24 +23,24 @@ def processes_of(session: int) -> dict[int, str]:
 
 
 def shared_memory() -> set[str]:
-    """Names of segments and semaphores that Python's processes here have, ours or not."""
+    """Names of the shared-memory segments and semaphores of all Python processes here."""
     names = {path.name for path in pathlib.Path("/dev/shm").iterdir()}
-    # A killed run's lock is empty, and goes with the next run.
+    # The lock that a killed run leaves is empty; the next run removes it.
     return {n for n in names if n.startswith(_PREFIXES) and not n.endswith(".lock")}
 
 
 def wait_until_nothing_is_left(session: int, before: set[str]) -> None:
-    """Returns once no process of a session is there, nor a segment that nobody has any more.
+    """Waits until the session has no process and each new segment is mapped by some process.
 
     Args:
-        session: of the run.
-        before: segments that were there before it.
+            session: Session id of the run.
+            before: Names of the segments that existed before the run.
     """
     wait_until(lambda: not processes_of(session))
 
     def none_is_left() -> bool:
         new = shared_memory() - before
-        maps = "".join(processes_of(0).values()) if new else ""  # others may run here as well
+        maps = "".join(processes_of(0).values()) if new else ""  # from other runs as well
         return all(name in maps for name in new & shared_memory())
 
     wait_until(none_is_left)

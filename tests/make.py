@@ -1,4 +1,4 @@
-"""Small pictures, tars, records, runs and a model for tests."""
+"""Small images, tars, records, runs and a model for tests."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ RECIPES = sorted(
     for path in (REPOSITORY / "configs").rglob("*.py")
     if path.stem != "common" and path.parent != PREP_RECIPES
 )
-# Arguments that a recipe cannot do without.
+# Arguments that a recipe requires.
 REQUIRED_ARGUMENTS = {"own_data": "pairs=1000"}
 
 
 def noise(seed: int, size: tuple[int, int] = (30, 24), cell: int = 1) -> Image.Image:
-    """A picture of random colours.
+    """Returns an image of random colours.
 
     Args:
-        seed: another one gives another picture.
-        size: width and height in pixels.
-        cell: side of the squares of one colour, so that JPEG keeps most of them.
+            seed: Each seed gives another picture.
+            size: Width and height in pixels.
+            cell: Side of the single-coloured squares in pixels; JPEG preserves large ones better.
     """
     width, height = size
     cells = (-(-height // cell), -(-width // cell), 3)
@@ -48,19 +48,19 @@ def noise(seed: int, size: tuple[int, int] = (30, 24), cell: int = 1) -> Image.I
 
 
 def plain(color: Any, size: tuple[int, int] = (40, 20)) -> Image.Image:
-    """A picture of one colour."""
+    """Returns an image of one colour."""
     return Image.new("RGB", size, color)
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
-    """The bytes of a picture file."""
+    """Encodes an image as the bytes of a picture file."""
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
 
 
 def png(seed: int = 0, size: tuple[int, int] = (30, 24)) -> bytes:
-    """`noise`, as PNG."""
+    """Returns `noise` as PNG bytes."""
     return encoded(noise(seed, size))
 
 
@@ -73,10 +73,10 @@ def write_tar(
     """Writes a tar and returns its path.
 
     Args:
-        path: of the tar; its folder is made.
-        members: name and contents of each file. As pairs, names may repeat.
-        mode: of `tarfile.open`, such as "w:gz".
-        **options: of `tarfile.open`, such as `format=tarfile.PAX_FORMAT`.
+            path: Path of the tar; its folder is created.
+            members: Name and contents of each file. Pairs allow repeated names.
+            mode: Mode of `tarfile.open`, such as "w:gz".
+            **options: Options of `tarfile.open`, such as `format=tarfile.PAX_FORMAT`.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def write_tar(
 
 
 def npy(values: Any) -> bytes:
-    """The bytes of a .npy file."""
+    """Returns the bytes of a .npy file."""
     buffer = io.BytesIO()
     np.save(buffer, np.array(values))
     return buffer.getvalue()
@@ -102,13 +102,13 @@ def write_benchmark_folder(
     *,
     num_shards: int = 1,
 ) -> str:
-    """Writes a data set in CLIP_benchmark's layout, and returns it as a source.
+    """Writes a data set in CLIP_benchmark's layout and returns its source string.
 
     Args:
-        root: of the data set; is made.
-        entries: extension -> bytes of each picture, whose key is "s/" and its number.
-        files: name -> text of the other files.
-        num_shards: which share the entries in turn.
+            root: Folder of the data set; is created.
+            entries: Maps file extension -> bytes for each picture; picture i has the key "s/i".
+            files: Maps name -> text of the other files.
+            num_shards: Number of shards; entries are distributed round-robin.
     """
     root = pathlib.Path(root)
     for shard in range(num_shards):
@@ -124,7 +124,7 @@ def write_benchmark_folder(
 
 
 def pair_members(key: str, caption: str, image: bytes, suffix: str = "png") -> dict[str, bytes]:
-    """The files of one pair of a webdataset tar."""
+    """Returns the files of one pair of a webdataset tar."""
     return {f"{key}.{suffix}": image, f"{key}.txt": caption.encode()}
 
 
@@ -132,8 +132,8 @@ def write_pair_tar(path: str | pathlib.Path, captions: Sequence[str]) -> str:
     """Writes a webdataset tar with one pair for each caption, and returns its path.
 
     Args:
-        path: of the tar; its folder is made.
-        captions: keys are their numbers, and so are the seeds of the pictures.
+            path: Path of the tar; its folder is created.
+            captions: The index of a caption is its pair's key and its picture's seed.
     """
     members: dict[str, bytes] = {}
     for number, caption in enumerate(captions):
@@ -142,13 +142,13 @@ def write_pair_tar(path: str | pathlib.Path, captions: Sequence[str]) -> str:
 
 
 def record(number: int, **fields: Any) -> Record:
-    """A record of a picture of noise, with key and caption from its number."""
+    """A record with a noise picture; its key and caption contain the number."""
     defaults = {"key": f"{number:05d}", "image": png(number), "caption": f"picture {number}"}
     return Record(**defaults | fields)
 
 
 def write_shard(path: str | pathlib.Path, records: Iterable[Pair | bytes]) -> pathlib.Path:
-    """Writes one shard of the format that its name tells, and returns its path."""
+    """Writes one shard in the format that its file name implies, and returns its path."""
     with open_writer(path) as writer:
         for each in records:
             writer.write(each if isinstance(each, bytes) else encode_record(each))
@@ -156,7 +156,7 @@ def write_shard(path: str | pathlib.Path, records: Iterable[Pair | bytes]) -> pa
 
 
 class InMemory(ShardedRecords):
-    """Records in memory as the source of a run; a subclass may give `__getitem__` and `__len__`."""
+    """Records in memory as a data source; subclasses may override `__getitem__`, `__len__`."""
 
     paths = ["memory"]
 
@@ -171,15 +171,15 @@ class InMemory(ShardedRecords):
 
     @property
     def shard_lengths(self) -> list[int]:
-        """Those of a single shard."""
+        """The length of the single shard."""
         return [len(self)]
 
     def locate(self, index: int) -> tuple[str, int]:
-        """As of a file."""
+        """Returns the shard's path and the record's position, like a file-based source."""
         return "memory", index
 
     def make_offsets_local(self, cache_dir: str | None = None) -> None:
-        """Nothing is remote."""
+        """Does nothing, since nothing is remote."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self)})"
@@ -192,8 +192,8 @@ class InMemory(ShardedRecords):
 
 
 def one_source(records: Any, decode: Any, seed: int = 0, order: Any = None) -> Any:
-    """The run of a source alone, in an order or in the global one of a seed."""
-    # Not at the top: few tests need it.
+    """A `Mixture` of one source, in the given order or in the global order of a seed."""
+    # Imported here because few tests need it.
     from diht_jax.input.mixing import Mixture, Source
     from diht_jax.input.order import GlobalOrder
 
@@ -203,8 +203,8 @@ def one_source(records: Any, decode: Any, seed: int = 0, order: Any = None) -> A
 def train_iterator(
     records: Any, *, seed: int = 0, process_index: int = 0, process_count: int = 1, **data: Any
 ) -> Any:
-    """The batches of a run, with the defaults of `config.data` but for what is given."""
-    # Not at the top: few tests need it.
+    """A `TrainIterator` with the defaults of `config.data`, except for the given keys."""
+    # Imported here because few tests need it.
     from diht_jax.input.pipeline import TrainIterator
     from diht_jax.training.recipe import default_config
 
@@ -220,9 +220,9 @@ def write_records(
     """Writes TFRecord shards `train-00000.tfrecord` and so on, and returns their folder.
 
     Args:
-        folder: is made.
-        records: what to write; a number stands for that many of `record`.
-        lengths: records of each shard; None for one shard.
+            folder: Output folder; is created.
+            records: The records, or a number n for the first n of `record`.
+            lengths: Number of records in each shard; None for one shard.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -240,7 +240,7 @@ def run_command(
     folder: pathlib.Path = REPOSITORY,
     **environment: str,
 ) -> subprocess.CompletedProcess:
-    """Runs `python -m module` with flags such as `("model", path)`, and texts; keeps its output."""
+    """Runs `python -m module` and captures its output; `("model", path)` becomes a flag."""
     flags = (f"--{a[0]}={a[1]}" if isinstance(a, tuple) else a for a in arguments)
     return subprocess.run(
         [sys.executable, "-m", module, *flags],
@@ -248,12 +248,12 @@ def run_command(
         text=True,
         cwd=folder,
         env={**os.environ, "XLA_FLAGS": xla_flags(devices), **environment},
-        timeout=900,  # only against hanging
+        timeout=900,  # protects against hanging only
     )
 
 
 def small_architecture(**changes: Any) -> Any:
-    """An `Architecture` of one layer a tower; `changes` are its other fields."""
+    """An `Architecture` with one layer per tower; `changes` sets its other fields."""
     from diht_jax.models import Architecture
 
     sizes = {"image_size": 16, "patch_size": 8, "embed_dim": 16, "context_length": 12}
@@ -263,18 +263,18 @@ def small_architecture(**changes: Any) -> Any:
 
 
 def clip_tensors(arch: Any, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random parameters of an `Architecture`, by their names in CLIP's layout."""
+    """Random parameters of an `Architecture`, named as in CLIP's layout."""
     from diht_jax.weights.clip_layout import layout, layout_shapes, our_shapes
 
     rng = np.random.default_rng(seed)
     return {
-        name: rng.standard_normal(shape).astype(np.float32) * 0.1
+        name: np.asarray(rng.standard_normal(shape).astype(np.float32) * 0.1)
         for name, shape in layout_shapes(layout(arch), our_shapes(arch)).items()
     }
 
 
 def tiny_config(**changes: Any) -> ml_collections.ConfigDict:
-    """A config that trains a model of one layer in seconds; `section__key=value` changes it."""
+    """A config for training a one-layer model in seconds; set keys by `section__key=value`."""
     from diht_jax.config import default_config, validate_config
 
     config = default_config()
@@ -301,9 +301,9 @@ def tiny_config(**changes: Any) -> ml_collections.ConfigDict:
 
 
 def draw_parameters(init_params: Any, seed: int = 0) -> dict[str, Any]:
-    """Random parameters of the shapes that `init_params` makes, biases and all.
+    """Draws random parameters with the shapes of `init_params`, including biases.
 
-    Nothing is compiled for them, which would take longer than most of what they are for.
+    Compiles nothing, since compilation would take longer than most tests.
     """
     import jax
 
@@ -314,7 +314,7 @@ def draw_parameters(init_params: Any, seed: int = 0) -> dict[str, Any]:
     def draw(path: Any, leaf: Any) -> np.ndarray:
         name = path_name(path)
         if not leaf.shape:
-            return np.asarray(-np.log(0.07), leaf.dtype)  # of the scale, as it begins
+            return np.asarray(-np.log(0.07), leaf.dtype)  # initial value of the logit scale
         stddev = leaf.shape[-2] ** -0.5 if name.endswith("kernel") else 0.1
         values = stddev * rng.standard_normal(leaf.shape) + name.endswith("scale")
         return values.astype(leaf.dtype)
@@ -330,10 +330,10 @@ def write_run(
     step: int = 7,
     **scalars: float,
 ) -> pathlib.Path:
-    """Writes a work directory with drawn parameters of a config as its one checkpoint.
+    """Writes a work directory with one checkpoint of randomly drawn parameters.
 
-    Scalars, such as `log_logit_scale` or a loss's `logit_bias`, are added to them or replace them.
-    Of a run with an average of its parameters that is drawn by the next seed.
+    `scalars` sets scalar parameters, such as `log_logit_scale` or a loss's `logit_bias`. If
+    `config.ema.decay` is set, the averaged parameters are drawn with `seed + 1`.
     """
     import jax
     import orbax.checkpoint as ocp
@@ -362,25 +362,25 @@ def write_run(
 
 
 class HashedModel:
-    """Embeds a picture's pixels, or a text, by a random vector that they alone decide."""
+    """Embeds a picture or a text as a random vector, seeded by its pixels or bytes."""
 
     logit_scale = 1.0
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
-        """A digest of all pixels, since a resized picture could hide a wrong box."""
+        """Returns a digest of all pixels, since a resized picture could hide a wrong box."""
         digest = np.random.default_rng(list(np.asarray(image).tobytes())).integers(0, 255, 12)
         return digest.astype(np.uint8).reshape(2, 2, 3)
 
     def encode_image(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """float32 [b, 16], L2-normalised."""
+        """Returns float32 [b, 16], L2-normalised."""
         return np.stack([self.embed(image.tobytes()) for image in images])
 
     def encode_text(self, texts: Sequence[str]) -> np.ndarray:
-        """float32 [b, 16], L2-normalised."""
+        """Returns float32 [b, 16], L2-normalised."""
         return np.stack([self.embed(text.encode()) for text in texts])
 
     @staticmethod
     def embed(data: bytes) -> np.ndarray:
-        """The vector of some bytes."""
+        """Returns the vector for the given bytes."""
         vector = np.random.default_rng(list(data)).normal(size=16).astype(np.float32)
         return vector / np.linalg.norm(vector)

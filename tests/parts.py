@@ -1,4 +1,4 @@
-"""The files of tests in parts, for machines that share the suite."""
+"""Splits the test files into parts for machines that share the suite."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ T = TypeVar("T")
 
 
 def part_of(files: Sequence[T], part: int, parts: int) -> Sequence[T]:
-    """Every `parts`-th file: where the longest are first, all parts take a similar time.
+    """Returns every `parts`-th file; with the longest first, all parts take a similar time.
 
     Args:
-        files: all of them.
-        part: from 1.
-        parts: how many there are.
+            files: All test files.
+            part: Number of the part, from 1.
+            parts: Number of parts.
 
     Raises:
-        ValueError: there is no such part.
+            ValueError: The part does not exist.
     """
     if not 1 <= part <= parts:
         raise ValueError(f"--part: expected 1/{parts} to {parts}/{parts}, got {part}/{parts}")

@@ -1,4 +1,4 @@
-"""A web server of this process, with the faults of real ones."""
+"""A web server in this process that can reproduce the faults of real servers."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 
 
 class FileServer(http.server.ThreadingHTTPServer):
-    """Serves some files, by their names, in any folder; a context.
+    """Serves files by name, from any folder of the URL; use as a context manager.
 
     Attributes:
-        files: name -> content.
-        url: its address.
-        asked_ranges: the `Range` of each request, or None.
-        asked_paths: the path of each request.
-        breaks: how many of the next connections break off half-way.
-        ranges: whether it can send a part of a file.
+            files: Maps file name -> content.
+            url: Address of the server.
+            asked_ranges: The `Range` header of each request, or None.
+            asked_paths: The path of each request.
+            breaks: How many of the next connections break off half-way.
+            ranges: Whether the server supports range requests.
     """
 
     def __init__(self, files: dict[str, bytes], *, breaks: int = 0, ranges: bool = True):
-        """Takes what the attributes are; it listens from now on."""
+        """Sets the attributes and starts listening."""
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files, self.breaks, self.ranges = files, breaks, ranges
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -30,13 +30,13 @@ class FileServer(http.server.ThreadingHTTPServer):
         self.asked_paths: list[str] = []
 
     def __enter__(self) -> FileServer:
-        """Begins to answer."""
+        """Starts to answer requests."""
         self._thread = threading.Thread(target=self.serve_forever, args=(0.01,))
         self._thread.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        """Ends the server."""
+        """Stops the server."""
         self.shutdown()
         self.server_close()
         self._thread.join()
@@ -73,7 +73,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 def free_address() -> str:
-    """Of a port of this machine that nobody listens on."""
+    """Returns the address of a free local port."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return f"localhost:{probe.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""Averages of models, against NumPy in float64 and against a replay of the greedy rule."""
+"""Averages of models against NumPy in float64 and a replay of the greedy rule."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ ARCH = make.small_architecture()
 
 
 def trees(count, dtype=np.float32):
-    """Models of two parameters, each its own."""
+    """Models with two random parameters each."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.standard_normal(shape).astype(dtype)  # noqa: E731
     return {
@@ -48,7 +48,7 @@ def test_greedy_soup_follows_the_rule(lower_is_better):
         lambda m: value(m.params["a"]["kernel"]),
         lower_is_better=lower_is_better,
     )
-    # The recipe, word by word, on the one kernel.
+    # The same rule, step by step, on one kernel.
     kernels = {name: m.params["a"]["kernel"].astype(np.float64) for name, m in models.items()}
     order = sorted(kernels, key=lambda name: sign * value(kernels[name]), reverse=True)
     kept, best = [], -np.inf
@@ -77,7 +77,7 @@ def test_models_whose_ids_mean_other_words_are_not_averaged():
 
 @pytest.fixture(scope="module")
 def two_models(tmp_path_factory):
-    """Two weight directories of one architecture, and a third of another."""
+    """Two weight directories of the same architecture, and a third of another architecture."""
     folder = tmp_path_factory.mktemp("models")
     for seed, (name, arch) in enumerate(
         {"a": ARCH, "b": ARCH, "wide": dataclasses.replace(ARCH, text_mlp_width=128)}.items()
@@ -90,7 +90,7 @@ def two_models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """A tar of six pictures, each with its caption."""
+    """A tar of six pictures with captions."""
     path = tmp_path_factory.mktemp("task") / "squares.tar"
     return make.write_pair_tar(path, [f"square {i}" for i in range(6)])
 
@@ -126,10 +126,10 @@ def test_command_writes_models_with_what_was_measured(two_models, pictures, tmp_
     with Image.open(tmp_path / "out/average.png") as plot:
         assert plot.width > 500
     assert f"| `{names[1]}` | 0.25 |" in (tmp_path / "out/README.md").read_text()
-    # The ends of the grid are what the greedy soup finds of each model alone.
+    # The ends of the grid are single models; the greedy soup must measure the same values.
     soup = run(names, "greedy", tmp_path / "soup", tasks=tasks, target=reference)
     ends = [row["metrics"][reference] for row in (record["grid"][0], record["grid"][2])]
-    assert [t["alone"] for t in soup["trials"]] == sorted(ends)  # a rank: the lowest is the best
+    assert [t["alone"] for t in soup["trials"]] == sorted(ends)  # a rank: lower is better
     members = [t["name"] for t in soup["trials"] if t["kept"]]
     assert soup["members"] == [{"model": name, "weight": 1.0} for name in members]
     found = read_model(tmp_path / "soup").params["text"]["projection"]["kernel"]

@@ -1,4 +1,4 @@
-"""New captions beside the records' own, shard by shard."""
+"""Captioning of shards: new captions are written next to the original ones."""
 
 import copy
 import dataclasses
@@ -51,7 +51,7 @@ def model():
 def records(count, first=0, labelled=True):
     for number in range(first, first + count):
         image = make.png(number, (36, 40))
-        # Cut off, behind the start by which a tar knows its kind.
+        # Truncated after the header by which a tar identifies the image type.
         image = image[:200] if number == 3 else image
         labels = (np.int32([number]), np.float32([1.0])) if labelled else ()
         yield Record(f"r{number}", image, f"caption {number}", {"punsafe": 0.1}, *labels)
@@ -59,7 +59,7 @@ def records(count, first=0, labelled=True):
 
 def write(folder, suffix="tfrecord"):
     folder.mkdir()
-    labelled = suffix != "tar"  # which cannot hold labels
+    labelled = suffix != "tar"  # a tar cannot hold labels
     return [
         str(make.write_shard(folder / f"{name}.{suffix}", records(count, first, labelled)))
         for name, count, first in (("a", 10, 0), ("b", 3, 20))
@@ -115,13 +115,13 @@ def test_goes_on_where_it_was_and_leaves_no_half_shard(model, tmp_path, monkeypa
 def test_a_shard_whose_input_has_changed_is_made_again(model, tmp_path):
     shards, output = write(tmp_path / "in"), tmp_path / "out"
     caption_shards(model, shards[:1], output, CaptionOptions())
-    caption_shards(model, shards, output, CaptionOptions())  # one more
+    caption_shards(model, shards, output, CaptionOptions())  # one more shard
     made = (output / "b.tfrecord").stat().st_ino
     make.write_shard(shards[0], records(5, 40))
     caption_shards(model, shards, output, CaptionOptions())
     assert [record.key for record in read(output)[:5]] == [f"r{number}" for number in range(40, 45)]
     assert (output / "b.tfrecord").stat().st_ino == made
-    # As a filter that ran again divides the records otherwise, copied with times of before.
+    # Like a filter run that divides the records differently, copied with old modification times.
     moved = list(records(4))
     for shard, own in zip(shards, (moved[:3], moved[3:]), strict=True):
         make.write_shard(shard, own)
@@ -174,7 +174,7 @@ def test_labels_within_records_keep_their_vocabulary(model, tmp_path):
             *(model, shards, tmp_path / "out", CaptionOptions()), task_index=index, num_tasks=2
         )
     assert find_train_vocabulary(str(tmp_path / "out")) == vocabulary
-    # Labels in shards of their own are of the records as they were.
+    # Separate label shards belong to the records as they were.
     for shard in shards:
         (tmp_path / "in" / f"{shard}{STATS_SUFFIX}").unlink()
     nothing = [[NO_CONCEPTS, NO_CONCEPTS]] * len(TFRecordSource(tmp_path / "in"))
@@ -195,7 +195,7 @@ def test_what_is_no_pair_is_left_out_and_counted(model, tmp_path, caplog):
     caption_shards(model, [shard], tmp_path / "out", CaptionOptions())
     found = {record.key: record for record in read(tmp_path / "out")}
     assert list(found) == ["r1", "r0"]
-    # The one without a caption has the new one as its own.
+    # The record that had no caption has the new one as its caption.
     assert found["r1"].caption == model.caption([decode_rgb(empty.image)])[0]
     assert found["r1"].metadata == {"punsafe": 0.1, "caption_kinds": ["synthetic"]}
     assert "2 records are left out: damaged 1, no_caption 1" in caplog.text

@@ -1,6 +1,6 @@
-"""How commands start: memory, logs and errors, URLs as outputs, old spellings of flags, help.
+"""Start of commands: memory, logs and errors, URLs as outputs, old spellings of flags, help.
 
-Freed memory that is kept is counted in page faults; `--config.help` lists every key.
+Page faults show whether freed memory is reused; `--config.help` lists every key.
 """
 
 import errno
@@ -48,7 +48,7 @@ def test_a_freed_block_is_used_again():
         mode: int(subprocess.check_output([sys.executable, "-c", _PROGRAM, mode], text=True))
         for mode in ("keep", "plain")
     }
-    # 2^28 bytes are 2^16 pages, or 2^7 where the kernel takes large ones.
+    # 2^28 bytes are 2^16 pages, or 2^7 huge pages.
     assert faults["plain"] >= 100 and faults["keep"] < faults["plain"] / 10, faults
 
 
@@ -116,7 +116,7 @@ OLD_SPELLINGS = [
 
 
 def own_flags():
-    """The flags that are defined in this process, without absl's."""
+    """The flags that are defined in this process, except absl's."""
     module_of = flags.FLAGS.find_module_defining_flag
     names = [name for name in flags.FLAGS if not str(module_of(name)).startswith("absl")]
     return {name: flags.FLAGS[name] for name in names}
@@ -124,7 +124,7 @@ def own_flags():
 
 @pytest.fixture
 def no_flags():
-    """Takes away what modules of other tests have defined, and later what the test defines."""
+    """Hides the flags of other tests during the test, and removes the flags that it defines."""
     before = own_flags()
     for name in before:
         delattr(flags.FLAGS, name)
@@ -188,7 +188,7 @@ def answer(capsys, *arguments):
 def test_keys_have_the_values_of_the_recipe(capsys):
     status, text = answer(capsys, "--config=emoji", "--config.help", "optimizer")
     assert status == 0
-    assert "optimizer.weight_decay=0.2" in text  # of the recipe; 0.1 by default
+    assert "optimizer.weight_decay=0.2" in text  # set by the recipe; the default is 0.1
     assert help_text.read_comments(COMMENT_FILES)["optimizer.weight_decay"] in text
 
 
@@ -207,7 +207,7 @@ def test_keys_with_a_default_that_may_be_unset(command, recipe, key, default):
             found.append(walk(config)[key][0])
 
     parse_command(command, [f"--config={recipe}", f"--config.{key}=None"], check)
-    assert found == [default, None]  # `--config.help` shows the first
+    assert found == [default, None]  # `--config.help` shows the default
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_what_is_wrong_is_one_line(capsys, arguments, named):
 
 
 def test_a_tilde_behind_an_equals_sign_is_the_home_folder(monkeypatch, no_flags):
-    monkeypatch.setenv("HOME", "/home/\\1")  # a group to `re.sub`
+    monkeypatch.setenv("HOME", "/home/\\1")  # would be a group reference in `re.sub`
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     for name in ("output", "input", "text"):
         flags.DEFINE_string(name, None, "")

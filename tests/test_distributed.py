@@ -1,4 +1,4 @@
-"""Start-up of jobs some of whose processes do not come."""
+"""Start-up of multi-process jobs in which some processes never connect."""
 
 import itertools
 import socket
@@ -12,17 +12,17 @@ from tests import make
 from tests.serving import free_address
 from tests.waiting import wait_until
 
-LONGEST_SECS = 300  # only against hanging
+LONGEST_SECS = 300  # protects against hanging only
 
 
 @pytest.mark.parametrize("process, status", [(1, 78), (0, 1)])
 def test_a_command_whose_peer_never_starts_names_it_and_its_port_and_ends(
     tmp_path, process, status
 ):
-    """For good where the peer has ended for good.
+    """Exits with 78 (do not retry) if the peer has ended for good.
 
-    Not where it has done so itself: a process that is started again has been mended, and its peer
-    may only be late.
+    An `ended.json` of this process itself does not count: a restarted process has been mended, and
+    its peer may only be late.
     """
     text = f'{{"process": {process}, "error": "record 7: no picture"}}'
     (tmp_path / "ended.json").write_text(text)
@@ -45,7 +45,7 @@ def quick(monkeypatch):
 
 
 class Roll:
-    """Processes of a job, as threads, that are called at one address."""
+    """The processes of a job, as threads that do the roll call at one address."""
 
     def __init__(self, num_processes):
         self.address, self.num_processes = free_address(), num_processes
@@ -72,12 +72,12 @@ class Roll:
         while True:
             try:
                 return socket.create_connection((host, int(port)))
-            except ConnectionRefusedError:  # not yet
+            except ConnectionRefusedError:  # not listening yet
                 continue
 
 
 def ticking(secs=1.0):
-    """A clock that goes on by so much whenever it is read."""
+    """A clock that advances by `secs` at every reading."""
     return itertools.count(0.0, secs).__next__
 
 
@@ -114,7 +114,7 @@ def test_a_service_that_is_there_already_is_left_to_jax():
         roll.start(1)
         connection = service.accept()[0]
         with connection:
-            connection.sendall(b"\x00\x00\x18\x04")  # HTTP/2's settings
+            connection.sendall(b"\x00\x00\x18\x04")  # an HTTP/2 SETTINGS frame
             assert roll.join() == {}
 
 
@@ -138,7 +138,7 @@ def test_an_address_without_a_port_takes_that_of_the_environment(
 
 
 def test_tpu_pods_take_the_port_that_is_open(monkeypatch):
-    """What JAX itself finds for a slice of two hosts, as GKE describes it."""
+    """Uses JAX's cluster detection for a slice of two hosts, described as GKE does."""
     from jax._src.clusters import cloud_tpu_cluster
 
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost,other")
@@ -167,7 +167,7 @@ def test_tpu_pods_take_the_port_that_is_open(monkeypatch):
     ids=["a machine of one's own", "a notebook", "a notebook with a name"],
 )
 def test_tpus_that_are_part_of_no_pod_are_used_by_one_process(monkeypatch, caplog, environment):
-    """Devices that JAX sees, and no metadata server."""
+    """JAX sees TPU devices, but there is no metadata server."""
     from jax._src.clusters import cloud_tpu_cluster
 
     variables = ("TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")

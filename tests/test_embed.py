@@ -1,4 +1,4 @@
-"""Embeddings in files are those of the model, row by row, however often the work was stopped."""
+"""Stored embeddings equal the model's, row by row, after any number of interruptions."""
 
 import dataclasses
 import json
@@ -75,7 +75,7 @@ def check_rows(model, rows, numbers):
 
 
 def assert_same_files(expected_folder, found_folder):
-    """Byte by byte, but for the seconds that a part took, and so the checksum."""
+    """Compares all bytes, except for a part's duration and the checksum, which depends on it."""
     names = sorted(path.name for path in expected_folder.iterdir())
     assert names == sorted(path.name for path in found_folder.iterdir())
     for name in names:
@@ -119,7 +119,7 @@ def test_interrupted_work_goes_on(model, tmp_path, monkeypatch):
     before = {path.name: path.read_bytes() for path in out.glob("*.npz")}
     assert len(before) == stops.pop()
     assert embed_source(model, source, out, OPTIONS)["pairs"] == 14
-    # No image was embedded twice, and what was finished was not written again.
+    # No image was embedded twice, and no finished part was written again.
     keys = [key for batch in calls for key in batch]
     assert sorted(keys) == [f"{i:03d}" for i in range(14)]
     for name, data in before.items():
@@ -142,7 +142,7 @@ def test_a_cut_part_is_made_again_and_damaged_statistics_are_named(model, tmp_pa
     stats, other, settings = ((out / name).read_bytes() for name in names)
     for name, damaged in (
         (names[0], stats.replace(b'"pairs": 4', b'"pairs": 3')),
-        (names[0], other),  # whole, but of something else
+        (names[0], other),  # intact, but of another part
         (names[0], settings),
         (names[2], stats),
         (names[2], settings.replace(b"float32", b"float31", 1)),
@@ -240,9 +240,9 @@ def test_tasks_divide_a_large_file(model, tmp_path, monkeypatch, count):
     ]
     done = [embed_source(model, source, tmp_path / "parts", share) for share in shares]
     assert sum(each["pairs"] for each in done) == whole["pairs"] == 9
-    assert len(embedded) == len(set(embedded)) == 9  # nothing is embedded for another task
+    assert len(embedded) == len(set(embedded)) == 9  # no task embeds another's pairs
     assert_same_files(tmp_path / "whole", tmp_path / "parts")
-    # A part is missing, and another number of tasks goes on: it alone is made.
+    # One part is missing, and another number of tasks continues: only this part is made.
     embedded.clear()
     (tmp_path / "parts" / "embeddings-00000-00002.json").unlink()
     for task in range(3):

@@ -1,4 +1,4 @@
-"""What a clone needs: `.ci/environment.sh` installs it, and no file next to the clone is read."""
+"""Set-up of a clone: `.ci/environment.sh` installs all packages and reads only the clone."""
 
 import pathlib
 import shutil
@@ -9,13 +9,13 @@ import pytest
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
-# In place of Python: writes its arguments down.
+# Stands in for Python: records its arguments.
 RECORDER = '#!/bin/sh\necho "$@" >> calls\n'
 
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A folder with the set-up's files, and an environment whose Python only records its calls."""
+    """A folder with the set-up files, and an environment whose Python only records its calls."""
     folder = tmp_path / "checkout"
     folder.mkdir()
     for name in ("requirements.txt", "requirements-dev.txt", "pyproject.toml"):
@@ -29,7 +29,7 @@ def checkout(tmp_path):
 
 
 def set_up(folder: pathlib.Path) -> list[str]:
-    """Sources the script as run_demo.sh does; the calls of the environment's Python."""
+    """Sources the script like run_demo.sh; returns the calls of the environment's Python."""
     done = subprocess.run(
         ["bash", "-c", "set -euo pipefail; source .ci/environment.sh; echo $python"],
         cwd=folder,

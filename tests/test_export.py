@@ -1,4 +1,4 @@
-"""Exports load in other libraries with the same embeddings, and come back bit for bit."""
+"""Exports give the same embeddings in other libraries, and convert back bit for bit."""
 
 import dataclasses
 import json
@@ -36,19 +36,19 @@ TEXTS = [
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    """Runs models on one device; tests/weights/test_inference.py compares with eight."""
+    """Runs models on one device; tests/weights/test_inference.py compares one with eight."""
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
 
 
 def random_tensors(arch):
-    """Every parameter drawn at random, in CLIP's layout."""
+    """Randomly draws every parameter, in CLIP's layout."""
     init = ModelDefinition(arch, "float32", "float32").init_params
     return clip_layout.to_clip(make.draw_parameters(init), arch)
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A weight file, its architecture, and the fields that its shapes do not show."""
+    """A weight file, its architecture, and the fields that the shapes do not determine."""
     fields = {"activation": "quick_gelu", "layer_norm_epsilon": 1e-4}
     fields |= {"vision_heads": 2, "text_heads": 4}
     arch = dataclasses.replace(ARCH, vision_mlp_width=100, text_mlp_width=90, **fields)
@@ -86,7 +86,7 @@ def test_round_trip_is_bit_for_bit(source, exported, format):
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert found[key].dtype == value.dtype and found[key].tobytes() == value.tobytes(), key
-    # And on to the next format: no chain of exports loses anything.
+    # Exporting to the next format: a chain of exports loses nothing.
     tensors = clip_layout.to_clip(after.params, arch)
     for name, value in random_tensors(arch).items():
         assert tensors[name].tobytes() == value.tobytes(), name
@@ -114,7 +114,7 @@ def test_transformers_loads_it_and_agrees(exported, pictures):
     folder = exported / "huggingface"
     model, info = transformers.CLIPModel.from_pretrained(folder, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    # The torchvision version of the processor, its default, rounds resized pixels differently.
+    # The processor's default backend, torchvision, rounds resized pixels differently.
     processor = transformers.CLIPImageProcessorPil.from_pretrained(folder)
     tokenizer = transformers.CLIPProcessor.from_pretrained(folder).tokenizer
     tokens = tokenizer(
@@ -124,7 +124,7 @@ def test_transformers_loads_it_and_agrees(exported, pictures):
     for own, other in zip(ours.tokenize(TEXTS), tokens.numpy(), strict=True):
         end = list(own).index(49407)
         np.testing.assert_array_equal(own[: end + 1], other[: end + 1])
-        # It pads with the end marker, we with zeros: nothing after the first one counts.
+        # transformers pads with the end token, this package with 0; later tokens have no effect.
         assert not own[end + 1 :].any() and (other[end:] == 49407).all()
     with torch.no_grad():
         out = model.eval()(**processor(pictures, return_tensors="pt"), input_ids=tokens)
@@ -156,7 +156,7 @@ def test_the_vocabulary_of_a_run_comes_along(vocab_size, tmp_path):
     run = load_model(make.write_run(tmp_path / "run", config))
     tokens, expected = run.tokenize(TEXTS), run.encode_text(TEXTS)
     assert tokens.max() == min(vocab_size - 1, 49407)
-    # A file of CLIP's layout alone says nothing of a smaller vocabulary.
+    # A file in CLIP's own layout cannot state a smaller vocabulary.
     for format in FORMATS[vocab_size < 49408 :]:
         export_model(str(tmp_path / "run"), format, tmp_path / format)
         found = load_model(tmp_path / format)
@@ -210,7 +210,7 @@ def test_concept_heads_are_left_out_or_kept(tmp_path):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A work directory of step 7 with its data's counts and results of evaluations."""
+    """A work directory at step 7 with the counts of its data and evaluation results."""
     folder = tmp_path_factory.mktemp("workdir")
     config = make.tiny_config(ema__decay=0.5, data__train=str(folder / "records"))
     (folder / "records").mkdir()
@@ -224,7 +224,7 @@ def workdir(tmp_path_factory):
         {"step": 9, "evaluation/cifar10/top1": 0.999},
     ]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (run / "metrics.jsonl").write_text(f'{lines}{{"step": 7, "evaluati')  # killed
+    (run / "metrics.jsonl").write_text(f'{lines}{{"step": 7, "evaluati')  # killed while writing
     return run
 
 
@@ -254,7 +254,7 @@ def test_work_directory_plain_and_averaged_with_its_card(workdir, tmp_path):
     )
     card = (output / "README.md").read_text()
     for line in (
-        'license: "cc-by-4.0: as the data"',  # YAML
+        'license: "cc-by-4.0: as the data"',  # a quoted YAML string
         "| dropped, caption: no_action | 10 |",
         "| in training, at step 7 | cifar10/top1 | 0.375 |",
         "| results.json | emoji/t2i_r1 | 0.106 |",

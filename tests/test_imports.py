@@ -1,4 +1,4 @@
-"""Floors: imports point down, without circles, and the core stays free of heavy packages."""
+"""Import layers: imports point down, form no cycles, and keep the core light."""
 
 import pathlib
 import subprocess
@@ -27,7 +27,7 @@ HEAVY = (
 
 
 def test_the_contracts_of_pyproject_hold(capsys):
-    """Layers of `[tool.importlinter]`, lazy imports included; a new room needs its floor there."""
+    """Checks `[tool.importlinter]`, lazy imports included; a new package must be added there."""
     configure()
     kept = lint_imports(config_filename=str(REPOSITORY / "pyproject.toml"), cache_dir=None)
     assert kept, capsys.readouterr().out
@@ -61,7 +61,7 @@ def test_only_storage_opens_stores_locks_and_retries():
 
 
 def test_workers_of_data_prep_start_without_jax():
-    # A spawned worker imports the main module of its command before it can do anything.
+    # A spawned worker imports the main module of its command first.
     modules = ", ".join(f"data_prep.{name}" for name in ("filter", "label", "duplicates.__main__"))
     code = f"import sys, {modules}; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=120).returncode == 0

@@ -1,4 +1,4 @@
-"""The names that other people's code relies on, at the paths and with the arguments they know."""
+"""Public API: the names that users rely on, with their paths and arguments."""
 
 import inspect
 import pydoc
@@ -9,7 +9,7 @@ import diht_jax
 from diht_jax.data import records
 from diht_jax.records import formats
 
-# What a caller may give by position.
+# Arguments that may be passed by position.
 ARGUMENTS = {
     "diht_jax.load_model": ["name_or_path"],
     "diht_jax.LoadedModel.encode_image": ["self", "images"],

@@ -1,4 +1,4 @@
-"""Meshes and partition rules on real architectures and optimiser states."""
+"""Meshes and partition rules for real architectures and optimizer states."""
 
 import math
 import types
@@ -45,7 +45,7 @@ SLICES = [
 
 
 def tpu_slice(family, shape, slice_index=0):
-    """Stand-in chips with coordinates, in JAX's order."""
+    """Stand-in chips of a TPU slice with coordinates, in JAX's order."""
     shape = (*shape, 1)[:3]
     coordinates = np.ndindex(*shape[::-1])
     first = slice_index * math.prod(shape)
@@ -64,7 +64,7 @@ def tpu_slice(family, shape, slice_index=0):
 
 
 class StandIn(types.SimpleNamespace):
-    """A device that a mesh can hold."""
+    """A stand-in device that a mesh accepts."""
 
     __hash__ = object.__hash__
 
@@ -82,7 +82,7 @@ def gpu_hosts(num_hosts, gpus_per_host, *, processes_per_host=1, described=False
 
 
 def check_groups(devices, fsdp, is_close):
-    """All devices once, and every group along `fsdp` close together."""
+    """Checks that the mesh uses each device once and that groups along `fsdp` are close."""
     groups = sharding.arrange_devices(devices, len(devices) // fsdp, fsdp)
     assert groups.shape == (len(devices) // fsdp, fsdp)
     assert sorted(device.id for device in groups.flat) == [device.id for device in devices]
@@ -90,7 +90,7 @@ def check_groups(devices, fsdp, is_close):
 
 
 def fill_a_block(chips):
-    """Whether they are of one slice, and fill a box of its torus."""
+    """Whether the chips belong to one slice and fill a box of its torus."""
     coordinates = np.array([chip.coords for chip in chips])
     one_slice = len({chip.slice_index for chip in chips}) == 1
     return one_slice and math.prod(np.ptp(coordinates, axis=0) + 1) == len(chips)
@@ -117,7 +117,7 @@ def test_gpu_groups_stay_inside_a_host(num_hosts, options, fsdp):
 
 
 def local_share(tree):
-    """Share of a tree's bytes that one device holds."""
+    """Fraction of a tree's bytes on one device."""
     whole = sum(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
     local = sum(
         np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -131,7 +131,7 @@ def test_fsdp_divides_parameters_and_optimizer_state():
     config.model.name = "diht_vitl14_336px"
     config.mesh.update(data=1, fsdp=8)
     state = TrainProgram(config, total_steps=10_000).abstract_state()
-    # An eighth, and the little that is not worth a split.
+    # An eighth, plus the small parameters that stay whole.
     assert local_share(state.params) < 0.13
     assert local_share(state.opt_state) < 0.13
     unsplit = sharding.tree_shardings(state.params, sharding.create_mesh(8, 1))

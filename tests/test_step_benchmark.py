@@ -1,4 +1,4 @@
-"""The two sides of `benchmarks/train_step.py` train alike: whole steps checked against torch."""
+"""`benchmarks/train_step.py`: whole training steps in JAX match those in torch."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Foreign texts on a terminal, of which nothing steers it; progress in redirected output."""
+"""Terminal output: escapes of untrusted text, and progress in redirected output."""
 
 import io
 import re

@@ -1,4 +1,4 @@
-"""The type checker finds nothing in the packages."""
+"""The type checker reports no errors for the packages."""
 
 import pathlib
 import subprocess

@@ -1,4 +1,4 @@
-"""The workflows of `.github` are well formed, and their parts of the suite are all of it."""
+"""The workflows in `.github` are valid, and their parts cover the whole test suite."""
 
 import pathlib
 import subprocess

@@ -1,11 +1,11 @@
-"""Waiting in tests for what other processes do, without a look at the clock."""
+"""Waits in tests for other processes without reading the clock."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 
-# Slept at most, only against hanging: a busy machine may be slow, and still be right.
+# Maximum sleep in total, to protect against hanging: a slow machine must not fail a test.
 _LONGEST_SECS = 900
 
 
@@ -15,12 +15,12 @@ def wait_until(
     pause_secs: float = 0.05,
     longest_secs: float = _LONGEST_SECS,
 ) -> None:
-    """Returns once the condition holds; AssertionError if it does not after so much sleep.
+    """Returns once the condition holds; AssertionError if it fails for `longest_secs`.
 
     Args:
-        condition: looked at again and again.
-        pause_secs: slept between two looks.
-        longest_secs: slept altogether.
+            condition: Polled repeatedly.
+            pause_secs: Sleep between two polls.
+            longest_secs: Total sleep before the error.
     """
     for _ in range(round(longest_secs / pause_secs)):
         if condition():

@@ -1,1 +1,1 @@
-"""What the first hour on an accelerator has to show, as one command that can be stopped."""
+"""Measurements for the first hour on an accelerator, as one command that can be resumed."""

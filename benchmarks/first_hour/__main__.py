@@ -1,20 +1,20 @@
-"""Benchmark: everything that the first hour on an accelerator has to show, as one command.
+"""Benchmark: all measurements for the first hour on an accelerator, as one command.
 
     python -m benchmarks.first_hour --device gpu --limit_secs 540
     python -m benchmarks.first_hour --device cpu --small --output /tmp/first_hour
 
-Versions, accepted flags, rates of products and copies; attention kernels next to XLA's; the
-recipes' own steps next to their compiled bounds, with profiles; open_clip's step; embedding of SWAG
-and text-spotting; 20 steps of a run that SIGTERM stops and the same command continues; on TPUs also
-collectives, the forms of the loss, and a checkpoint in a bucket. All input is synthetic, and no
-network is used but that of --bucket.
+Measures versions, accepted flags, and rates of products and copies; attention kernels and XLA's;
+the recipes' training steps and their compiled bounds, with profiles; open_clip's step; embedding
+with SWAG, and text-spotting; 20 steps of a run that SIGTERM stops and the same command resumes. On
+TPUs, also measures collectives, the forms of the loss, and a checkpoint in a bucket. All input is
+synthetic, and only --bucket uses the network.
 
-Each part runs in a process of its own, and OUTPUT/first_hour_DEVICE.json is written again after
-each. A part that fails, or lacks a package, is recorded with the reason, and the next one follows.
-The same command does what is missing, and then tries again what had failed. Exits with 75 where
-parts are left, and with 1 where all were tried and one failed.
+Each part runs in its own process. OUTPUT/first_hour_DEVICE.json is rewritten after each part. If a
+part fails or lacks a package, the reason is recorded, and the next part follows. The same command
+runs the missing parts, and then retries those that failed. Exits with 75 if parts are left, and
+with 1 if all parts were tried and one failed.
 
---table copies the JSON file to benchmarks/results and fills the page's table with it.
+--table copies the JSON file to benchmarks/results and fills the page's table from it.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from benchmarks.record import RESULTS
 from diht_jax import command_line
 
 PAGE = pathlib.Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "first_hour.md"
-# As `diht_jax.train` exits where the same command goes on.
+# Like `diht_jax.train`, exits with this status if the same command continues the work.
 _UNFINISHED = 75
 
 
 def define_flags() -> None:
-    """The command line of `main`."""
+    """Defines the flags of this command."""
     flags.DEFINE_enum("device", "cpu", DEVICES, "What to measure.")
     flags.DEFINE_integer("limit_secs", 540, "No part is begun or goes on after this time.")
     flags.DEFINE_string("output", None, "Folder of the results; runs/first_hour_DEVICE if unset.")
@@ -52,7 +52,7 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    """Runs what is missing, or fills the table."""
+    """Runs the missing parts, or fills the table."""
     given = flags.FLAGS
     folder = pathlib.Path(given.output or f"runs/first_hour_{given.device}").resolve()
     results = Results(folder, given.device, small=given.small)
@@ -66,7 +66,7 @@ def main() -> None:
         return
     setting = Setting(given.device, given.small, str(folder), given.bucket)
     parts = parts_for(given.device, given.parts)
-    # Else a stopped measurement would keep the device busy.
+    # Otherwise, a stopped measurement would keep the device busy.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     run_parts(parts, setting, results, given.limit_secs)
     print(format_table(results.read()))

@@ -1,4 +1,4 @@
-"""What data preparation does on an accelerator: SWAG's embeddings and text-spotting, a second."""
+"""Data preparation on an accelerator: images per second of SWAG and of text-spotting."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.first_hour.timing import repetitions, secs_of_call
 
 
 def measure_swag(setting: Setting) -> dict[str, Any]:
-    """Pictures that ViT-H/14 embeds on one device, with random weights."""
+    """Measures the embedding of images by ViT-H/14 on one device, with random weights."""
     from flax import nnx
 
     from data_prep.teachers.base import IMAGENET_MEAN, IMAGENET_STD
@@ -57,7 +57,7 @@ def measure_swag(setting: Setting) -> dict[str, Any]:
 
 
 def measure_text_spotting(setting: Setting) -> dict[str, Any]:
-    """Synthetic pictures, a third of them with text, that the spotter judges."""
+    """Measures text-spotting on synthetic pictures, a third of which contain text."""
     from benchmarks.text_spotting_testset import make_test_set
     from data_prep.text_spotting.networks import OcrSettings
     from data_prep.text_spotting.spotter import Settings, TextSpotter

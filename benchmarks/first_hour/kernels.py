@@ -1,4 +1,4 @@
-"""The attention kernels of both towers next to XLA's: values, gradients, repetition and time."""
+"""Compares both towers' attention kernels with XLA's: values, gradients, repeatability, time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NAMES = ("value", "q_gradient", "k_gradient", "v_gradient")
 
 
 def compare(setting: Setting, model: str) -> dict[str, Any]:
-    """The kernels that a step of the model takes on this device, on one device."""
+    """Compares the kernels that a model's training step uses on this device, on one device."""
     config = plain_config(setting, model, batch_size=_SEQUENCES)
     program = TrainProgram(config, config.total_steps, jax.devices()[:1])
     sequences = 4 if setting.small else _SEQUENCES
@@ -34,10 +34,10 @@ def compare(setting: Setting, model: str) -> dict[str, Any]:
 
 
 def compare_tower(tower: TowerAttention, sequences: int, times: dict[str, int]) -> dict[str, Any]:
-    """One tower's kernel and XLA's on the same random sequences.
+    """Compares one tower's kernel and XLA's on the same random sequences.
 
-    Differences are the largest ones from XLA's attention in float32, each relative to the largest
-    number there.
+    Each difference is the largest absolute error against XLA's attention in float32, divided by the
+    largest absolute value of that reference.
     """
     rng = np.random.default_rng(0)
     shape = (sequences, tower.num_tokens, tower.num_heads, tower.head_dim)

@@ -1,4 +1,4 @@
-"""Twenty steps of `diht_jax.train` on synthetic photos: as they are, and stopped in between."""
+"""Runs 20 steps of `diht_jax.train` on synthetic photos, without and with an interruption."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _KEPT_CHARS = 2000
 
 
 def stop_and_resume(setting: Setting, recipe: str) -> dict[str, Any]:
-    """Compares the losses of a stopped and resumed run with those of an undisturbed one."""
-    # Left by an earlier attempt, a run would be continued.
+    """Compares the losses of a stopped and resumed run with those of an uninterrupted run."""
+    # A new folder, because a run left by an earlier attempt would be resumed.
     folder = pathlib.Path(setting.output, "loop", str(time.time_ns()))
     batch_size = 16 if setting.small else 32 if setting.device == "cpu" else 256
     write_photos(folder / "records", 8 * batch_size, 64 if setting.small else 384)
@@ -40,7 +40,7 @@ def stop_and_resume(setting: Setting, recipe: str) -> dict[str, Any]:
     expected, found = (read_metrics(folder / name) for name in ("whole", "stopped"))
     losses = [[row["loss"] for row in rows] for rows in (expected, found)]
     steps = [int(row["step"]) for row in found]
-    shutil.rmtree(folder)  # checkpoints of gigabytes, in a folder that people copy
+    shutil.rmtree(folder)  # gigabytes of checkpoints, in a folder that users copy
     return {
         "batch_size": batch_size,
         "stopped_at": _STOP_AT,
@@ -57,7 +57,7 @@ def stop_and_resume(setting: Setting, recipe: str) -> dict[str, Any]:
 
 
 def write_photos(folder: pathlib.Path, count: int, side: int) -> None:
-    """Records of JPEGs with the smooth and the rough of photos, each with a caption of its own."""
+    """Writes records of JPEGs, smooth with noise like photos, each with its own caption."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     with TFRecordWriter(folder / "train-00000.tfrecord") as writer:
@@ -83,7 +83,7 @@ def _train(
     name: str,
     stop_at: int | None,
 ) -> dict[str, Any]:
-    """Starts the training command, which a SIGTERM meets at `stop_at`."""
+    """Runs the training command, which sends itself a SIGTERM at step `stop_at`."""
     stop = [str(stop_at or 0)]
     argument = "debug=True" if setting.small else ""
     if setting.device == "gpu":
@@ -107,12 +107,12 @@ def _train(
         command.append(f"--config.compilation_cache={setting.output}/programs")
     environment = dict(os.environ)
     if setting.small and setting.device == "cpu":
-        # One device: eight on two cores wait for one another. The last one of equal flags counts.
+        # One device, since eight on two cores wait for each other. The last of equal flags counts.
         flag = "--xla_force_host_platform_device_count=1"
         environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {flag}".strip()
         environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     if setting.device == "gpu":
-        # The choice of kernels is shared, since other kernels round in another way.
+        # All runs share the autotuned kernels, since other kernels round differently.
         flag = compiler.deterministic_flags("gpu", str(folder.parent / "autotuned"))[-1]
         environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {flag}".strip()
     start = time.monotonic()

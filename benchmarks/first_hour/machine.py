@@ -1,4 +1,4 @@
-"""The machine: devices, driver, the compiler flags that are accepted, and plain rates."""
+"""Describes the machine: devices, driver, accepted compiler flags, and basic rates."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "XLA_PYTHON_CLIE
 
 
 def describe(setting: Setting) -> dict[str, Any]:
-    """Devices, driver, environment, and which of training's flags the compiler takes."""
+    """Returns devices, driver, environment, and the training flags that the compiler accepts."""
     device = jax.devices()[0]
     stats = device.memory_stats() or {}
-    # On a CPU the names of the GPU's flags are looked up, for XLA is one library.
+    # On a CPU, checks the names of the GPU's flags, since XLA is one library.
     flags = FLAGS.get(setting.device, FLAGS["gpu"])[1]
     if setting.device != "tpu":
         flags = (*flags, *DETERMINISTIC_FLAGS)
@@ -41,11 +41,11 @@ def describe(setting: Setting) -> dict[str, Any]:
 
 
 def measure_rates(setting: Setting) -> dict[str, Any]:
-    """Products, copies in the device's memory, and transfers between host and device."""
+    """Measures products, copies in device memory, and transfers between host and device."""
     times = repetitions(setting.small)
     chip = find_chip(jax.devices()[0].device_kind)
     size = 256 if setting.small else 2048 if setting.device == "cpu" else 8192
-    # Square, and as an MLP of ViT-B/16 has them.
+    # A square product, and one from the MLP of ViT-B/16.
     width = 64 if setting.small else 768
     shapes = [(size, size, size), (12 * size, width, 4 * width)]
     products = []
@@ -60,11 +60,11 @@ def measure_rates(setting: Setting) -> dict[str, Any]:
     x = jnp.zeros(num_bytes // 4, jnp.float32)
     add = jax.jit(lambda x: x + 1)
     copied = 2 * num_bytes / secs_of_call(lambda: add(x), **times)
-    # A part of it, since these are slow; not zeros, of which the kernel keeps a single page.
+    # A quarter of the bytes, since transfers are slow. Not zeros, which would share a single page.
     host = np.ones(num_bytes // 16, np.float32)
     x = jax.device_put(host)
     to_device = secs_of_call(lambda: jax.device_put(host).block_until_ready(), **times)
-    # A new array each time: JAX keeps what it has fetched.
+    # A new array each time, since JAX caches fetched values.
     to_host = secs_of_call(lambda: np.asarray(add(x)), **times)
     return {
         "products": products,

@@ -1,4 +1,4 @@
-"""What several devices, and a bucket, do: collectives, forms of the loss, and a checkpoint."""
+"""Measures several devices and a bucket: collectives, forms of the loss, and a checkpoint."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _WIDTH = 512
 
 
 def measure_collectives(setting: Setting) -> dict[str, Any]:
-    """Seconds of each collective over all devices, from 1 KB to 64 MB a device."""
+    """Measures the seconds of each collective over all devices, 1 KB to 64 MB per device."""
     mesh = Mesh(np.asarray(jax.devices()), ("all",))
     ring = [(i, (i + 1) % mesh.size) for i in range(mesh.size)]
     operations = {
@@ -59,7 +59,7 @@ def measure_collectives(setting: Setting) -> dict[str, Any]:
 
 
 def compare_losses(setting: Setting) -> dict[str, Any]:
-    """Value and gradients of the contrastive loss, streaming and gathered, over all devices."""
+    """Measures the contrastive loss and its gradients, streaming and gathered, on all devices."""
     mesh = Mesh(np.asarray(jax.devices()).reshape(-1, 1), AXES)
     rows = []
     for of_each in (8,) if setting.small else (64, 256, 1024):
@@ -84,7 +84,7 @@ def compare_losses(setting: Setting) -> dict[str, Any]:
 
 
 def save_and_restore(setting: Setting) -> dict[str, Any]:
-    """Saves and restores the state of ViT-B/16 in the bucket, and deletes it there."""
+    """Saves the state of ViT-B/16 to the bucket, restores it, and deletes it there."""
     if setting.bucket is None:
         return {"skipped": "no --bucket is named"}
     program = TrainProgram(recipe_config(setting, "diht_vitb16"), 100_000, devices_for(setting))
@@ -118,7 +118,7 @@ def save_and_restore(setting: Setting) -> dict[str, Any]:
 
 
 class _KeptPosition:
-    """An iterator's place that is only looked at."""
+    """Stands in for an iterator, and keeps the restored position."""
 
     state: dict[str, int] | None = None
 

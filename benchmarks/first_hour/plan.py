@@ -1,7 +1,7 @@
-"""The parts of the first hour: what each measures, where, and how long it is expected to take.
+"""The parts of the first hour: what each measures, on which devices, and its expected seconds.
 
-A part is a function of a module of this package, `function(setting, **arguments)`, which returns
-what its entry of the JSON file holds. It runs in a process of its own.
+A part is a function `function(setting, **arguments)` in a module of this package. It returns the
+contents of its entry in the JSON file, and runs in its own process.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ import dataclasses
 from typing import Any
 
 DEVICES = ("cpu", "gpu", "tpu")
-# Of a CPU, so that the parts about several devices run there too.
+# Number of simulated devices on a CPU, for the parts that need several devices.
 CPU_DEVICES = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What all parts of a run have in common.
+    """Settings shared by all parts of a run.
 
     Attributes:
         device: one of `DEVICES`.
-        small: tiny models and few repetitions, to see that everything runs.
-        output: folder for profiles and for what a part needs on disk.
-        bucket: URL of a folder in an object store, or a folder; None where none is named.
+        small: tiny models and few repetitions, to check that everything runs.
+        output: folder for profiles and other files of the parts.
+        bucket: URL of a folder in an object store, or a local folder; None if not given.
     """
 
     device: str
@@ -33,16 +33,16 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One piece of work.
+    """One measurement of the first hour.
 
     Attributes:
-        name: of its entry in the JSON file.
+        name: name of its entry in the JSON file.
         function: "module:function".
-        expected_secs: on a GPU or a TPU; the part is begun only where that much time is left.
-        arguments: of the function, after the setting.
+        expected_secs: on a GPU or a TPU. A part needs this time to start, except the first.
+        arguments: keyword arguments of the function, after the setting.
         packages: distributions that it needs, such as "easyocr" or "open_clip_torch>=3.3".
-        devices: where it applies.
-        starts_commands: that take the device themselves, so that its own process leaves it free.
+        devices: kinds of devices that it runs on.
+        starts_commands: whether it starts commands that use the device, which it then leaves free.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Part:
 
 _HERE = "benchmarks.first_hour"
 _SLICES = ("cpu", "tpu")
-# What says most comes first.
+# The most informative parts come first.
 PARTS = (
     Part("machine", f"{_HERE}.machine:describe", 40),
     Part("rates", f"{_HERE}.machine:measure_rates", 60),
@@ -100,10 +100,10 @@ PARTS = (
 
 
 def parts_for(device: str, names: list[str] | None = None) -> list[Part]:
-    """The parts for a device, or those of the names among them, in the order of `PARTS`.
+    """Returns the parts for a device, optionally only the named ones, in the order of `PARTS`.
 
     Raises:
-        ValueError: a name of no part of this device.
+        ValueError: no part for this device has one of the names.
     """
     found = [part for part in PARTS if device in part.devices]
     known = [part.name for part in found]

@@ -1,4 +1,4 @@
-"""Runs parts in processes of their own, and keeps what each has given in one JSON file."""
+"""Runs parts in subprocesses, and collects their results in one JSON file."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from benchmarks.record import write_result
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 _POLL_SECS = 0.1
-# Of a failed process's output, what the JSON file keeps.
+# Number of last characters of a failed process's output that the JSON file keeps.
 _KEPT_CHARS = 3000
 
 
 class Results:
-    """The JSON file of a run: an entry for each part that was tried.
+    """The JSON file of a run, with an entry for each part that was tried.
 
     Attributes:
-        path: of the file.
-        parts: name of a part -> `status` ("done", "failed" or "absent"), `secs`, `error` where it
-            is not done, and what it measured.
+        path: path of the file.
+        parts: name of a part -> `status` ("done", "failed" or "absent"), `secs`, `error` unless it
+            is done, and its measurements.
     """
 
     def __init__(self, folder: pathlib.Path, device: str, *, small: bool):
-        """Reads the file where there is one.
+        """Reads the file if it exists.
 
         Raises:
-            ValueError: it is of another form of the command, or no JSON.
+            ValueError: the file is not a result of this command, or has another `small`.
         """
         self._name, self._folder, self._small = f"first_hour_{device}", folder, small
         self.path = folder / f"{self._name}.json"
@@ -60,11 +60,11 @@ class Results:
             )
 
     def read(self) -> dict[str, Any]:
-        """The whole file."""
+        """Returns the contents of the file."""
         return json.loads(self.path.read_text("utf-8"))
 
     def add(self, name: str, entry: dict[str, Any]) -> None:
-        """Writes the file with the entry of a part."""
+        """Adds the entry of a part, and writes the file."""
         self.parts[name] = entry
         write_result(self._name, {"small": self._small, "parts": self.parts}, self._folder)
         error = f": {entry['error'].splitlines()[-1]}" if entry.get("error") else ""
@@ -72,7 +72,7 @@ class Results:
 
 
 def run_parts(parts: Sequence[Part], setting: Setting, results: Results, limit_secs: float) -> None:
-    """Runs what has no result, then what had failed, each once, until the time is over."""
+    """Runs the missing parts, then the failed ones, each once, until the time is over."""
     deadline = time.monotonic() + limit_secs
     pathlib.Path(setting.output).mkdir(parents=True, exist_ok=True)
     missing = [part for part in parts if part.name not in results.parts]
@@ -81,14 +81,14 @@ def run_parts(parts: Sequence[Part], setting: Setting, results: Results, limit_s
     waiting, is_first = [*missing, *failed], True
     while waiting:
         left = deadline - time.monotonic()
-        # What takes longer than is left waits for the next start; a shorter part comes before it.
+        # A part that takes longer than is left waits for the next start; shorter parts precede it.
         fitting = [part for part in waiting if setting.small or part.expected_secs <= left]
         if is_first:
             fitting = waiting
         if left <= 0 or not fitting:
             return
         is_first = False
-        # The small form saves the time of starting a process for each.
+        # With `small`, parts share a process, which saves starting one for each part.
         together = fitting[:1]
         if setting.small:
             _, alike = next(itertools.groupby(fitting, lambda part: part.starts_commands))
@@ -99,7 +99,7 @@ def run_parts(parts: Sequence[Part], setting: Setting, results: Results, limit_s
 
 
 def _run_process(parts: Sequence[Part], setting: Setting, results: Results, deadline: float) -> int:
-    """Runs parts one after the other in a process; returns how many of them have a result now."""
+    """Runs parts one after the other in a process; returns how many of them now have a result."""
     ended = 0
     with tempfile.TemporaryDirectory(prefix="first_hour_") as folder:
         job, lines = pathlib.Path(folder, "job.json"), pathlib.Path(folder, "lines.jsonl")
@@ -138,7 +138,7 @@ def _run_process(parts: Sequence[Part], setting: Setting, results: Results, dead
 
 
 def _whole_lines(file: TextIO) -> Iterator[str]:
-    """The lines that have been ended since the last call."""
+    """Yields the lines that were completed since the last call."""
     while True:
         start = file.tell()
         line = file.readline()
@@ -149,7 +149,7 @@ def _whole_lines(file: TextIO) -> Iterator[str]:
 
 
 def _environment(device: str, shares_device: bool) -> dict[str, str]:
-    """For JAX to take the device or end, and to leave room there for torch where that comes too."""
+    """Makes JAX use the device or fail, and leave memory for torch if they share the device."""
     environment = dict(os.environ)
     if device == "cpu":
         environment["JAX_PLATFORMS"] = "cpu"
@@ -165,7 +165,7 @@ def _environment(device: str, shares_device: bool) -> dict[str, str]:
 
 
 def _end_group(process: subprocess.Popen) -> None:
-    """Ends a process and all that it started."""
+    """Kills a process and everything that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

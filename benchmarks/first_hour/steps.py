@@ -1,4 +1,4 @@
-"""The recipes' own training steps: time, MFU and memory next to what compiling them promises."""
+"""Measures the recipes' training steps: time, MFU and memory, with the compiled estimates."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from diht_jax.hardware.topologies import LOCAL, get_topology
 from diht_jax.training.program import TrainProgram
 from diht_jax.training.recipe import duration_in_steps
 
-# Examples at once on a device of this kind; a GPU's follow from its memory.
+# Examples per device in a micro-batch; for a GPU, they depend on its memory.
 _CPU_EXAMPLES, _TPU_EXAMPLES = 4, 256
 _PROFILED_STEPS = 3
-# Of a profile, the operations that take longest.
+# Number of the longest operations of a profile that are listed.
 _NAMED_OPERATIONS = 15
 
 
 def plain_config(setting: Setting, model: str, batch_size: int) -> ml_collections.ConfigDict:
-    """A config of a model without concepts, as `benchmarks.train_step` has it, or tiny."""
+    """Returns a config without concepts, as in `benchmarks.train_step`; a tiny one if small."""
     config = train_step.diht_config(model, setting.device, batch_size)
     if setting.small:
         _shrink(config)
@@ -47,14 +47,14 @@ def plain_config(setting: Setting, model: str, batch_size: int) -> ml_collection
 
 
 def devices_for(setting: Setting) -> tuple[jax.Device, ...]:
-    """All devices; the small form takes one, since eight on two cores wait for one another."""
+    """Returns all devices; if small, only one, since eight on two cores wait for each other."""
     return tuple(jax.devices()[: 1 if setting.small else None])
 
 
 def recipe_config(
     setting: Setting, recipe: str, micro_batches: int = 1
 ) -> ml_collections.ConfigDict:
-    """A recipe for all devices here, each with as many examples at once as it is meant for."""
+    """Returns a recipe for all devices here, with a micro-batch that suits their kind."""
     num_devices = len(devices_for(setting))
     topology = "topology=h100:8" if setting.device == "gpu" else ""
     config = load_recipe(recipe, topology)
@@ -78,7 +78,7 @@ def _shrink(config: ml_collections.ConfigDict) -> None:
 
 
 def measure_step(setting: Setting, recipe: str, micro_batches: int = 1) -> dict[str, Any]:
-    """Compiles and runs a recipe's step on a random batch."""
+    """Compiles, runs and profiles a recipe's training step on a random batch."""
     config = recipe_config(setting, recipe, micro_batches)
     batch_size = config.data.batch_size
     devices = devices_for(setting)
@@ -139,7 +139,7 @@ def measure_step(setting: Setting, recipe: str, micro_batches: int = 1) -> dict[
 
 
 def compare_open_clip(setting: Setting, model: str) -> dict[str, Any]:
-    """Our step and open_clip's, eager and compiled, in turn on the same batch."""
+    """Compares our step and open_clip's, eager and compiled, in turn on the same batch."""
     is_cpu = setting.device == "cpu"
     if setting.device == "tpu":
         raise ValueError("open_clip is compared on CPUs and GPUs")
@@ -159,7 +159,7 @@ def compare_open_clip(setting: Setting, model: str) -> dict[str, Any]:
 
 
 def random_batch(program: TrainProgram) -> dict[str, jax.Array]:
-    """A batch as the input makes it: noise, texts of random length, random concepts."""
+    """Returns a batch like the input's: noise, texts of random length, random concepts."""
     rng = np.random.default_rng(0)
     concepts, size = program.config.concepts, program.config.data.batch_size
     images, tokens = train_step.random_pairs(program.arch, size)
@@ -178,15 +178,15 @@ def random_batch(program: TrainProgram) -> dict[str, jax.Array]:
 
 def _gpu_examples(model: str) -> int:
     limits = [device.memory_stats()["bytes_limit"] for device in jax.local_devices()]
-    # Of 80 GB JAX takes three quarters.
+    # JAX takes three quarters of the 80 GB.
     most = int(EXAMPLES_AT_ONCE[model][0] * min(1.0, min(limits) / (0.73 * 80 * 2**30)))
     return 1 << (max(1, most).bit_length() - 1)
 
 
 def _profile(run: Callable[[], Any], setting: Setting, name: str) -> dict[str, Any]:
-    """Traces a call; keeps the files in the output folder, and names what took longest.
+    """Traces a call, keeps the files in the output folder, and lists the longest operations.
 
-    A profiler that the driver does not let in costs no other number of the part.
+    If the driver denies profiling, the other results of the part remain.
     """
     with tempfile.TemporaryDirectory(prefix="profile_") as folder:
         try:
@@ -205,7 +205,7 @@ def _profile(run: Callable[[], Any], setting: Setting, name: str) -> dict[str, A
 
 
 def _longest(path: pathlib.Path, device: str) -> list[dict[str, Any]]:
-    """The operations that take longest, over the profiled steps and one process's devices."""
+    """Returns the longest operations, summed over the profiled steps and this process's devices."""
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     names = {
         event["pid"]: event["args"]["name"]

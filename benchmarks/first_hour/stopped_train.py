@@ -1,8 +1,8 @@
-"""`diht_jax.train`, which sends itself a SIGTERM once the line of a step is written.
+"""Runs `diht_jax.train`, which sends itself a SIGTERM when the metrics of STEP are written.
 
     python -m benchmarks.first_hour.stopped_train STEP --config RECIPE --workdir DIR
 
-STEP 0 sends none.
+With STEP 0, no signal is sent.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The table of a run: a row for each part, as text and on a page between two markers."""
+"""Formats a run as a table, one row per part, and writes it between two markers of a page."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 from diht_jax.storage.files import write_bytes
 
 _GIB = 1 << 30
-# Of an error, what a row shows.
+# Number of characters of an error that a row shows.
 _ERROR_CHARS = 120
 
 
 def fill_page(page: pathlib.Path, device: str, results: dict[str, Any]) -> None:
-    """Replaces what stands between the markers of a device on a page.
+    """Replaces the text between the markers of a device on a page.
 
     Raises:
-        ValueError: the page lacks them.
+        ValueError: the page lacks the markers.
     """
     begin, end = f"<!-- first_hour {device}: begin -->", f"<!-- first_hour {device}: end -->"
     text = page.read_text("utf-8")
@@ -29,7 +29,7 @@ def fill_page(page: pathlib.Path, device: str, results: dict[str, Any]) -> None:
 
 
 def format_table(results: dict[str, Any]) -> str:
-    """A paragraph about the machine, and a Markdown table of the parts."""
+    """Returns a paragraph about the machine, and a Markdown table of the parts."""
     parts = results["parts"]
     rows = ["| part | measured | seconds |", "|---|---|--:|"]
     for name, entry in parts.items():
@@ -47,7 +47,7 @@ def _machine(results: dict[str, Any]) -> str:
 
 
 def _describe(name: str, entry: dict[str, Any]) -> str:
-    """What a part has measured, in a line."""
+    """Describes the measurements of a part in one line."""
     if entry["status"] != "done":
         reason = entry.get("error", "").strip().splitlines() or ["no reason given"]
         return f"{entry['status']}: {reason[-1][:_ERROR_CHARS]}"
@@ -161,7 +161,7 @@ def _spotting_line(entry: dict[str, Any]) -> str:
     return f"{entry['images_per_sec']:,.1f} images/s on {entry['on']}"
 
 
-# How the name of a part begins -> its line.
+# Prefix of a part's name -> function that formats its line.
 _LINES: dict[str, Callable[[dict[str, Any]], str]] = {
     "machine": _machine_line,
     "rates": _rates_line,
@@ -178,7 +178,7 @@ _LINES: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def _numbers(values: dict[str, Any]) -> list[float]:
-    """Numbers of an entry, of which those that are not finite are kept by name."""
+    """Converts the values of an entry to floats; non-finite ones are stored as names."""
     return [float(value) for value in values.values()]
 
 

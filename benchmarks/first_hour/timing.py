@@ -1,4 +1,4 @@
-"""Seconds of a call on the devices."""
+"""Measures the seconds of calls on the devices."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax
 
 
 def secs_of_call(call: Callable[[], Any], *, rounds: int = 5, calls: int = 10) -> float:
-    """The median over rounds of the mean of calls in a row; the first call is not timed."""
+    """Returns the median over rounds of the mean over calls; the first call is not timed."""
     jax.block_until_ready(call())
     secs = []
     for _ in range(rounds):
@@ -24,5 +24,5 @@ def secs_of_call(call: Callable[[], Any], *, rounds: int = 5, calls: int = 10) -
 
 
 def repetitions(small: bool) -> dict[str, int]:
-    """Arguments of `secs_of_call`."""
+    """Returns the arguments `rounds` and `calls` of `secs_of_call`."""
     return {"rounds": 1, "calls": 1} if small else {"rounds": 5, "calls": 10}

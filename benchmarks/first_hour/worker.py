@@ -1,7 +1,7 @@
-"""A process that runs parts: `python -m benchmarks.first_hour.worker JOB.json LINES.jsonl`.
+"""Runs parts in one process: `python -m benchmarks.first_hour.worker JOB.json LINES.jsonl`.
 
-Of each part it writes a line when it ends. A part that raises is a line too; one that ends the
-process is noticed by the runner.
+Writes a line at the end of each part, also if the part raises an exception. If a part ends the
+process, the runner detects it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main(job_path: str, lines_path: str) -> None:
 
 
 def run(part: dict[str, Any], setting: Setting) -> dict[str, Any]:
-    """The entry of a part."""
+    """Runs a part, and returns its entry."""
     absent = [problem for name in part["packages"] if (problem := _missing(name))]
     if absent:
         return {"status": "absent", "secs": 0.0, "error": "; ".join(absent)}
@@ -56,7 +56,7 @@ def run(part: dict[str, Any], setting: Setting) -> dict[str, Any]:
 
 
 def _missing(text: str) -> str | None:
-    """Why a distribution is not there as it is needed, or None."""
+    """Returns why a required distribution is missing or unsuitable, or None."""
     needed = Requirement(text)
     try:
         version = importlib.metadata.version(needed.name)
@@ -68,10 +68,10 @@ def _missing(text: str) -> str | None:
 
 
 def _prepare(setting: Setting, function: str) -> None:
-    """Sets training's flags, and keeps compiled programs for the other parts and later starts."""
+    """Sets training's flags, and caches compiled programs for other parts and later starts."""
     from diht_jax.hardware import compiler, schedule
 
-    # A compiler ends the process for a flag that it does not know; `describe` says which these are.
+    # The compiler ends the process at an unknown flag; `describe` finds out which are unknown.
     if not function.endswith(":describe"):
         compiler.set_flags(setting.device)
     if setting.device == "tpu" and function.endswith(":measure_step"):
@@ -79,7 +79,7 @@ def _prepare(setting: Setting, function: str) -> None:
     compiler.keep_programs(os.path.join(setting.output, "programs"))
     import jax
 
-    # What compiling a step has found is taken for running it, and tiny programs are many.
+    # Steps reuse the program compiled for their report. Tiny programs are many and compile fast.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0 if setting.small else 1)
     if jax.default_backend() != setting.device:
         raise ValueError(
@@ -90,7 +90,7 @@ def _prepare(setting: Setting, function: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """The value with names for numbers that are not finite, and without NumPy's types."""
+    """Replaces non-finite numbers by their names, and NumPy's types by Python's."""
     if isinstance(value, dict):
         return {str(name): _plain(each) for name, each in value.items()}
     if isinstance(value, list | tuple):

@@ -1,1 +1,1 @@
-"""The laboratory: which of the paper's claims hold in the small, with seeds and controls."""
+"""The laboratory: tests the paper's claims at a small scale, with seeds and controls."""

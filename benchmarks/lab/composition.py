@@ -1,8 +1,8 @@
-"""Wrong captions of the synthetic scenes that differ from the right one as SugarCrepe's do.
+"""Wrong captions for the synthetic scenes, made by swaps and replacements like SugarCrepe's.
 
-A held-out scene has two objects, and its caption names size, texture, colour and shape of both, so
-that each change of these words makes it wrong. Swaps keep all words of the caption; replacements
-bring in a colour or a shape that the scene does not have, which a bag of words can tell.
+A held-out scene has two objects. Its caption names the size, texture, colour and shape of both, and
+changing any of these words makes it wrong. Swaps keep all words of the caption. Replacements insert
+a colour or a shape that the scene does not have, which a bag of words can detect.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from diht_jax.records.schema import Pair
 
 SWAPS = ("swap_color", "swap_shape", "swap_objects")
 REPLACEMENTS = ("replace_color", "replace_shape")
-# Of these the picture does not tell the one object's side from the other's.
+# Symmetric relations: exchanging the two objects leaves the caption true.
 _SYMMETRIC = ("beside", "against")
 
 
 def ask(entries: Iterable[Pair | Skipped]) -> Iterator[Pair | Skipped]:
-    """The scenes with questions for `caption_choice`, whose groups are the kinds of change."""
+    """Replaces the metadata of scenes by `caption_choice` questions, grouped by kind of change."""
     for entry in entries:
         if isinstance(entry, Pair):
             wrong = wrong_captions(entry.caption, entry.metadata["scene"])
@@ -37,17 +37,17 @@ def ask(entries: Iterable[Pair | Skipped]) -> Iterator[Pair | Skipped]:
 
 
 def wrong_captions(caption: str, scene: Mapping[str, Any]) -> dict[str, str]:
-    """Captions that are not true of a scene, by the kind of change; those that can be made.
+    """Returns the wrong captions that can be made for a scene, by the kind of change.
 
     Args:
-        caption: complete, as of the held-out scenes.
-        scene: as `Scene.describe` gives it.
+        caption: a complete caption, like those of the held-out scenes.
+        scene: the output of `Scene.describe`.
     """
     if len(scene["objects"]) != 2:
         return {}
     first, second = scene["objects"]
     right = [_describe(first), _describe(second)]
-    # Each must be found once, and not within the other.
+    # Each phrase must occur exactly once, and not within the other phrase.
     if any(caption.count(phrase) != 1 for phrase in right) or right[0] in right[1]:
         return {}
     changed: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
@@ -70,13 +70,13 @@ def wrong_captions(caption: str, scene: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _describe(item: Mapping[str, Any]) -> str:
-    """The words of an object in a complete caption; all begin with its size."""
+    """Returns the words for an object in a complete caption, beginning with its size."""
     texture = () if item["texture"] == "plain" else (item["texture"],)
     return " ".join((item["size"], *texture, item["color"], item["shape"]))
 
 
 def _exchange(caption: str, right: Sequence[str], wrong: Sequence[str]) -> str:
-    """The caption with the one phrase in the position of the other, both at once."""
+    """Replaces each right phrase by the corresponding wrong one, all at the same time."""
     marks = ("\0", "\1")
     for phrase, mark in zip(right, marks, strict=True):
         caption = caption.replace(phrase, mark)

@@ -1,8 +1,8 @@
-"""Concepts that no training pair shows or names: emoji of three artists, without skin tones.
+"""Emoji concepts that no training pair shows or names, in the drawings of three artists.
 
-A concept is a caption of emoji-datasource; flags are left out, since no word of a training caption
-names a country. Students train on Noto's drawings, their rates are chosen on OpenMoji's, and
-Twemoji's measure them: of concepts held out from training and of words that are not.
+A concept is a caption of emoji-datasource, without skin tones. Flags are left out, because no word
+of a training caption names a country. Students train on Noto's drawings. Their learning rates are
+chosen on OpenMoji's, and Twemoji's are the test set: concepts held out from training, known words.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import numpy as np
 
 from diht_jax.records.schema import Pair
 
-NUM_HELD_OUT = 200  # concepts for validation, and as many for the test
-_LEAST_USES = 2  # captions that a word of a held-out concept occurs in
+NUM_HELD_OUT = 200  # concepts for validation, and the same number for the test
+_LEAST_USES = 2  # minimum number of captions with each word of a held-out concept
 _WORD = re.compile(r"[a-z']+")
 
 
 class Split(NamedTuple):
-    """The captions of a seed's concepts; the three share none."""
+    """The captions of a seed's concepts; no caption is in two of the fields."""
 
     train: list[str]
     validation: list[str]
@@ -30,7 +30,7 @@ class Split(NamedTuple):
 
 
 def choose_concepts(pairs: Iterable[Pair]) -> dict[str, str]:
-    """The captions of one artist's concepts by their key, as `code_points` gives it."""
+    """Returns the captions of one artist's concepts; the keys are those of `code_points`."""
     return {
         code_points(pair.key): pair.caption
         for pair in pairs
@@ -39,12 +39,12 @@ def choose_concepts(pairs: Iterable[Pair]) -> dict[str, str]:
 
 
 def code_points(key: str) -> str:
-    """The key of an emoji without variation selectors, which artists write or leave out."""
+    """Removes the variation selectors from an emoji's key, since only some artists use them."""
     return "-".join(part for part in key.lower().split("-") if part != "fe0f")
 
 
 def split(captions: Sequence[str], seed: int) -> Split:
-    """Holds concepts out whose words all occur in the captions that are left to train on."""
+    """Splits concepts; all words of held-out concepts also occur in the training captions."""
     captions = sorted(set(captions))
     counts = collections.Counter(word for text in captions for word in _words(text))
     known = [t for t in captions if min(map(counts.get, _words(t)), default=0) >= _LEAST_USES]

@@ -1,7 +1,7 @@
-"""The data of the laboratory, made once: webs and their filtered variants, emoji, and photos.
+"""Makes the laboratory's data once: webs and their filtered variants, emoji, and photos.
 
-A variant is a folder below the work directory; its name says how it is made (`variants.py`), and a
-file in it that it is complete. Nothing here trains but the teacher of the synthetic web.
+A variant is a folder below the work directory. Its name determines how it is made (`variants.py`),
+and a file in it marks it as complete.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from data_prep.synthetic import web
 from diht_jax.storage.files import write_bytes
 
 GIVEN = "given"
-# Variants that are made with a student -> the experiment that it is a seed of: the one of the name,
-# where it ends in a number that is one.
+# Variants that are made with a student -> the student's experiment. The group of the pattern is the
+# student's seed; without a group, the seed is 0.
 _MADE_WITH = {
     r"clip_score_(\d+)": "raw",
     r"second_\d+_clip_score_(\d+)": "raw",
@@ -40,13 +40,13 @@ _MADE_WITH = {
     r"emoji_shuffled_\d+_\d+_clips": "emoji_clip_teacher",
 }
 
-# Version of the caption rules since which these data are what they are: later rules keep the same
-# pairs of the webs and read the same words in the photos' captions, as a test sees. Where they do
-# not, this becomes their version, and the results are of earlier data.
+# First version of the caption rules with the current data. A test checks that later rules keep the
+# same pairs of the webs and read the same words in the photos' captions. If they do not, set this
+# to their version; the existing results then belong to earlier data.
 SAME_SINCE_RULES = 4
 
-# Labels that became others when the training of heads began to look at its first steps, where it
-# keeps heads of wrong captions and of random weights; all other heads are of later steps.
+# Variants with labels that changed when the training of heads began to evaluate its first steps.
+# With wrong captions or random weights it keeps heads of these steps; all other heads are later.
 _OF_EARLY_HEADS = r"cifar10_wrong_(0_random|(25|50|75)_(teacher|random|shuffled))|emoji_labelled"
 
 _COMPLETE = "complete.json"
@@ -57,10 +57,10 @@ class Data:
     """Makes and finds the variants.
 
     Attributes:
-        workdir: they lie in its folder `data`.
+        workdir: work directory; the variants are in its folder `data`.
         shared: folder with the public tars of emoji and CIFAR-10.
         given: path or URL of the variant "given", which is made elsewhere.
-        model_of: name of an experiment, number of a seed -> work directory of its student.
+        model_of: maps an experiment's name and a seed to the work directory of the student.
     """
 
     workdir: pathlib.Path
@@ -69,10 +69,10 @@ class Data:
     given: str | None = None
 
     def make(self, name: str) -> pathlib.Path | str:
-        """The folder of a variant, made if it is missing or was made by other rules.
+        """Returns the folder of a variant; makes it if it is missing or its rules have changed.
 
         Raises:
-            ValueError: an unknown name, or "given" without such data.
+            ValueError: the name is unknown, or it is "given" and `given` is not set.
         """
         if name == GIVEN:
             if not self.given:
@@ -94,13 +94,13 @@ class Data:
         return folder
 
     def model_for(self, name: str) -> pathlib.Path:
-        """The work directory of the student that a variant is made with."""
+        """Returns the work directory of the student that a variant is made with."""
         made_with = _made_with(name)
         assert made_with is not None, name
         return self.model_of(*made_with)
 
     def _begin(self, folder: pathlib.Path, text: str) -> None:
-        """Keeps what was begun by the same rules: every command goes on where it was."""
+        """Keeps a folder begun by the same rules, where commands resume; empties any other."""
         begun = folder.with_name(f"{folder.name}.begun.json")
         if folder.exists() and not (begun.exists() and begun.read_text() == text):
             shutil.rmtree(folder)
@@ -110,7 +110,7 @@ class Data:
 
 
 def identity(name: str) -> dict:
-    """What a variant follows from, JSON-able; another identity means other data."""
+    """Returns what determines a variant as JSON data; if the identity changes, so do the data."""
     if name == GIVEN:
         return {"name": name}
     _find_maker(name)
@@ -122,7 +122,7 @@ def identity(name: str) -> dict:
         config = {**STUDENTS[experiment.student].config, **experiment.config}
         trained_on = identity(experiment.data.format(seed=made_with[1]))
         model = {"model": {"config": config, "data": trained_on}}
-    if name == "emoji_labelled":  # its vocabulary follows from two thousand different captions
+    if name == "emoji_labelled":  # its vocabulary depends on two thousand different captions
         return {"name": name, "caption_rules": RULES_VERSION, **heads}
     if name.startswith("second_"):
         digest = _digest_of_second_web()
@@ -147,7 +147,7 @@ def identity(name: str) -> dict:
 
 
 def _made_with(name: str) -> tuple[str, int] | None:
-    """The experiment and the seed of the student that a variant is made with."""
+    """Returns the experiment and the seed of the student that a variant is made with, if any."""
     for pattern, experiment in _MADE_WITH.items():
         found = re.fullmatch(pattern, name)
         if found:
@@ -157,7 +157,7 @@ def _made_with(name: str) -> tuple[str, int] | None:
 
 @functools.cache
 def _digest_of_web() -> str:
-    """Of settings, scenes and sentences of a few pairs; bytes of pictures depend on Pillow."""
+    """Hashes settings, scenes and sentences of a few pairs, not pixels: they depend on Pillow."""
     settings = web.Settings()
     pairs = [
         web.make_pair(settings, split, index)

@@ -1,16 +1,16 @@
 """The experiments and the contrasts between them, as data.
 
-An experiment is one way to train a small student: which data, which changes of the recipe, how many
-seeds. A contrast is a claim about two experiments, registered with its margin, and with what would
-refute it, before the runs are made; the history of this file shows when. At most twelve are
-primary: they share one correction. To add an experiment:
+An experiment is one way to train a small student: its data, its changes of the recipe, and its
+number of seeds. A contrast is a claim about two experiments. It is registered with its margin, and
+with what would refute it, before the runs are made; the history of this file shows when. At most
+twelve contrasts are primary; they share one correction. To add an experiment:
 
     Experiment("cat_beta_2", data="cat", config={"loss.beta": 2.0}, seeds=8),    # in a list
     Contrast("cat_beta_2", "cat", "hard_negatives", 0.01,                        # in CONTRASTS
              claim="a large beta helps", refuted_by="it gains less than a point"),
 
-and `python -m benchmarks.lab.run --only cat_beta_2` makes the runs. `data.py` makes the data by
-their names, and `measure.py` what is measured of a student. Being a list, this file may be long.
+Then `python -m benchmarks.lab.run --only cat_beta_2` makes the runs. `data.py` makes the data by
+name, and `measure.py` measures a student. This file may be long because it is a list.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from configs import demo
 
 ALPHA, BETA = "loss.alpha", "loss.beta"
 SHOTS = (1, 2, 4, 8, 16, 32, 64)
-FEW_SHOTS = (1, 4, 16)  # whose settings are chosen on as many
+FEW_SHOTS = (1, 4, 16)  # k shots, with settings chosen on k pictures per class
 NOISE_NAMES = {
     "product_title": "product titles",
     "uninformative": "captions without information",
@@ -33,20 +33,20 @@ NOISE_NAMES = {
 }
 WRONG_SHARES = (0, 25, 50, 75)  # percent of the captions of CIFAR-10
 SHUFFLED_SHARES = (0, 25, 50)  # percent of the captions of the emoji
-# Samples at which a student of `amount` is measured, besides the end.
+# Samples seen when a student of `amount` is measured, in addition to the end.
 CURVE_SAMPLES = (7680, 15_360, 30_720)
 
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    """What the experiments of one data family share.
+    """Settings shared by the experiments of one data family.
 
     Attributes:
-        recipe: the recipe that `config` of an experiment changes.
-        config: keys of the recipe, of all experiments of the family.
-        measured: what is measured of it; a key of `measure.MEASURES`.
+        recipe: path of the recipe that the experiments change.
+        config: changed keys of the recipe in all experiments of the family.
+        measured: what is measured; a key of `measure.MEASURES`.
         metric: the primary metric.
-        run_secs: about how long a run takes on two cores, for the estimate before any was made.
+        run_secs: rough seconds per run on two cores, for estimates while there are no results.
     """
 
     recipe: str
@@ -56,12 +56,12 @@ class Student:
     run_secs: float
 
 
-# Half of the eight of primary claims, for what goes beyond the paper, larger webs, and unseen
-# concepts: a run takes 4 to 20 minutes of a core. Decided before any of these runs was made.
+# Half of the eight seeds of primary claims. Used for experiments beyond the paper, larger webs and
+# unseen concepts: a run takes 4 to 20 core minutes. Decided before any of these runs was made.
 FEW_SEEDS = 4
-WEB_PAIRS = 3000  # of a synthetic web, clean and noisy, as in the demo
+WEB_PAIRS = 3000  # in a synthetic web, clean and noisy, as in the demo
 
-# The demo's student is the lab's; beta is 0 where an experiment does not set it.
+# The lab uses the demo's student; beta is 0 unless an experiment sets it.
 _DEMO = "configs/demo.py"
 _EXAMPLES = demo.get_config().total_examples
 _BATCH_SIZE = demo.get_config().data.batch_size
@@ -71,8 +71,8 @@ STUDENTS = {
     "composition": Student(_DEMO, _INFO_NCE, "composition", "composition/swaps", 55),
     "unseen": Student(_DEMO, _INFO_NCE, "unseen", "prompts_4", 85),
     "unseen_k": Student(_DEMO, _INFO_NCE, "unseen_k", "prompts_1", 120),
-    # Twice as long as the demo, at one rate until the last eighth, so that what is measured on the
-    # way does not depend on where the run ends.
+    # Twice as long as the demo, with a constant learning rate until the last eighth: measurements
+    # before that do not depend on where the run ends.
     "amount": Student(
         _DEMO,
         {
@@ -87,17 +87,17 @@ STUDENTS = {
         "scenes/r10",
         120,
     ),
-    # As many samples as half of the cifar10 student sees, which starts from nothing.
+    # Half as many samples as the cifar10 student, which starts from random parameters.
     "tuned": Student(
         "configs/cifar10_finetune.py", {"total_examples": 30_720}, "cifar10", "cifar10/top1", 60
     ),
-    # Measured once more as the mean with the model that it started from.
+    # Also measured as the average with the model that it started from.
     "averaged": Student(
         "configs/cifar10_finetune.py", {"total_examples": 30_720}, "averaged", "scenes/r10", 70
     ),
-    # Measured once more by the first numbers of its embeddings, which are 128.
+    # Also measured with the first of the 128 dimensions of its embeddings.
     "sizes": Student(_DEMO, _INFO_NCE, "sizes", "scenes/r10", 60),
-    # A trained student goes on for half as many samples, with four sentences a picture.
+    # Continues a trained student for half as many samples, with four sentences per picture.
     "long": Student(_DEMO, {**_INFO_NCE, "total_examples": _EXAMPLES // 2}, "long", "long/r10", 60),
     "emoji": Student(
         _DEMO,
@@ -112,7 +112,7 @@ STUDENTS = {
         "emoji/r10",
         100,
     ),
-    # Batches and samples are those of the experiment: 480 updates each.
+    # The experiment sets the batch size and the number of samples: 480 updates each.
     "concepts": Student(
         _DEMO,
         {**_INFO_NCE, "data.crop_scale": (0.25, 1.0), "optimizer.weight_decay": 0.2},
@@ -144,8 +144,8 @@ STUDENTS = {
         "cifar10/top1",
         100,
     ),
-    # On data and tasks of the command line. 128 million samples in batches of 4,096 are DataComp's
-    # medium scale (arXiv 2304.14108); no idea here of how long a run takes elsewhere.
+    # Data and tasks come from the command line. 128 million samples in batches of 4,096 are
+    # DataComp's medium scale (arXiv 2304.14108). The seconds of a run are unknown here, hence 0.
     "b32": Student(
         "configs/diht_vitb32.py",
         {
@@ -167,15 +167,15 @@ class Experiment:
     """One way to train a student.
 
     Attributes:
-        name: of its runs and result files.
-        data: of `data.py`; `{seed}` in it is the number of the run.
+        name: prefix of the names of its runs and result files.
+        data: name of a variant of `data.py`; `{seed}` in it becomes the seed of the run.
         config: changed keys of the recipe.
-        seeds: how many runs; run i has seed i.
-        student: of `STUDENTS`.
-        init_from: name of the experiment whose model, of the same seed, it starts from; kept by
-            `keep_model`. None: from random parameters.
-        keep_model: the trained model stays in the work directory, since data are made with it, or
-            others start from it.
+        seeds: number of runs; run i has seed i.
+        student: key of `STUDENTS`.
+        init_from: experiment that provides the initial model, from its run of the same seed; it
+            needs `keep_model`. None starts from random parameters.
+        keep_model: whether the trained model stays in the work directory, for data that are made
+            with it or for other experiments that start from it.
     """
 
     name: str
@@ -193,12 +193,12 @@ class Contrast:
 
     Attributes:
         treated, control: names of experiments.
-        block: its page of the report; a key of `BLOCKS`.
-        margin: of the metric, in shares of 1: the gain, or the loss, that counts.
-        claim: what was expected.
-        refuted_by: what would refute it.
-        metric: of both; None: the primary metric of the student.
-        control_metric: of `control`, where it is another one.
+        block: its section of the report; a key of `BLOCKS`.
+        margin: the smallest gain or loss of the metric that counts, in shares of 1.
+        claim: the expected result.
+        refuted_by: the result that would refute the claim.
+        metric: metric of both experiments; None means the student's primary metric.
+        control_metric: metric of `control`, if it differs.
     """
 
     treated: str
@@ -211,61 +211,65 @@ class Contrast:
     control_metric: str | None = None
 
 
-# Block -> (title, what it asks). Runs are made in this order.
+# Block -> (title, question). Runs are made in this order.
 BLOCKS = {
-    "filter": ("Filter", "Does CAT help a student, and is it the choice of pairs that helps?"),
-    "drawn": ("Webs drawn anew", "Do the claims hold for other webs, passes of the filter and "
-              "teachers, and with all parts together?"),
+    "filter": ("Filter", "Does CAT help a student, and is the choice of pairs the reason?"),
+    "drawn": ("Webs drawn anew", "Do the claims hold for other webs, filter passes and teachers, "
+              "and for all parts together?"),
     "hard_negatives": ("Hard negatives", "Does HN-NCE help on filtered and on raw pairs?"),
-    "batch": ("Batch size", "Does what hard negatives bring depend on the batch?"),
+    "batch": ("Batch size", "Does the effect of hard negatives depend on the batch size?"),
     "emoji": ("Wrong captions", "Do hard negatives help where captions are unique, and do wrong "
-              "captions take that away?"),
+              "captions remove the gain?"),
     "composition": ("Composition", "Do hard negatives teach which object has which colour, and "
-                    "which does what to which: captions with the same words in another order?"),
+                    "which does what to which? Wrong captions have the same words in another "
+                    "order."),
     "concepts": ("Unseen concepts", "Do hard negatives help among concepts that no training pair "
-                 "shows or names, each arm at its own rate?"),
-    "distillation": ("Distillation", "Is it the teacher's knowledge, or averaging of captions?"),
-    "photos": ("Distillation, drawn anew", "Does the teacher's knowledge count with other wrong "
-               "captions and other random weights, and against its nearest neighbours?"),
+                 "shows or names, with each arm at its own learning rate?"),
+    "distillation": ("Distillation", "Does the gain come from the teacher's knowledge, or from "
+                     "averaging captions?"),
+    "photos": ("Distillation, drawn anew", "Does the teacher's knowledge help with other wrong "
+               "captions and other random weights, and compared with captions of its nearest "
+               "neighbours?"),
     "affinity": ("Similarities of a CLIP", "Do stored embeddings of a CLIP teach more than "
                  "concept labels, at equal samples seen?"),
     "equal_captions": ("Equal captions", "Do hard negatives harm where a batch repeats captions?"),
-    "captions": ("Several captions", "Does it help to draw one of several captions of a picture, "
-                 "and to mix new captions with those that came with it?"),
-    "long_texts": ("Long texts", "Does a trained student learn from sentences behind its context "
-                   "once its positions are stretched, and does it keep short texts?"),
-    "captioning": ("A captioning decoder", "Does a decoder next to the contrastive loss help the "
-                   "towers, and do the captions that it writes repair raw pairs?"),
-    "few_shot": ("Few-shot", "Do the prompts help as a start, on classes not trained on: 12 "
+    "captions": ("Several captions", "Does it help to sample one of several captions of a picture, "
+                 "and to mix new captions with the original ones?"),
+    "long_texts": ("Long texts", "Does a trained student with stretched positions learn from "
+                   "sentences beyond its context length, without a loss on short texts?"),
+    "captioning": ("A captioning decoder", "Does a decoder in addition to the contrastive loss "
+                   "help the towers, and do its captions repair raw pairs?"),
+    "few_shot": ("Few-shot", "Does a start from the prompts help on classes not trained on: 12 "
                  "combinations of shape and colour that no training pair shows or names?"),
-    "few_shot_k": ("Few-shot, chosen on few", "Do the prompts help where the settings are chosen "
-                   "on no more pictures than the probe learns from?"),
-    "second_web": ("A second web", "Does CAT help where the noise is not what it was made for: "
-                   "right captions without verbs, and a quarter of other pictures' captions?"),
-    "clipart": ("Real titles", "Does CAT help on titles that nobody wrote for it: those of clip "
-                "art, more than half of them shared by three drawings or more?"),
-    "amount": ("Amount of data", "Does CAT help with less and with more data, and does it teach as "
-               "much as several times the raw pairs?"),
-    "noise": ("Shares of noise", "Does what CAT brings follow from how much noise there is?"),
-    "fine_tuning": ("Fine-tuning", "Does a start from web pairs help on photos, and do adapters "
-                    "or the image projection do as well as all parameters?"),
+    "few_shot_k": ("Few-shot, chosen on few", "Does a start from the prompts help when its "
+                   "settings are chosen on no more pictures than the probe learns from?"),
+    "second_web": ("A second web", "Does CAT help on noise that it was not designed for: right "
+                   "captions without verbs, and a quarter of captions from other pictures?"),
+    "clipart": ("Real titles", "Does CAT help on titles that were not written for it: those of "
+                "clip art, more than half of them shared by three drawings or more?"),
+    "amount": ("Amount of data", "Does CAT help with less and with more data, and do its pairs "
+               "teach as much as a several times larger set of raw pairs?"),
+    "noise": ("Shares of noise", "Does the effect of CAT depend on the share of noise?"),
+    "fine_tuning": ("Fine-tuning", "Does a start from web pairs help on photos, and does training "
+                    "adapters or the image projection do as well as training all parameters?"),
     "optimizer": ("Optimisers", "Does Muon help at the rates of AdamW, and does a constant rate "
-                  "with a final decay cost anything against a cosine?"),
-    "sizes": ("Sizes of embeddings", "What do the first 16 or 32 of 128 numbers know, and what "
-              "does that cost the whole?"),
+                  "with a final decay cost anything compared with a cosine?"),
+    "sizes": ("Sizes of embeddings", "How good are the first 16 or 32 of 128 dimensions of an "
+              "embedding, and what does a loss on them cost the whole?"),
     "order": ("Order", "Does an order by blocks cost anything?"),
-    "grid": ("Hyper-parameters", "Which learning rate, decay, alpha, beta and concept weights?"),
-    "b32": ("Hyper-parameters of B/32", "The same with a B/32 on data of your own."),
-    "rates": ("Rates for unseen concepts", "Which learning rate is best for each arm, among "
-              "validation concepts of another artist?"),
+    "grid": ("Hyper-parameters", "Which learning rate, weight decay, alpha, beta and concept "
+             "weights are best?"),
+    "b32": ("Hyper-parameters of B/32", "The same search with a B/32 on your own data."),
+    "rates": ("Rates for unseen concepts", "Which learning rate is best for each arm, on "
+              "validation concepts drawn by another artist?"),
 }  # fmt: skip
 
-# Without contrasts; made only where they are named.
+# Blocks without contrasts; their runs are only made if named.
 GRIDS = ("grid", "b32", "rates")
 
 
 def _concepts(weight: float, is_large: bool = False) -> dict[str, Any]:
-    """Both concept losses with one weight; no small vocabulary here has more than 64 words."""
+    """Sets one weight for both concept losses; the small vocabularies have at most 64 words."""
     weights = {"concepts.object_weight": weight, "concepts.attribute_weight": weight}
     sizes = {"concepts.num_objects": 64, "concepts.num_attributes": 64}
     return weights if is_large else {**weights, **sizes}
@@ -275,8 +279,8 @@ _CONCEPTS = _concepts(0.5)  # as in the demo
 _PHOTO_CONCEPTS = _concepts(1.0)  # as in `benchmarks.distillation`
 _EMOJI_CONCEPTS = {**_CONCEPTS, "concepts.num_objects": 1024, "concepts.num_attributes": 1024}
 _LABELS = ("teacher", "random", "shuffled")
-# CLIPs that teach, trained four times as long as a student, seed 0 of each, and what on: the right
-# captions of the very pictures, or the captions that the student sees too.
+# CLIP teachers -> their training data: the student's pictures with the right captions, or with the
+# captions that the student sees. One seed each, trained four times as long as a student.
 CLIP_TEACHERS = {
     "cifar10_clip_teacher": "cifar10_wrong_0",
     "cifar10_wrong_50_clip_teacher": "cifar10_wrong_50",
@@ -289,7 +293,7 @@ _AFFINITY_SHARES = (0, 50)  # percent of wrong captions
 
 
 def _beta(beta: float) -> str:
-    return f"beta_{100 * beta:03.0f}"  # names of files have no dots
+    return f"beta_{100 * beta:03.0f}"  # no dots in file names
 
 
 FILTER = [
@@ -301,13 +305,13 @@ FILTER = [
     Experiment("only_t", "only_t"),
     Experiment("clip_score", "clip_score_{seed}", seeds=8),
     Experiment("oracle", "oracle"),
-    # As many epochs as the run on the raw pairs has, so fewer samples.
+    # As many epochs as on the raw pairs, and therefore fewer samples.
     Experiment("cat_equal_epochs", "cat", {"total_epochs": _EXAMPLES / WEB_PAIRS}),
 ]
-# The primary claims once more, with a web of the demo's kind, a pass of the filter and a teacher
-# for each seed; the scoring student is one of the first web, of the same seed. Arms, margins and
-# predictions were registered before any of these runs was made, as the primary claims from when
-# all of them are.
+# Repeats the primary claims with a web of the demo's kind, a pass of the filter and a teacher for
+# each seed. The scoring student is that of the first web with the same seed. Arms, margins and
+# predictions were registered before any of these runs was made, and become the primary claims once
+# all runs are made.
 DRAWN = [
     Experiment(name, f"{data}_{{seed}}", config, seeds=8)
     for name, data, config in (
@@ -323,11 +327,11 @@ DRAWN = [
         ("drawn_cat_adamw_1e_3", "drawn_cat", _ADAMW),
     )
 ] + [Experiment("drawn_unseen", "drawn_unseen_{seed}", seeds=8, student="unseen_k")]
-# Of `second_web.py`: a web, a pass of the filter, and a scoring student for each seed. Registered
-# with their predictions before any of these runs was made, the larger webs with eight seeds. What
-# the caption rules keep of 240 of its pairs was known by then: 46 of 46 sentences, 0 of 50 names, 0
-# of 53 titles. The web was not changed after that.
-SECOND_SIZES = {3000: 8, 12_000: FEW_SEEDS}  # pairs: webs
+# Uses `second_web.py`: a web, a pass of the filter, and a scoring student for each seed. Registered
+# with the predictions before any of these runs was made, the larger webs with eight seeds. By then,
+# it was known what the caption rules keep of 240 pairs: 46 of 46 sentences, 0 of 50 names, 0 of 53
+# titles. The web was not changed after that.
+SECOND_SIZES = {3000: 8, 12_000: FEW_SEEDS}  # pairs per web: number of webs
 SECOND_ARMS = (
     *("raw", "random", "only_c", "only_a", "only_t", "c_and_t", "cat", "clip_score", "oracle"),
 )
@@ -335,9 +339,9 @@ SECOND_WEB = [
     Experiment(f"second_{size}_{arm}", f"second_{size}_{arm}_{{seed}}", seeds=seeds)
     for (size, seeds), arm in itertools.product(SECOND_SIZES.items(), SECOND_ARMS)
 ]
-# Of `clipart.py`: a draw of four fifths of the drawings for each seed. Registered with their
-# predictions before any of these runs was made. That C keeps 1,873 of the 6,824 titles, 630 of them
-# of at most two drawings, and that A keeps 130, was known by then.
+# Uses `clipart.py`: a draw of four fifths of the drawings for each seed. Registered with the
+# predictions before any of these runs was made. By then, it was known that C keeps 1,873 of the
+# 6,824 titles, 630 of them of at most two drawings, and that A keeps 130.
 CLIPART = [
     Experiment(f"clipart_{arm}", f"clipart_{arm}_{{seed}}", seeds=8, student="clipart")
     for arm in (
@@ -345,11 +349,11 @@ CLIPART = [
         "own_title",
     )
 ]
-# Of `concepts.py`: for each seed other concepts are held out. The rate of an arm is the best of
-# three on validation concepts, mean of other draws; ties go to the lower one. Arms and
-# predictions were registered before any of these runs was made. The rates were 1e-3 to 1e-2 until
-# four runs of the first arm had 1e-3 ahead of 3e-3, by 18.2 to 17.6; and the draws of the smaller
-# batch were two until all had run, which differ by more than rates do.
+# Uses `concepts.py`: each seed holds out other concepts. The learning rate of an arm is the best of
+# three by the mean over validation concepts of other draws; ties go to the lower rate. Arms and
+# predictions were registered before any of these runs was made. The rates were 1e-3 to 1e-2 until,
+# in four runs of the first arm, 1e-3 was ahead of 3e-3 by 18.2 to 17.6. The smaller batch had two
+# draws until all had run; they differ more than the rates do.
 _UPDATES = 480
 _CONCEPT_ARMS = {
     f"batch_{size}" + (f"_{_beta(beta)}" if beta else ""): {
@@ -360,7 +364,7 @@ _CONCEPT_ARMS = {
     for size, beta in itertools.product((64, 256), (0.0, 0.25, 0.5))
 }
 _RATE = "optimizer.learning_rate"
-# The best of the runs of "rates".
+# The best learning rates in the runs of "rates".
 _BEST_RATES = {
     "batch_64": 3e-3,
     "batch_64_beta_025": 3e-4,
@@ -369,9 +373,9 @@ _BEST_RATES = {
     "batch_256_beta_025": 1e-3,
     "batch_256_beta_050": 3e-4,
 }
-# Added before any run of `UNSEEN_CONCEPTS` at the batch: tuned rates differ up to tenfold between
-# arms, by 0.02 of a point over 1e-3 in the first, and the test artist of the very draws that chose
-# them has 1e-3 ahead in each arm of a batch of 64. So these arms are run at that one rate as well.
+# Added before any run of `UNSEEN_CONCEPTS` with the batch size. Tuned rates differ up to tenfold
+# between arms. In the first, the best is 0.02 of a point ahead of 1e-3. On the test artist with the
+# draws that chose the rates, 1e-3 leads in all arms of batch 64. So these arms also run at 1e-3.
 _EQUAL_RATE = 1e-3
 _EQUAL_RATE_ARMS = ("batch_64", "batch_64_beta_025", "batch_64_beta_050", "batch_256_beta_050")
 RATES = [
@@ -389,7 +393,7 @@ UNSEEN_CONCEPTS = [
                {**_CONCEPT_ARMS[arm], _RATE: _EQUAL_RATE}, seeds=FEW_SEEDS, student="concepts")
     for arm in _EQUAL_RATE_ARMS
 ]  # fmt: skip
-# A web for each seed; the smaller ones are the first pairs of the larger. Registered with its
+# Each seed has its own web; a smaller web is the beginning of a larger one. Registered with the
 # predictions before any of these runs was made.
 AMOUNTS = (1500, 3000, 6000, 12_000)
 AMOUNT = [
@@ -416,8 +420,8 @@ BATCH = [
     )
     for size, beta in itertools.product((128, 256, 512), (0.0, 0.25))
 ]
-# Registered before any of these runs was made. The filtered pairs come some 19 times, and gamma
-# falls over half of them, as in the paper; its other settings are the defaults, none tuned here.
+# Registered before any of these runs was made. Training has about 19 epochs of the filtered pairs,
+# and gamma falls over half of them, as in the paper. All other settings are untuned defaults.
 _FASTCLIP = {"loss.kind": "fastclip", "loss.gamma_epochs": 9.0}
 BATCH += [
     Experiment("cat_fastclip", "cat", _FASTCLIP, seeds=FEW_SEEDS),
@@ -455,8 +459,8 @@ COMPOSITION = [
     )
     for beta in (0.0, 0.25, 0.5, 1.0)
 ]
-# What may keep hard negatives from harm where captions are wrong; a run has 480 steps, and nobody
-# knows the share of wrong captions beforehand.
+# Settings that may protect hard negatives against wrong captions. A run has 480 steps, and users do
+# not know the share of wrong captions beforehand.
 _DOUBTED = {"loss.noise_share": 0.25}
 _AGAINST_NOISE = {
     "doubted": _DOUBTED,
@@ -464,8 +468,8 @@ _AGAINST_NOISE = {
     "beta_025_ramp": {"loss.beta_schedule": ((0, 0.0), (240, 0.25))},
     "beta_025_cap": {BETA: 0.25, "loss.max_weight": 4.0},
 }
-# A rising beta brought nothing, and bounded weights cost 1.5 points where captions are right; their
-# settings are gone: they have results, and no new runs.
+# A rising beta gained nothing, and bounded weights cost 1.5 points with right captions. Their
+# settings were removed: the results remain, and there are no new runs.
 RETIRED = tuple(
     f"emoji_shuffled_{share}_beta_025_{name}"
     for share in SHUFFLED_SHARES
@@ -510,9 +514,9 @@ DISTILLATION = [
         for share, labels in itertools.product(WRONG_SHARES, _LABELS)
     ),
 ]  # fmt: skip
-# Half of the captions wrong: another exchange, and other random weights, for each seed.
-# `neighbours` has no labels, but the most frequent caption of the ten photos that are nearest in
-# the teacher's embeddings. Registered with its predictions before any of these runs was made.
+# Half of the captions are wrong; each seed has another exchange and other random weights.
+# `neighbours` has no labels. Its captions are the most frequent among the ten nearest photos in the
+# teacher's embeddings. Registered with the predictions before any of these runs was made.
 DRAWN_DISTILLATION = [
     Experiment(f"photos_{arm}", f"photos_50_{arm}_{{seed}}", changes, seeds=8, student="cifar10")
     for arm, changes in (
@@ -542,7 +546,7 @@ AFFINITY = [
     Experiment("cifar10_wrong_50_own_affinity", "cifar10_wrong_50_own_clips", _AFFINITY,
                student="cifar10"),
 ]  # fmt: skip
-# Four more captions of what each picture shows, of the kind "synthetic".
+# Uses four more captions of each picture's scene, of the kind "synthetic".
 CAPTIONS = [
     Experiment(
         f"{data}_captions_{name}",
@@ -556,7 +560,7 @@ CAPTIONS = [
         ("raw", "synthetic", {"data.caption_weights": "alt=0,synthetic=1"}, FEW_SEEDS),
     )
 ]
-# 24 tokens hold about two of the four sentences, 72 all of them.
+# About two of the four sentences fit into 24 tokens, and all of them into 72.
 LONG_TEXTS = [
     Experiment("long_cut", "cat_long", seeds=FEW_SEEDS, student="long", init_from="raw"),
     Experiment(
@@ -568,7 +572,7 @@ LONG_TEXTS = [
         init_from="raw",
     ),
 ]
-# The decoder learns from what CAT kept, and its captions go to the raw pairs, noise and all.
+# The decoder learns from the pairs that CAT keeps, and captions all raw pairs, also noisy ones.
 CAPTIONING = [
     Experiment(
         "cat_captioning",
@@ -605,7 +609,7 @@ FINE_TUNING = [
     ),
     Experiment("tuned_averaged", _PHOTOS, student="averaged", init_from="raw"),
 ]
-# The last fifth of the steps, for the decay.
+# The decay takes the last fifth of the steps.
 _WSD = {"optimizer.schedule": "wsd", "optimizer.decay_steps": _EXAMPLES // _BATCH_SIZE // 5}
 OPTIMIZER = [
     Experiment("cat_adamw", "cat", {"optimizer.kind": "adamw"}, seeds=FEW_SEEDS),
@@ -618,12 +622,12 @@ SIZES = [
     Experiment("cat_sizes_matryoshka", "cat", {"matryoshka.sizes": (16, 32, 64)}, seeds=8,
                student="sizes"),
 ]  # fmt: skip
-# The second chooses its settings on k pictures of a class, 16 at most, where k are learnt from.
+# `unseen_k` learns from k pictures of a class, and chooses its settings on k others, at most 16.
 FEW_SHOT = [
     Experiment("unseen", "unseen", student="unseen"),
     Experiment("unseen_k", "unseen", seeds=8, student="unseen_k"),
 ]
-# Blocks as small as the data: a batch is drawn from 512 records, a third of them.
+# Small blocks for small data: a batch is drawn from 512 records, a third of the data.
 ORDER = [
     Experiment(
         "cat_blocks",
@@ -640,7 +644,7 @@ ORDER = [
 
 
 def _grid(prefix: str, data: str, student: str, rates: tuple[float, ...]) -> list[Experiment]:
-    """72 settings, one seed each; names have rates in 1e-4, decays in percent, weights in 0.1."""
+    """Returns 72 settings, one seed each; names have rates in 1e-4, decays in %, weights in 0.1."""
     return [
         Experiment(
             f"{prefix}_lr_{10_000 * rate:g}_decay_{100 * decay:g}_alpha_{1000 * alpha:04.0f}_"
@@ -1065,7 +1069,7 @@ CONTRASTS = [
     *_OTHER_CONTRASTS,
 ]
 
-# Differences that were looked at once the runs were there: shown without a label.
+# Contrasts chosen after the runs were made; they are shown without a label.
 DESCRIBED = [
     Contrast("cat_beta_025_concepts", "raw", "hard_negatives", 0.02,
              "all parts together: CAT, hard negatives and concepts against raw pairs", ""),
@@ -1082,8 +1086,8 @@ DESCRIBED = [
 ]  # fmt: skip
 
 
-# Treated, control and, where it is not the student's own, the metric. Chosen once the runs were
-# there, by what the paper claims and by what people would act on, not by what came out.
+# Treated, control and the metrics that differ from the student's primary one. Chosen after the runs
+# were made, by what the paper claims and what readers would act on, not by the results.
 PRIMARY = (
     ("cat", "raw"),
     ("cat", "random"),
@@ -1131,20 +1135,20 @@ SECONDARY = (
 
 
 def key_of(contrast: Contrast) -> tuple[str, ...]:
-    """What `PRIMARY` and `SECONDARY` name a contrast by."""
+    """Returns the key of a contrast in `PRIMARY` and `SECONDARY`."""
     metrics = (contrast.metric, contrast.control_metric)
     return (contrast.treated, contrast.control, *filter(None, metrics))
 
 
 def metrics_of(contrast: Contrast) -> tuple[str, str]:
-    """The metric of `treated` and that of `control`."""
+    """Returns the metric of `treated` and that of `control`."""
     primary = STUDENTS[EXPERIMENTS[contrast.treated].student].metric
     metric = contrast.metric or primary
     return metric, contrast.control_metric or metric
 
 
 def is_paired(contrast: Contrast) -> bool:
-    """Whether runs of equal seeds are compared: those on the same data or drawn web."""
+    """Returns whether runs are compared seed by seed: if they share the data or a drawn web."""
     return (
         contrast.block == "drawn"
         or EXPERIMENTS[contrast.treated].data == EXPERIMENTS[contrast.control].data
@@ -1152,13 +1156,13 @@ def is_paired(contrast: Contrast) -> bool:
 
 
 def runs_of(contrast: Contrast) -> tuple[int, int]:
-    """How many runs of `treated` and of `control` are compared."""
+    """Returns the numbers of runs of `treated` and of `control` that are compared."""
     seeds = [EXPERIMENTS[name].seeds for name in (contrast.treated, contrast.control)]
     return (min(seeds), min(seeds)) if is_paired(contrast) else (seeds[0], seeds[1])
 
 
 def blocks_of(name: str) -> list[str]:
-    """The blocks whose contrasts need an experiment, in their order; a grid for the others."""
+    """Returns the blocks with contrasts of an experiment, in order; without any, its grid."""
     if name in CLIP_TEACHERS:
         return ["affinity"]
     used = {c.block for c in CONTRASTS if name in (c.treated, c.control)}
@@ -1166,5 +1170,5 @@ def blocks_of(name: str) -> list[str]:
 
 
 def block_of(name: str) -> str:
-    """The block in whose turn an experiment is run: the first of `blocks_of`."""
+    """Returns the block that an experiment is run with: the first of `blocks_of`."""
     return blocks_of(name)[0]

@@ -1,7 +1,6 @@
-"""Figures as SVG: contrasts (a dot a run, means, intervals, margins), and curves over samples.
+"""SVG figures: contrasts (a dot for each run, means, intervals, margins), and curves over samples.
 
-Written by hand rather than by a plotting library, so that the files are small, and equal numbers
-give equal bytes.
+No plotting library is used, which keeps the files small. Equal numbers give equal bytes.
 """
 
 from __future__ import annotations
@@ -29,16 +28,16 @@ _COLORS = {
 }
 _OTHER = "#57606a"
 _SERIES = ("#8250df", "#0969da", "#1a7f37", "#bc4c00")  # colours of curves
-_STEPS = (0.25, 0.5, 1, 2, 5, 10, 20, 50)  # of the axis, in points
+_STEPS = (0.25, 0.5, 1, 2, 5, 10, 20, 50)  # between ticks of the axis, in points
 _LINE_CHARACTERS = 64
 
 
 def draw_contrasts(rows: Sequence[tuple[Contrast, Estimate, str]], title: str) -> str:
-    """The figure of some contrasts.
+    """Returns a figure of contrasts as SVG.
 
     Args:
-        rows: contrasts that have runs, with their labels.
-        title: for readers that do not see the figure.
+        rows: contrasts that have runs, with their estimates and labels.
+        title: text alternative, for readers who do not see the figure.
     """
     low, high, step = _axis([(c, e) for c, e, _ in rows])
     plot = _WIDTH - _LABELS - 20
@@ -71,10 +70,10 @@ def draw_contrasts(rows: Sequence[tuple[Contrast, Estimate, str]], title: str) -
 
 
 def draw_curves(curves: Mapping[str, Sequence[tuple[int, float]]]) -> str:
-    """Retrieval over samples seen, of arms named amount_SIZE_ARM: CAT solid, raw pairs dashed.
+    """Returns curves of R@10 over samples seen as SVG: solid for CAT, dashed for raw pairs.
 
     Args:
-        curves: samples and R@10 in shares of 1, by the arm.
+        curves: name of an arm, amount_SIZE_ARM -> its points (samples, R@10 in shares of 1).
     """
     sizes = sorted({int(name.split("_")[1]) for name in curves})
     points = [point for curve in curves.values() for point in curve]
@@ -148,7 +147,7 @@ def _draw_row(contrast: Contrast, found: Estimate, label: str, y: int, x) -> lis
 
 
 def _axis(rows: Sequence[tuple[Contrast, Estimate]]) -> tuple[float, float, float]:
-    """Ends and step in points: all runs are inside, long intervals are cut off at twice as far."""
+    """Returns (low, high, step) in points; cuts intervals at twice the farthest run or margin."""
     dots = [100 * each for _, found in rows for each in found.differences]
     dots += [100 * sign * contrast.margin for contrast, _ in rows for sign in (-1, 1)]
     reach = 2 * max(abs(each) for each in dots)

@@ -3,8 +3,8 @@
     python -m benchmarks.lab.measure --measured scenes --model runs/lab/runs/cat_seed0 \\
         --tests '{"web": "runs/lab/data/web"}' --output measured.json
 
-The runner calls it after every training. The items make a bootstrap over them possible, and paired
-comparisons of two runs; a bit an item, packed.
+The runner calls it after every training. The results of single items, packed as one bit each, allow
+a bootstrap over items and paired comparisons of two runs.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from diht_jax.storage.files import write_bytes
 RECALL_AT = 10
 _PHOTO_TEMPLATES = ("a photo of a {}.",)
 
-# What a measure gives: metrics in shares of 1, and for some of them the items' results. A metric
-# with items is the mean over all of its lists.
+# Metrics in shares of 1, and the results of the test items for some of them. A metric with items is
+# the mean over all of its lists.
 Measured = tuple[dict[str, float], dict[str, list[Any]]]
 
 
 def define_flags() -> None:
-    """The command line of `main`."""
+    """Defines the flags of this command."""
     flags.DEFINE_string("model", None, "Work directory of the student.")
     flags.DEFINE_string(
         "measured",
@@ -47,7 +47,7 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    """Loads, measures, writes."""
+    """Loads a student, measures it, and writes the results."""
     from diht_jax.loading import load_model
 
     given = flags.FLAGS
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def measure_scenes(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
-    """Retrieval among the held-out scenes; shapes and colours of single objects."""
+    """Measures retrieval of held-out scenes, and shapes and colours of single objects."""
     web = tests["web"]
     metrics, items = _retrieve(model, web / "val_retrieval.tar", "scenes")
     for name in ("shape", "color"):
@@ -72,7 +72,7 @@ def measure_scenes(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
 
 
 def measure_composition(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
-    """Choices between the caption of a held-out scene and a wrong one; the items are questions."""
+    """Measures choices between right and wrong captions of held-out scenes; items are questions."""
     from benchmarks.lab.composition import REPLACEMENTS, SWAPS, ask
     from diht_jax.evaluation.embedding.encoding import Encoder
     from diht_jax.evaluation.protocols import caption_choice
@@ -92,7 +92,7 @@ def measure_composition(model: Any, tests: Mapping[str, pathlib.Path]) -> Measur
 
 
 def measure_sizes(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
-    """Retrieval among the held-out scenes, by whole embeddings and by their first numbers."""
+    """Measures retrieval of held-out scenes, with full and with truncated embeddings."""
     from benchmarks.lab.experiments import CUT_SIZES
     from diht_jax.loading import load_model
 
@@ -106,31 +106,31 @@ def measure_sizes(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
 
 
 def measure_long(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
-    """Retrieval among the held-out scenes, by short texts and by long ones."""
+    """Measures retrieval of held-out scenes with short and with long texts."""
     metrics, items = _retrieve(model, tests["web"] / "val_retrieval.tar", "scenes")
     found = _retrieve(model, tests["long_scenes"] / "val_retrieval.tar", "long")
     return metrics | found[0], items | found[1]
 
 
 def measure_emoji(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
-    """Retrieval among another artist's drawings."""
+    """Measures retrieval of another artist's drawings."""
     return _retrieve(model, tests["shared"] / "emoji_twitter.tar", "emoji")
 
 
 def measure_clipart(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
-    """Retrieval among the held-out drawings whose titles name them."""
+    """Measures retrieval of held-out drawings with titles that name them."""
     return _retrieve(model, tests["clipart"] / "test.tar", "clipart")
 
 
 def measure_concepts(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
-    """Retrieval among unseen concepts: by one artist to choose rates, by another to measure."""
+    """Measures retrieval of unseen concepts, on the test artist and on the validation artist."""
     metrics, items = _retrieve(model, tests["concepts"] / "test.tar", "concepts")
     found = _retrieve(model, tests["concepts"] / "validation.tar", "validation")
     return metrics | found[0], items | found[1]
 
 
 def measure_amount(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
-    """Retrieval among the held-out scenes, at the end and after fewer samples."""
+    """Measures retrieval of held-out scenes, at the end of training and after fewer samples."""
     from benchmarks.lab.experiments import CURVE_SAMPLES
     from diht_jax.loading import load_model
 
@@ -144,12 +144,12 @@ def measure_amount(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
 
 
 def measure_photos(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
-    """Zero-shot top-1 on the test photos of CIFAR-10."""
+    """Measures zero-shot top-1 accuracy on the test photos of CIFAR-10."""
     return _classify(model, tests["shared"] / "cifar10_test.tar", "cifar10", _PHOTO_TEMPLATES)
 
 
 def measure_averaged(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
-    """Scenes and photos, of the student and of its mean with the model that it started from."""
+    """Measures scenes and photos, for the student and for its mean with its initial model."""
     from diht_jax.average import average_models
     from diht_jax.loading import load_model
 
@@ -170,10 +170,10 @@ def measure_averaged(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
 def measure_few_shot(
     model: Any, tests: Mapping[str, pathlib.Path], *, is_chosen_on_k: bool = False
 ) -> Measured:
-    """Few-shot accuracy on the unseen combinations, by method and shots; the items are draws.
+    """Measures few-shot accuracy on unseen combinations, by method and shots; items are draws.
 
-    With `is_chosen_on_k` the settings of k shots are chosen on k pictures of each class, 16 at
-    most.
+    If `is_chosen_on_k`, the settings for k shots are chosen on k pictures per class, for at most 16
+    shots.
     """
     from benchmarks.lab.experiments import FEW_SHOTS, SHOTS
     from data_prep.synthetic.captions import SHAPE_TEMPLATES
@@ -205,7 +205,7 @@ def measure_few_shot(
 
 
 def measure_tasks(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
-    """All metrics of the tasks of the command line; their items are not kept."""
+    """Measures all metrics of the tasks in `--tasks`; does not keep their items."""
     from diht_jax.evaluation.task_parsing import parse_tasks
     from diht_jax.evaluation.tasks import evaluate_task
 
@@ -242,13 +242,13 @@ def _classify(model: Any, source: pathlib.Path, name: str, templates: Iterable[s
 
 
 def pack_bits(hits: np.ndarray) -> dict[str, Any]:
-    """Booleans as a count and base64 of their bits."""
+    """Packs booleans into their count and the base64 of their bits."""
     bits = np.packbits(np.asarray(hits, bool))
     return {"count": len(hits), "bits": base64.b64encode(bits.tobytes()).decode()}
 
 
 def unpack_items(packed: Any) -> np.ndarray:
-    """float64 [n] of what `pack_bits` gave, or of a list of numbers."""
+    """Unpacks the output of `pack_bits`, or a list of numbers, into float64 [n]."""
     if isinstance(packed, list):
         return np.asarray(packed, np.float64)
     bits = np.frombuffer(base64.b64decode(packed["bits"]), np.uint8)

@@ -1,9 +1,9 @@
-"""Writes the pages of the report: advice, claims, tables, figures, and which runs are missing.
+"""Writes the pages of the report: advice, claims, tables, figures, and a list of missing runs.
 
     python -m benchmarks.lab.page
 
-Everything comes from the result files that belong to today's experiments; files of an earlier
-definition are counted, and not used.
+Uses only result files that match the current definitions of the experiments. Files of an earlier
+definition are only counted.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ PAGES = {
         ("few_shot", "few_shot_k", "fine_tuning", "optimizer", "sizes", "order", "grid", "b32"),
     ),
 }
-# Metrics that stand beside the primary one, by student.
+# Further metrics in the tables of a student, next to the primary one.
 _BESIDE = {
     "web": {
         "scenes/t2i_r1": "text to image R@1",
@@ -108,13 +108,13 @@ _MOST_GRID_ROWS = 18
 
 
 def define_flags() -> None:
-    """The command line of `main`."""
+    """Defines the flags of this command."""
     flags.DEFINE_string("results", str(RESULTS / "lab"), "Folder of the result files.")
     flags.DEFINE_string("output", str(_DOCS / "experiments"), "Folder of the pages and figures.")
 
 
 def main() -> None:
-    """Reads the results, writes pages and figures."""
+    """Reads the results, and writes the pages and figures."""
     results = read_results(pathlib.Path(flags.FLAGS.results))
     folder = pathlib.Path(flags.FLAGS.output)
     images = folder / "images"
@@ -140,7 +140,7 @@ def main() -> None:
 
 
 def find_curves(results: dict[str, dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """Samples seen and mean R@10 of each arm of `amount` that has runs, by the arm's name."""
+    """Returns (samples seen, mean R@10) by name, for each arm of `amount` that has runs."""
     curves = {}
     for experiment in AMOUNT:
         metrics = [
@@ -160,7 +160,7 @@ def find_curves(results: dict[str, dict[str, Any]]) -> dict[str, list[tuple[int,
 def format_pages(
     rows: Sequence[Row], results: dict[str, dict[str, Any]], outdated: int
 ) -> dict[str, str]:
-    """The pages as Markdown, by the names of their files."""
+    """Returns the pages as Markdown, by file name."""
     method = [METHOD, _format_missing(results), ENDING]
     pages = {"index.md": _format_index(rows, results, outdated), "method.md": "\n".join(method)}
     described = describe(results)
@@ -195,7 +195,7 @@ def _format_index(rows: Sequence[Row], results: dict[str, dict[str, Any]], outda
 
 
 def _format_switches(rows: Sequence[Row]) -> str:
-    """What to switch on: each setting with its effect, its strongest control and its limits."""
+    """Formats the table of settings, each with its effect, strongest control and limits."""
     by_key = {key_of(row.contrast): row for row in rows}
 
     def effects(named: Sequence[tuple[str, tuple[str, ...]]]) -> str:
@@ -221,7 +221,7 @@ def _effect(row: Row) -> str:
 
 
 def _format_claims(rows: Sequence[Row]) -> str:
-    """A table of contrasts; primary ones have Holm's p, with the least that resamples give."""
+    """Formats contrasts as a table; primary ones have Holm's p, bounded by the resamples."""
     corrected = any(row.rank == FIRST for row in rows)
     least = 2 * len(rows) / (NUM_RESAMPLES + 1)
     lines = [
@@ -247,7 +247,7 @@ def _format_claims(rows: Sequence[Row]) -> str:
 
 
 def _runs(row: Row) -> str:
-    """Runs of both arms, and how many there are to be where some are missing."""
+    """Formats the runs of both arms, and the planned numbers if some are missing."""
     made, wanted = (
         f"{treated} and {control}" for treated, control in (row.runs, runs_of(row.contrast))
     )
@@ -338,7 +338,7 @@ def _format_experiments(
             found = [r for r in files.values() if r["experiment"]["name"] == name]
             if found and EXPERIMENTS[name].student == student:
                 values = [[r["metrics"][metric] for r in found] for metric in columns]
-                # The grids choose: rates by the artist for validation, others by their metric.
+                # Sorts grids: rates by the validation artist, others by their primary metric.
                 chosen = values[-1] if block == "rates" else values[0]
                 table.append((statistics.fmean(chosen), name, len(found), values))
         if block in GRIDS:

@@ -1,4 +1,4 @@
-"""Commands of the project in processes of their own, and locks that last as long as these do."""
+"""Runs the project's commands as subprocesses, with locks that the subprocesses also hold."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-_LOG_LINES = 40  # of a failed command, in the error
+_LOG_LINES = 40  # last lines of a failed command's output in the error
 _held: list[int] = []
 
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path) -> Iterator[None]:
-    """Waits until no other process works under this lock.
+    """Holds a lock file, after waiting for other processes to release it.
 
-    The commands that are started under it hold it too. So after `kill -9` of this process, the next
-    one waits for the command that is still running.
+    Commands that are started under the lock hold it too. After `kill -9` of this process, the next
+    process therefore waits for the command that is still running.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
@@ -31,15 +31,15 @@ def locked(path: pathlib.Path) -> Iterator[None]:
 
 
 def run_command(module: str, *arguments: str, log: pathlib.Path | None = None) -> None:
-    """Runs one of the project's commands; it ends with this process's exception, if one comes.
+    """Runs one of the project's commands; an exception in this process ends the command.
 
     Args:
-        module: as after `python -m`.
-        *arguments: of the command.
-        log: what the command prints is added to it; by default it is only kept for the error.
+        module: module of the command, as in `python -m`.
+        *arguments: arguments of the command.
+        log: file to append the output to. By default, the output only appears in the error.
 
     Raises:
-        RuntimeError: the command failed; with the end of what it printed.
+        RuntimeError: the command failed; the message contains the end of its output.
     """
     with open(log, "a+") if log else contextlib.nullcontext() as file:
         done = subprocess.run(

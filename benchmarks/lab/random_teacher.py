@@ -1,10 +1,10 @@
-"""A teacher that knows nothing: EfficientNet-Lite0 with random weights.
+"""A teacher without knowledge: EfficientNet-Lite0 with random weights.
 
     --config.teacher.torch.function=benchmarks.lab.random_teacher:build
 
-The control of distillation; `build_0` to `build_7` are other draws of the weights. The statistics
-of its normalisations are those of smooth random pictures, since without them the features of 16
-blocks of random weights would all be alike.
+It is the control for distillation. `build_0` to `build_7` use other random weights. The batch-norm
+statistics come from smooth random pictures. Without them, 16 blocks of random weights would give
+almost the same features for every picture.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _PICTURES, _SIDE = 64, 224
 
 
 def build(seed: int = 0) -> Any:
-    """As `data_prep.teachers.efficientnet_lite:build`, without what it has learnt."""
+    """Like `data_prep.teachers.efficientnet_lite:build`, with random weights."""
     import torch
 
     from data_prep.teachers import efficientnet_lite
@@ -28,7 +28,7 @@ def build(seed: int = 0) -> Any:
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
             if isinstance(module, torch.nn.BatchNorm2d):
-                module.momentum = None  # the mean over all that it sees
+                module.momentum = None  # cumulative average over all batches
         coarse = torch.randn(_PICTURES, 3, 8, 8)
     pictures = torch.nn.functional.interpolate(coarse, size=(_SIDE, _SIDE), mode="bilinear")
     network.train()

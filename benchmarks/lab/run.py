@@ -1,14 +1,14 @@
-"""Makes the runs that are missing, one result file a run.
+"""Makes the missing runs of the laboratory, and writes one result file per run.
 
     python -m benchmarks.lab.run --list
     python -m benchmarks.lab.run --only filter
     python -m benchmarks.lab.run --only 'cat_beta_*,raw_seed3' --workdir runs/lab
 
-`--only` takes patterns of blocks, of experiments, or of runs (EXPERIMENT_seedN). The lab may be
-killed at any moment: the same command goes on where it was, a training from its last checkpoint. A
-run that fails is reported, and the others go on. In a job array add `--task_index=I --num_tasks=N`;
-on one machine begin each of these tasks with `taskset -c I`, since a student keeps one core busy.
-A result is made anew when its recipe, its data or its experiment has become another.
+`--only` takes patterns of blocks, experiments, or runs (EXPERIMENT_seedN). The lab may be killed at
+any time: the same command resumes the work, and a training continues from its last checkpoint. A
+failed run is reported, and the others continue. In a job array, add `--task_index=I --num_tasks=N`.
+On one machine, start each of these tasks with `taskset -c I`, since a student keeps one core busy.
+A result is made again if its recipe, data or experiment has changed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from diht_jax import command_line
 from diht_jax.config import default_config, load_recipe
 from diht_jax.terminal import ProgressBar
 
-# Test data besides those of `--data`, by what is measured.
+# Test data in addition to those of `--data`, by what is measured.
 _TESTS = {
     "scenes": ("web",),
     "sizes": ("web",),
@@ -74,30 +74,30 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its result file and folder."""
+        """Name of the result file and of the folder."""
         return f"{self.experiment.name}_seed{self.seed}"
 
     @property
     def data(self) -> str:
-        """The variant it is trained on."""
+        """Name of the variant that the student is trained on."""
         return self.experiment.data.format(seed=self.seed)
 
     @property
     def tests(self) -> dict[str, str]:
-        """The variants it is measured on by their names for `measure`."""
+        """Variants that the student is measured on; the keys are their names in `measure`."""
         names = _TESTS.get(STUDENTS[self.experiment.student].measured, ())
-        # Each draw of concepts has tests of its own.
+        # Each draw of concepts has its own tests.
         seed = self.data.rpartition("_")[2]
         return {name.partition("_{")[0]: name.format(data_seed=seed) for name in names}
 
     @property
     def start(self) -> Run:
-        """The run whose model it starts from, of an experiment that has `init_from`."""
+        """The run that provides the initial model; needs an experiment with `init_from`."""
         return Run(EXPERIMENTS[self.experiment.init_from], self.seed)
 
 
 def define_flags() -> None:
-    """The command line of `main`."""
+    """Defines the flags of this command."""
     flags.DEFINE_list("only", [], "Patterns of blocks, experiments or runs; unset: all but grids.")
     flags.DEFINE_bool("list", False, "Print what is done and what is missing, and run nothing.")
     flags.DEFINE_string("workdir", "runs/lab", "Where data and runs lie.")
@@ -120,10 +120,10 @@ def main() -> None:
         raise ValueError(
             f"--task_index={given.task_index}: expected 0 to --num_tasks={given.num_tasks} minus 1"
         )
-    # A task's share is that of all runs, since tasks do not start when equally many are missing.
+    # Takes a share of all runs, not of missing ones: these differ when tasks start at other times.
     share = runs[given.task_index :: given.num_tasks]
     missing = [run for run in share if not is_done(run, results)]
-    # SIGTERM ends the command that is running as ^C does.
+    # SIGTERM ends the running command, as ^C does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     lab = Lab(
         pathlib.Path(given.workdir), pathlib.Path(given.data), results, given.train, given.tasks
@@ -134,10 +134,10 @@ def main() -> None:
 
 
 def select_runs(patterns: Sequence[str]) -> list[Run]:
-    """The runs that a pattern means, in the order of blocks, then seeds, then experiments.
+    """Returns the runs that match each pattern, ordered by block, then seed, then experiment.
 
     Raises:
-        ValueError: a pattern that means none.
+        ValueError: a pattern matches no run.
     """
     current = [e for e in EXPERIMENTS.values() if e.name not in RETIRED]
     runs = [Run(e, seed) for e in current for seed in range(e.seeds)]
@@ -165,7 +165,7 @@ def select_runs(patterns: Sequence[str]) -> list[Run]:
 
 
 def definition(run: Run) -> str:
-    """A hash of all that a run follows from but the code: recipe, changes, data, measure."""
+    """Hashes what determines a run, except the code: recipe, changes, data, measure, seed."""
     student = STUDENTS[run.experiment.student]
     parts = {
         "recipe": _describe_recipe(student.recipe),
@@ -182,7 +182,7 @@ def definition(run: Run) -> str:
 
 @functools.cache
 def _describe_recipe(path: str) -> dict[str, str]:
-    """What a recipe sets otherwise than the defaults: a new key of these is no other recipe."""
+    """Returns the non-default keys of a recipe: new keys of the defaults do not change them."""
     defaults = _flatten(default_config())
     recipe = _flatten(load_recipe(RESULTS.parents[1] / path))
     return {
@@ -203,7 +203,7 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def read_result(run: Run, results: pathlib.Path) -> dict[str, Any] | None:
-    """A run's result; None where it is missing, or is of another definition."""
+    """Reads a run's result; None if it is missing or has another definition."""
     path = results / f"{run.name}.json"
     if not path.exists():
         return None
@@ -212,12 +212,12 @@ def read_result(run: Run, results: pathlib.Path) -> dict[str, Any] | None:
 
 
 def is_done(run: Run, results: pathlib.Path) -> bool:
-    """Whether the run need not be made."""
+    """Returns whether the run already has a result of its current definition."""
     return read_result(run, results) is not None
 
 
 class Lab:
-    """Makes runs, one after the other."""
+    """Makes runs one after the other."""
 
     def __init__(
         self,
@@ -227,14 +227,14 @@ class Lab:
         given: str | None = None,
         tasks: Sequence[str] = (),
     ):
-        """Begins nothing yet.
+        """Starts no run yet.
 
         Args:
-            workdir: of data and runs.
+            workdir: folder for data and runs.
             shared: folder of the public tars.
             results: folder of the result files.
-            given: records of the block b32.
-            tasks: its tasks.
+            given: records for the block b32.
+            tasks: evaluation tasks for the block b32.
         """
         self.workdir, self.shared, self.results = workdir, shared, results
         self.tasks = tasks
@@ -257,7 +257,7 @@ class Lab:
         return failed
 
     def make_one(self, run: Run) -> None:
-        """Data, training, measurement, result file."""
+        """Makes the data, trains and measures the student, and writes the result file."""
         folder = self.folder_of(run)
         student = STUDENTS[run.experiment.student]
         tests = {name: str(self.data.make(made)) for name, made in run.tests.items()}
@@ -292,7 +292,7 @@ class Lab:
                 shutil.rmtree(folder)
 
     def train(self, run: Run) -> float:
-        """Trains a student, from where it was; returns the seconds that this took here."""
+        """Trains or resumes a student; returns the seconds that this call took."""
         folder, data = self.folder_of(run), self.data.make(run.data)
         student = STUDENTS[run.experiment.student]
         changes = {**student.config, **run.experiment.config, "seed": run.seed}
@@ -303,7 +303,7 @@ class Lab:
             changes["model.init_from"] = self.trained(run.experiment.init_from, run.seed)
         marker = folder / "definition"
         if folder.exists() and (not marker.exists() or marker.read_text() != definition(run)):
-            shutil.rmtree(folder)  # begun by another recipe
+            shutil.rmtree(folder)  # begun with another definition
         folder.mkdir(parents=True, exist_ok=True)
         marker.write_text(definition(run))
         begin = time.monotonic()
@@ -318,7 +318,7 @@ class Lab:
         return time.monotonic() - begin
 
     def trained(self, name: str, seed: int) -> pathlib.Path:
-        """The work directory of a student whose model is kept for others, once it is trained."""
+        """Returns the work directory of a student with `keep_model`; trains it first if needed."""
         run = Run(EXPERIMENTS[name], seed)
         folder = self.folder_of(run)
         with locked(folder.with_name(f"{run.name}.lock")):
@@ -326,12 +326,12 @@ class Lab:
         return folder
 
     def folder_of(self, run: Run) -> pathlib.Path:
-        """Where a run works."""
+        """Returns the work directory of a run."""
         return self.workdir / "runs" / run.name
 
 
 def revision() -> str:
-    """The commit of the code, with "+changes" where files of it differ."""
+    """Returns the commit of the code, with "+changes" if tracked files of the code differ."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(
@@ -340,13 +340,13 @@ def revision() -> str:
         return done.stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no", ":/", ":(exclude,top)docs")
-    # Result files come in while the code stays the same.
+    # New result files are not changes of the code.
     is_changed = any("benchmarks/results/" not in line for line in changed.splitlines())
     return git("rev-parse", "HEAD") + ("+changes" if is_changed else "")
 
 
 def estimate_secs(results: pathlib.Path) -> dict[str, float]:
-    """About how long a run of each student takes: the median of those made, or the first guess."""
+    """Estimates seconds per run for each student: the median of its results, else `run_secs`."""
     known: dict[str, list[float]] = {name: [] for name in STUDENTS}
     for run in select_runs(["*"]):
         path = results / f"{run.name}.json"
@@ -361,7 +361,7 @@ def estimate_secs(results: pathlib.Path) -> dict[str, float]:
 
 
 def format_list(runs: Sequence[Run], results: pathlib.Path) -> str:
-    """What is done and what is missing, by block and experiment, with the time that is left."""
+    """Lists done and missing runs by block and experiment, with the estimated time left."""
     lines, total = [], 0.0
     done = {run.name: is_done(run, results) for run in runs}
     secs = estimate_secs(results)

@@ -1,9 +1,9 @@
-"""A second web, whose noise is not what the filter was made for; frozen before any run on it.
+"""A second web with noise that the filter was not made for; frozen before any run on it.
 
-Of its right captions 62% have no verb, a quarter of all captions are those of other pictures, and
-some pictures have text over them that no caption repeats. Product titles name what their picture
-shows. Scenes, shapes and colours are those of the first web, so that its held-out scenes measure
-the students of both.
+62% of its right captions have no verb, a quarter of all captions belong to other pictures, and some
+pictures have text over them that no caption repeats. Product titles name what their picture shows.
+Scenes, shapes and colours are those of the first web. Its held-out scenes measure the students of
+both webs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from diht_jax.records.schema import Record
 # Shares of the kinds. The caption describes the picture in all but the last two.
 KINDS = {
     "sentence": 0.20,
-    "names": 0.20,  # as `sentence`, without a verb
+    "names": 0.20,  # like `sentence`, without a verb
     "overlaid": 0.10,  # text over the picture; a sentence or names
     "title": 0.15,  # a product title that names what is shown
     "mismatched": 0.25,  # a sentence or names of another scene
@@ -31,7 +31,7 @@ KINDS = {
 RIGHT = ("sentence", "names", "overlaid", "title")
 IMAGE_SIZE = 128  # px
 _JPEG_QUALITY = 92
-_OVERLAY = 0.4  # how much of the picture is the text's
+_OVERLAY = 0.4  # weight of the text in the blend
 
 _WITHOUT_VERB = {
     "on": "on top of",
@@ -49,13 +49,13 @@ _ENDS = ("Free Shipping", "Sale", "NEW", "Poster", "Sticker", "Wall Art")
 
 
 def make_records(seed: int, count: int) -> Iterator[Record]:
-    """Yields the pairs of the web `seed`; the first ones of a larger web are those of a smaller."""
+    """Yields the pairs of the web `seed`; a smaller web is the beginning of a larger one."""
     for index in range(count):
         yield make_record(seed, index)
 
 
 def make_record(seed: int, index: int) -> Record:
-    """One pair; its metadata has the kind as `noise`, and the scene that is shown."""
+    """Makes one pair; its metadata has the kind as `noise`, and the scene that is shown."""
     rng = np.random.default_rng([2, seed, index])
     kind = list(KINDS)[rng.choice(len(KINDS), p=list(KINDS.values()))]
     scene = sampling.sample_scene(rng)
@@ -74,13 +74,13 @@ def make_record(seed: int, index: int) -> Record:
 
 
 def first_captions(seed: int = 0, count: int = 16) -> str:
-    """Kinds, scenes and captions of the first pairs: what changes where the web becomes another."""
+    """Returns kinds, scenes and captions of the first pairs, which reveal changes of the web."""
     found = [(r.metadata, r.caption) for r in make_records(seed, count)]
     return json.dumps([KINDS, found], sort_keys=True)
 
 
 def _sample_other(rng: np.random.Generator, scene: Scene) -> Scene:
-    """A scene without a shape of the one that is shown."""
+    """Samples a scene that has no shape in common with the given one."""
     shown = {o.shape for o in scene.objects}
     while True:
         other = sampling.sample_scene(rng)
@@ -94,7 +94,7 @@ def _name(item: SceneObject) -> str:
 
 
 def name_objects(rng: np.random.Generator, scene: Scene) -> str:
-    """A right caption of nouns and adjectives, without a verb."""
+    """Writes a right caption of nouns and adjectives, without a verb."""
     names = [_name(item) for item in scene.objects]
     if len(names) == 1:
         return names[0]
@@ -102,7 +102,7 @@ def name_objects(rng: np.random.Generator, scene: Scene) -> str:
 
 
 def write_title(rng: np.random.Generator, scene: Scene) -> str:
-    """A product title that names all objects."""
+    """Writes a product title that names all objects."""
     names = " & ".join(_name(item).title() for item in scene.objects)
     pack, end = _PACKS[rng.integers(len(_PACKS))], _ENDS[rng.integers(len(_ENDS))]
     return f"{names} {end} | {pack}"

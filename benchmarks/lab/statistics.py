@@ -1,11 +1,11 @@
-"""What the runs say about a contrast: a difference, its interval, and a label.
+"""Statistics of a contrast: the difference between its runs, an interval, and a label.
 
-Runs on the same data are compared seed by seed: they share their order of examples; so are those of
-the block `drawn`, web by web. All others are compared as two samples (Welch). The interval that
-decides reaches from the lower of the lower ends to the higher of the higher ends of two: Student's
-t over the runs, and a bootstrap over runs and test items; over items within runs where runs have
-their own, as other concepts that are held out. Holm's correction is over the primary claims, those
-without runs included, so that no claim becomes easier by not making the runs of another one.
+Runs on the same data are compared seed by seed, since they share the order of examples. Runs of the
+block `drawn` are compared web by web, all others as two samples (Welch). Each interval combines
+Student's t over the runs and a bootstrap over runs and test items, with the lower of their lower
+ends and the higher of their higher ends. If runs have their own items, such as other held-out
+concepts, items are drawn within runs. Holm's correction counts all primary claims, also those
+without runs: a claim does not become easier because the runs of another one are missing.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ NONE, UNDECIDED, WAITING = "none within the margin", "undecided", "waiting for r
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A contrast's difference, in shares of 1.
+    """The difference of a contrast, in shares of 1.
 
     Attributes:
-        differences: treated minus control, seed by seed; of unpaired runs, each treated one minus
-            the mean of the control.
-        mean: of them.
-        low, high: the wider of both intervals, end by end; infinite with a single run of an arm.
-        p_value: of no difference, two-sided: the larger of the t test's and the bootstrap's.
+        differences: treated minus control, seed by seed; if unpaired, each treated run minus the
+            mean of the control.
+        mean: mean of the differences.
+        low, high: the wider of both intervals, end by end; infinite if an arm has a single run.
+        p_value: two-sided, for no difference; the larger of the t test's and the bootstrap's.
     """
 
     differences: tuple[float, ...]
@@ -55,16 +55,16 @@ def estimate(
     paired: bool,
     own_items: bool = False,
 ) -> Estimate:
-    """The difference between two arms.
+    """Estimates the difference between two arms.
 
     Args:
-        treated, control: the metric of each run; paired ones in one order.
-        treated_items, control_items: of each run the results of the test items, float [n].
-        paired: whether runs of equal place are compared with each other.
-        own_items: whether each pair of runs has test items of its own.
+        treated, control: the metric of each run; paired runs are in the same order.
+        treated_items, control_items: results of the test items for each run, float [n].
+        paired: whether runs with the same index are compared with each other.
+        own_items: whether each pair of runs has its own test items.
 
     Raises:
-        ValueError: no runs of an arm, or not as many of both where they are paired.
+        ValueError: an arm has no runs, or paired arms have different numbers of runs.
     """
     if not len(treated) or not len(control) or (paired and len(treated) != len(control)):
         raise ValueError(
@@ -93,7 +93,7 @@ def estimate(
 def t_interval(
     mean: float, error: float, freedom: float, level: float = LEVEL
 ) -> tuple[float, float]:
-    """Student's interval of a mean with this standard error; infinite without freedom."""
+    """Returns Student's interval of a mean from its standard error; infinite without freedom."""
     if freedom <= 0:
         return -math.inf, math.inf
     reach = float(scipy.special.stdtrit(freedom, (1 + level) / 2)) * error
@@ -101,7 +101,7 @@ def t_interval(
 
 
 def t_test(mean: float, error: float, freedom: float) -> float:
-    """The probability of a mean at least so far from 0 if the true one were 0."""
+    """Returns the probability of a mean at least this far from 0 if the true mean is 0."""
     if freedom <= 0:
         return 1.0
     if error == 0:
@@ -116,7 +116,7 @@ def _standard_error(values: np.ndarray) -> float:
 
 
 def _welch(treated: np.ndarray, control: np.ndarray) -> tuple[float, float]:
-    """Standard error and degrees of freedom (Welch and Satterthwaite) of a difference of means."""
+    """Returns Welch's standard error and degrees of freedom (Satterthwaite) of a difference."""
     if min(len(treated), len(control)) < 2:
         return math.inf, 0
     parts = [float(np.var(arm, ddof=1)) / len(arm) for arm in (treated, control)]
@@ -137,16 +137,16 @@ def bootstrap(
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> np.ndarray:
-    """Differences of means over resamples of two factors: runs and test items.
+    """Returns differences of means over resamples of two factors: runs and test items.
 
     Args:
-        treated, control: of each run its items, float [items], the same ones in both arms and drawn
-            once for both. Runs are drawn once for both where they are paired, else for each arm.
-        paired: whether runs of equal place belong together.
-        own_items: whether paired runs have items of their own, which are drawn pair by pair; else
-            all runs have the same ones.
-        num_resamples: how many draws.
-        seed: of the draws.
+        treated, control: the items of each run, float [items]. Both arms have the same items, which
+            are drawn once for both. Paired runs are drawn once for both arms, others for each arm.
+        paired: whether runs with the same index belong together.
+        own_items: whether each pair of runs has its own items, drawn pair by pair; otherwise all
+            runs have the same items.
+        num_resamples: number of resamples.
+        seed: seed of the resamples.
 
     Returns:
         Float [num_resamples].
@@ -167,9 +167,9 @@ def bootstrap(
     return (runs * (first @ items).T).sum(axis=1) - (others * (second @ items).T).sum(axis=1)
 
 
-@functools.lru_cache(maxsize=16)  # contrasts of as many runs and items have the same draws
+@functools.lru_cache(maxsize=16)  # contrasts with equally many runs and items share draws
 def _draw(count: int, num_resamples: int, seed: int) -> np.ndarray:
-    """The share of each of `count` things in each resample: float32 [num_resamples, count]."""
+    """Returns the share of each of `count` things per resample: float32 [num_resamples, count]."""
     drawn = np.random.default_rng(seed).integers(count, size=(num_resamples, count))
     drawn += count * np.arange(num_resamples)[:, None]
     counts = np.bincount(drawn.reshape(-1), minlength=num_resamples * count)
@@ -177,7 +177,7 @@ def _draw(count: int, num_resamples: int, seed: int) -> np.ndarray:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction (1979): adjusted p-values in the order given."""
+    """Applies Holm's step-down correction (1979); returns adjusted p-values in the given order."""
     order = np.argsort(p_values, kind="stable")
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(order):
@@ -187,11 +187,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def label(found: Estimate, margin: float) -> str:
-    """What an interval says, by the same rule for every claim.
+    """Labels an interval, by the same rule for every claim.
 
     Args:
-        found: the difference.
-        margin: what counts as worth having, in shares of 1, above 0.
+        found: the estimated difference.
+        margin: the smallest difference worth having, in shares of 1; positive.
     """
     if found.low > 0:
         if found.low >= margin:

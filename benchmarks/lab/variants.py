@@ -1,7 +1,7 @@
-"""How each variant of the laboratory's data is made, by the pattern of its name.
+"""Makers of the laboratory's data variants, by the pattern of a variant's name.
 
-A maker gets the data, for what its variant is made from, the folder to write into, and the groups
-of the pattern. Being one maker behind the other, this file may be long.
+A maker gets the `Data` that provides its inputs, the folder to write, and the groups of the
+pattern. This file may be long because it lists one maker after the other.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ from diht_jax.storage.files import write_bytes
 if TYPE_CHECKING:
     from benchmarks.lab.data import Data
 
-NUM_SCENES = 2000  # of the retrieval task
+NUM_SCENES = 2000  # in the retrieval task
 UNSEEN = tuple(
     (shape, tuple(COLORS)[3 * number % len(COLORS)]) for number, shape in enumerate(SHAPES)
 )
-CLIPS = "clips"  # folder in a variant, with embeddings of a CLIP for its records
+CLIPS = "clips"  # folder in a variant with a CLIP's embeddings of its records
 
 _SHARD = "pairs-train-00000-of-00001.tfrecord"
 _TEACHER_SCENES = 4000  # as in the demo
-_TEST_SHOTS = 40  # pictures of a class that few-shot accuracy is measured on
+_TEST_SHOTS = 40  # test pictures per class for few-shot accuracy
 _FILTERS = {"c": "complexity", "a": "action", "t": "text_spotting"}
 _GATES = {"cat": "cat", "c_and_t": "ct", "only_c": "c", "only_a": "a", "only_t": "t"}
 _CHANGES = {"double": 2.0, "half": 0.5}
-_AMOUNT_SEED = 100  # plus that of a run: none of these webs is the demo's
-_DRAWN_SEED = 200  # the same, of other webs again
-_PHOTO_SEED = 1  # plus that of a run: none of these exchanges is that of `cifar10_wrong_*`
+_AMOUNT_SEED = 100  # plus a run's seed: none of these webs is the demo's
+_DRAWN_SEED = 200  # plus a run's seed: different webs again
+_PHOTO_SEED = 1  # plus a run's seed: no exchange equals that of `cifar10_wrong_*`
 _VOTES = 10  # nearest neighbours
 
 
@@ -116,7 +116,7 @@ def _make_clip_score(data: Data, folder: pathlib.Path, seed: str) -> None:
 
 
 def _write_best(data: Data, folder: pathlib.Path, pairs: str, raw: str, kept: str) -> None:
-    """The pairs of `raw` with the best CLIP scores, as many as `kept` has."""
+    """Writes the pairs of `raw` with the best CLIP scores, the same number as `kept` has."""
     scored = folder / "scored"
     model = data.model_for(folder.name)
     _run_filter("convert", pairs, scored, f"--config.clip.model={model}")
@@ -136,7 +136,7 @@ def _make_oracle(data: Data, folder: pathlib.Path) -> None:
 
 
 def _make_second(data: Data, folder: pathlib.Path, size: str, arm: str, seed: str) -> None:
-    """A variant of the second web of a seed; pairs pass each filter by themselves."""
+    """Makes a variant of a seed's second web; filters run alone, and arms intersect their pairs."""
 
     def name(of_arm: str) -> str:
         return f"second_{size}_{of_arm}_{seed}"
@@ -171,13 +171,13 @@ def _sample(records: Sequence[Record], size: int, seed: int) -> list[Record]:
 
 
 def _intersect(records: Sequence[Record], folders: Iterable[pathlib.Path]) -> list[Record]:
-    """The records whose keys are in all of the folders."""
+    """Returns the records with keys that occur in all of the folders."""
     kept = [{record.key for record in read(folder)} for folder in folders]
     return [record for record in records if all(record.key in keys for keys in kept)]
 
 
 def _make_clipart(data: Data, folder: pathlib.Path) -> None:
-    """Two tars: the drawings to train on, and the held-out ones with a title that names them."""
+    """Makes two tars: training drawings, and held-out drawings with a title that names them."""
     run_command("data_prep.examples", "clipart", f"--output={folder}")
     pairs = list(open_source(str(folder / "clipart.tar")))
     judgements = clipart.read_judgements()
@@ -190,7 +190,7 @@ def _make_clipart(data: Data, folder: pathlib.Path) -> None:
 
 
 def _make_clipart_all(data: Data, folder: pathlib.Path, gate: str) -> None:
-    """All pairs to train on, or those that one filter keeps."""
+    """Makes all training pairs, or those that one filter keeps."""
     pairs = str(data.make("clipart") / "train.tar")
     if gate == "raw":
         _run_filter("convert", pairs, folder)
@@ -199,7 +199,7 @@ def _make_clipart_all(data: Data, folder: pathlib.Path, gate: str) -> None:
 
 
 def _make_clipart_arm(data: Data, folder: pathlib.Path, arm: str, seed: str) -> None:
-    """What a filter keeps of the draw of a seed."""
+    """Makes a seed's draw, or what an arm's filter keeps of it."""
     if arm == "clip_score":
         raw, own = f"clipart_raw_{seed}", f"clipart_own_title_{seed}"
         _write_best(data, folder, str(data.make(raw)), raw, own)
@@ -220,7 +220,7 @@ def _make_clipart_arm(data: Data, folder: pathlib.Path, arm: str, seed: str) -> 
 
 
 def _make_amount(data: Data, folder: pathlib.Path, size: str, arm: str, seed: str) -> None:
-    """The first pairs of the web of a seed, or those of them that CAT keeps of the largest."""
+    """Makes the first pairs of a seed's web, or those that CAT keeps of them."""
     if arm == "raw":
         _write_web(folder, _AMOUNT_SEED + int(seed), int(size))
     elif int(size) == max(AMOUNTS):
@@ -237,7 +237,7 @@ def _write_web(folder: pathlib.Path, seed: int, size: int) -> None:
 
 
 def _make_drawn(data: Data, folder: pathlib.Path, arm: str, seed: str) -> None:
-    """The web of a seed, what is chosen of it, its teacher, or what is made of CAT's choice."""
+    """Makes a seed's web, a selection of it, its teacher, or a change of CAT's selection."""
 
     def make(of_arm: str) -> str:
         return str(data.make(f"drawn_{of_arm}_{seed}"))
@@ -302,7 +302,7 @@ def _shows_unseen(record: Record) -> bool:
 
 
 def _make_unseen_shots(data: Data, folder: pathlib.Path) -> None:
-    # A fifth of the training pictures is held out to choose settings on.
+    # A fifth of the training pictures is held out for choosing the settings.
     for split, per_class in (("train", max(SHOTS) * 5 // 4), ("test", _TEST_SHOTS)):
         with tarfile.open(folder / f"{split}.tar", "w") as tar:
             for index in range(per_class * len(UNSEEN)):
@@ -324,7 +324,7 @@ def _make_unseen_shots(data: Data, folder: pathlib.Path) -> None:
 
 
 def _make_recaptioned(data: Data, folder: pathlib.Path, variant: str) -> None:
-    """The records of a variant with four more captions of what the picture shows, if anything."""
+    """Adds four captions of the scene to each record of a variant that shows a scene."""
     changed = []
     for index, record in enumerate(read(data.make(variant))):
         kind_of = {record.caption: USUAL_KIND}
@@ -335,21 +335,21 @@ def _make_recaptioned(data: Data, folder: pathlib.Path, variant: str) -> None:
 
 
 def _make_long(data: Data, folder: pathlib.Path, variant: str) -> None:
-    """The records of a variant, their captions followed by three sentences about the picture."""
+    """Appends three sentences about the picture to each caption of a variant."""
     records = enumerate(read(data.make(variant)))
     texts = ((r, [r.caption, *_describe(r.metadata, 3, index)]) for index, r in records)
     write(folder, [dataclasses.replace(record, caption=_join(each)) for record, each in texts])
 
 
 def _make_long_scenes(data: Data, folder: pathlib.Path) -> None:
-    """The held-out scenes with four sentences each, in none of which all must be named."""
+    """Makes the held-out scenes with four sentences each, which may be incomplete."""
     pairs = enumerate(open_source(str(data.make("web") / "val_retrieval.tar")))
     texts = ((pair, _join(_describe(pair.metadata, 4, index))) for index, pair in pairs)
     write_pairs(folder / "val_retrieval.tar", texts)
 
 
 def _describe(metadata: Mapping[str, Any], count: int, index: int) -> list[str]:
-    """Sentences about the scene that a picture shows; none where it shows no scene."""
+    """Returns sentences about the scene that a picture shows; none if it shows no scene."""
     shown = metadata.get("scene")
     if not shown:
         return []
@@ -393,7 +393,7 @@ def _make_openmoji(data: Data, folder: pathlib.Path) -> None:
 
 
 def _make_concepts(data: Data, folder: pathlib.Path, seed: str) -> None:
-    """Three tars: Noto's drawings to train on, OpenMoji's to choose by, Twemoji's to measure."""
+    """Makes three tars: Noto for training, OpenMoji for validation, and Twemoji for the test."""
     captions_of = concepts.choose_concepts(open_source(str(data.shared / "emoji_google.tar")))
     found = concepts.split([*captions_of.values()], int(seed))
     for name, source, texts in (
@@ -439,7 +439,7 @@ def _make_photo_labels(data: Data, folder: pathlib.Path, share: str, labels: str
 def _label_photos(
     folder: pathlib.Path, photos: pathlib.Path | str, random_builder: str | None = None
 ) -> None:
-    """Labels by EfficientNet-Lite0, or by a function of `random_teacher`, within the records."""
+    """Adds labels of EfficientNet-Lite0, or of a `random_teacher` function, to the records."""
     function = f"--config.teacher.torch.function=benchmarks.lab.random_teacher:{random_builder}"
     run_command(
         "data_prep.label",
@@ -452,7 +452,7 @@ def _label_photos(
 
 
 def _make_drawn_photos(data: Data, folder: pathlib.Path, share: str, arm: str, seed: str) -> None:
-    """Photos with an exchange of captions of their own, and labels of one of two teachers."""
+    """Makes photos with a seed's exchange of captions, and with labels or captions of an arm."""
     if arm == "given":
         _make_photos(data, folder, share, _PHOTO_SEED + int(seed))
         return
@@ -469,7 +469,7 @@ def _make_drawn_photos(data: Data, folder: pathlib.Path, share: str, arm: str, s
 
 
 def read_teacher_embeddings(labelled: pathlib.Path) -> tuple[list[str], np.ndarray]:
-    """Keys and embeddings, float32 [n, d], that `data_prep.label` has kept of its teacher."""
+    """Reads the keys and the teacher's embeddings, float32 [n, d], that `data_prep.label` kept."""
     keys, found = [], []
     for path in sorted((labelled / embeddings.FOLDER).glob("*.tfrecord")):
         for data in read_records(path):
@@ -480,7 +480,7 @@ def read_teacher_embeddings(labelled: pathlib.Path) -> tuple[list[str], np.ndarr
 
 
 def vote(vectors: np.ndarray, texts: Sequence[str]) -> list[str]:
-    """The most frequent text of the nearest rows by their cosines; of equal ones the nearest's.
+    """Returns the most frequent text of each row's nearest rows by cosine; ties go to the nearest.
 
     A row's own text has no vote.
     """
@@ -493,7 +493,7 @@ def vote(vectors: np.ndarray, texts: Sequence[str]) -> list[str]:
 
 
 def shuffle_labels(labelled: pathlib.Path, folder: pathlib.Path) -> None:
-    """The records with the labels of other records."""
+    """Writes the records with their labels permuted among the records."""
     records = read(labelled)
     order = np.random.default_rng(0).permutation(len(records))
     names = ("object_ids", "object_probs", "attribute_ids", "attribute_probs")
@@ -506,7 +506,7 @@ def shuffle_labels(labelled: pathlib.Path, folder: pathlib.Path) -> None:
     )
     vocabulary = read_vocabulary(labelled)
     write_vocabulary(folder, vocabulary)
-    # What training reads of the statistics of `data_prep.label`.
+    # The part of the statistics of `data_prep.label` that training reads.
     text = json.dumps({"counts": {STATS_KEY: vocabulary.describe()}})
     write_bytes(folder / f"{_SHARD}{STATS_SUFFIX}", text.encode())
 
@@ -528,7 +528,7 @@ def _make_clips(data: Data, folder: pathlib.Path, variant: str) -> None:
 
 
 def _make_emoji_labelled(data: Data, folder: pathlib.Path) -> None:
-    """The emoji with labels of the teacher of the photos."""
+    """Labels the emoji with the teacher of the photos."""
     kept = folder / "kept"
     run_command(
         "data_prep.filter",
@@ -547,7 +547,7 @@ def _make_emoji_labelled(data: Data, folder: pathlib.Path) -> None:
 
 
 def exchange(texts: Sequence[str], share: float, seed: int) -> list[str]:
-    """The texts, of which a share has changed hands: each of these is another text than before."""
+    """Permutes a share of the texts; each of these positions gets a different text."""
     rng = np.random.default_rng(seed)
     chosen = rng.permutation(len(texts))[: round(share * len(texts))]
     given = rng.permutation(chosen)
@@ -565,12 +565,12 @@ def exchange(texts: Sequence[str], share: float, seed: int) -> list[str]:
 
 
 def read(folder: pathlib.Path | str) -> list[Record]:
-    """The records of a variant."""
+    """Reads the records of a variant."""
     return [decode_record(each) for shard in find_shards(folder) for each in read_records(shard)]
 
 
 def write(folder: pathlib.Path, records: Iterable[Record]) -> None:
-    """Writes records as the one shard of a variant."""
+    """Writes records as the single shard of a variant."""
     with TFRecordWriter(folder / _SHARD) as writer:
         for record in records:
             writer.write(encode_record(record))

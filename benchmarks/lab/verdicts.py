@@ -1,4 +1,4 @@
-"""Contrasts with what their runs have shown so far."""
+"""Estimates and labels of all contrasts, from the runs made so far."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from benchmarks.lab.measure import unpack_items
 from benchmarks.lab.run import Run, read_result
 from benchmarks.lab.statistics import WAITING, Estimate, estimate, holm, label
 
-# Ranks of contrasts: those of one family for Holm's correction, those with an interval, the rest.
+# Ranks: the family of Holm's correction, intervals only, the rest, and chosen after the runs.
 FIRST, SECOND, APPENDIX, AFTERWARDS = "primary", "secondary", "appendix", "afterwards"
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A contrast with what its runs have shown so far.
+    """A contrast with the results of its runs so far.
 
     Attributes:
-        contrast: which one.
-        rank: one of the above.
-        found: None before all runs are there.
-        runs: how many there are of each arm.
-        label: of `statistics`; "" for what was looked at afterwards.
-        means: of the metric, treated and control, over the compared runs; empty without `found`.
-        corrected: Holm's p; None but for primary claims whose runs are all there.
+        contrast: the contrast.
+        rank: one of the ranks above.
+        found: the estimate; None until all runs are there.
+        runs: number of runs of each arm.
+        label: a label of `statistics`; "" for contrasts chosen after the runs.
+        means: mean metric of treated and control over the compared runs; empty without `found`.
+        corrected: Holm's p; None except for primary claims with all runs.
     """
 
     contrast: Contrast
@@ -52,14 +52,14 @@ class Row:
 
 
 def read_results(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """The results of today's experiments by the names of their runs."""
+    """Reads the results of the current experiments, by the names of their runs."""
     runs = [Run(e, seed) for e in EXPERIMENTS.values() for seed in range(e.seeds)]
     found = {run.name: read_result(run, folder) for run in runs}
     return {name: result for name, result in found.items() if result is not None}
 
 
 def judge(results: dict[str, dict[str, Any]]) -> list[Row]:
-    """All registered contrasts, with estimates and labels where runs are there."""
+    """Returns all registered contrasts, with estimates and labels where all runs are there."""
     rows = [_compare(contrast, results) for contrast in CONTRASTS]
     first = [row for row in rows if row.rank == FIRST]
     p_values = [row.found.p_value if row.found else 1.0 for row in first]
@@ -71,7 +71,7 @@ def judge(results: dict[str, dict[str, Any]]) -> list[Row]:
 
 
 def describe(results: dict[str, dict[str, Any]]) -> list[Row]:
-    """The differences that were not registered; they have no label."""
+    """Returns the contrasts that were not registered; they have no label."""
     rows = [_compare(contrast, results) for contrast in DESCRIBED]
     return [dataclasses.replace(row, rank=AFTERWARDS, label="") for row in rows]
 
@@ -98,7 +98,7 @@ def _compare(contrast: Contrast, results: dict[str, dict[str, Any]]) -> Row:
         [_items(run, metric) for run in arm.values()]
         for arm, metric in zip(arms, metrics, strict=True)
     ]
-    # For each seed other concepts are held out.
+    # Each seed holds out other concepts.
     own_items = EXPERIMENTS[contrast.treated].student == "concepts"
     found = estimate(*values, *items, paired=paired, own_items=own_items)
     means = tuple(float(np.mean(each)) for each in values)
@@ -106,5 +106,5 @@ def _compare(contrast: Contrast, results: dict[str, dict[str, Any]]) -> Row:
 
 
 def _items(result: dict[str, Any], metric: str) -> np.ndarray:
-    """Each test item's result, the mean of its lists: a scene has one for each direction."""
+    """Returns each test item's result, the mean of its lists: a scene has one per direction."""
     return sum(map(unpack_items, result["items"][metric])) / len(result["items"][metric])

@@ -1,8 +1,8 @@
-r"""CAT filtering of LAION's pairs without those that LAION scored as unsafe or watermarked.
+r"""CAT filtering of LAION without the pairs that LAION scored as unsafe or watermarked.
 
-Method: DiHT, arXiv 2301.02280, which removed such pairs before CAT. The scores are the columns
+Method: DiHT, arXiv 2301.02280, which removes such pairs before CAT. The scores are the columns
 `punsafe` and `pwatermark` of LAION's metadata, which img2dataset keeps with
-`--save_additional_columns '["punsafe","pwatermark"]'`; a pair without them is dropped, see
+`--save_additional_columns '["punsafe","pwatermark"]'`. Pairs without scores are dropped; see
 `config.predicates.missing`.
 
 Run:
@@ -10,7 +10,7 @@ Run:
     python -m data_prep.filter --config prep/cat_laion \
         --config.input='/data/laion/*.tar' --config.output=/data/kept
 
-Expected: as configs/prep/cat.py, with the stage "metadata" first in the funnel.
+Expected: as in configs/prep/cat.py, with the stage "metadata" first in the funnel.
 """
 
 import ml_collections
@@ -19,9 +19,9 @@ from data_prep.filtering.config import default_config
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The defaults of the filter with two conditions; a list of URLs is filtered by them too."""
+    """Returns the filter's defaults with two conditions, which also work on lists of URLs."""
     config = default_config()
-    # 0.5 of watermarks: the paper's; of punsafe: ours.
+    # pwatermark < 0.5 is the paper's limit; the limit of punsafe is ours.
     config.predicates.require = ("punsafe < 0.5", "pwatermark < 0.5")
     config.predicates.missing = "drop"
     return config

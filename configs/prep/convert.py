@@ -1,13 +1,13 @@
-r"""No caption filter: any source of pairs into TFRecord shards, for names, labels and clean sets.
+r"""Conversion to TFRecord shards without caption filters, for names, labels and clean data sets.
 
-Images are still checked: empty, unreadable and oversized ones are counted and left out.
+Images are still checked: empty, unreadable and oversized ones are counted and dropped.
 
 Run:
 
     python -m data_prep.filter --config prep/convert \
         --config.input=emoji_google.tar --config.output=/data/emoji
 
-Expected: as many records as there are readable pairs (3,786 for the emoji).
+Expected: one record per readable pair (3,786 for the emoji).
 """
 
 import ml_collections
@@ -16,7 +16,7 @@ from data_prep.filtering.config import default_config
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Nothing is parsed or spotted: neither spaCy nor EasyOCR is needed.
+    """Returns a recipe without parsing or text spotting; it needs neither spaCy nor EasyOCR.
 
     `concepts=True` is for data_prep.label.
     """

@@ -1,8 +1,8 @@
-r"""Duplicates of a data set: exact copies, and near-duplicates as SemDeDup finds them.
+r"""Duplicates in a data set: exact copies, and near-duplicates by the method of SemDeDup.
 
 Method: SemDeDup, arXiv 2303.09540, on embeddings of `diht_jax.embed` (the paper: CLIP ViT-B/16) or,
-as here, on a descriptor that finds edited copies without any model.
-docs/guides/prepare/duplicates.md has more.
+as here, on a descriptor that finds edited copies without any model. See
+docs/guides/prepare/duplicates.md.
 
 Run:
 
@@ -10,7 +10,7 @@ Run:
         --config.input='/data/raw/*.tar' --config.output=/data/duplicates
 
 Expected: a table of all pairs (parquet), dropped.arrow for the filter, and report.html with pairs
-of pictures. For embeddings of a model:
+of images. To use embeddings of a model:
 
     python -m diht_jax.embed --model runs/b32 --input '/data/raw/*.tar' --modalities image \
         --dtype float16 --output /data/embedded
@@ -24,11 +24,11 @@ from data_prep.duplicates.config import default_config
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Copies that were edited: the descriptor finds candidates, thumbnails and captions decide.
+    """Returns a recipe for edited copies: found by descriptor, verified by thumbnail and caption.
 
-    For what merely shows the same, take embeddings of a model and no verification; of CLIP's
-    SemDeDup takes a threshold of 0.95 and more. It drops pairs of any caption, as
-    --config.other_captions=drop does.
+    To find images with the same content, use embeddings of a model without verification; SemDeDup
+    uses thresholds of 0.95 and more for CLIP. It drops pairs regardless of their captions, as
+    with --config.other_captions=drop.
     """
     config = default_config()
     config.embeddings.kind = "descriptor"

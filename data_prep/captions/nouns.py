@@ -1,8 +1,8 @@
-"""The noun side of the caption rules: objects, their names and attributes, and who does what.
+"""Noun rules for captions: objects, their names and attributes, and the subjects of verbs.
 
-The subjects of a clause are its own, inherited or shared. Prepositional phrases and the objects
-behind them are found here too; edges come from `verbs`. The rules are written against the labels of
-spaCy's English dependency parser. Ours throughout: the specification is
+The subjects of a clause are its own, inherited or shared. This module also finds prepositional
+phrases and their objects; `verbs` builds the edges. The rules are written for the labels of
+spaCy's English dependency parser. They are ours, specified by
 tests/data_prep/captions/caption_examples.toml.
 """
 
@@ -23,7 +23,7 @@ _PARTING = frozenset((",", ":"))
 
 
 def is_absorbed(sentence: Sentence, i: int) -> bool:
-    """Returns whether a noun is a part of a longer name or description ("ice" in "ice cream")."""
+    """Returns whether a noun is part of a longer name or description ("ice" in "ice cream")."""
     head = sentence.head[i]
     return (
         sentence.dep[i] in MODIFIERS
@@ -35,7 +35,7 @@ def is_absorbed(sentence: Sentence, i: int) -> bool:
 
 
 def mark_objects(sentence: Sentence) -> None:
-    """Fills in `is_object` and `is_hidden`; to be called once the parse is final."""
+    """Sets `is_object` and `is_hidden` of every token. The parse must be final."""
     sentence.is_object = []
     for i, low in enumerate(sentence.low):
         if sentence.tag[i] in NOUN_TAGS:
@@ -58,11 +58,11 @@ def mark_objects(sentence: Sentence) -> None:
 
 
 def _leads_on(sentence: Sentence, i: int) -> bool:
-    """Returns whether a word before "of" stands for what follows.
+    """Returns whether a noun before "of" stands for the noun after it.
 
-    "photo of" and "group of" do; a picture that somebody holds or makes (a direct object), or that
-    a thing is with ("a room with a view of the sea"), is a thing of its own. So does the middle of
-    a compound preposition ("in front of").
+    Examples are "photo of", "group of" and the middle of a compound preposition ("in front of").
+    A picture that somebody holds or makes (a direct object) is an object itself, as is one after
+    "with" ("a room with a view of the sea").
     """
     if {sentence.low[i], sentence.lemma[i]} & lexicon.COUNTING_WORDS:
         return True
@@ -80,9 +80,9 @@ def _leads_on(sentence: Sentence, i: int) -> bool:
 
 
 def is_person_pronoun(sentence: Sentence, i: int) -> bool:
-    """Returns whether a pronoun stands for a person who is not named elsewhere in the clause.
+    """Returns whether a pronoun stands for a person that the clause does not name otherwise.
 
-    Ours: "they" and "you" are persons; "it", "this", "that", "one" and reflexives are no objects.
+    Ours: "they" and "you" are persons; "it", "this", "that", "one" and reflexives are not objects.
     """
     return (
         sentence.low[i] in lexicon.PERSON_PRONOUNS
@@ -92,7 +92,7 @@ def is_person_pronoun(sentence: Sentence, i: int) -> bool:
 
 
 def name_object(sentence: Sentence, i: int) -> str:
-    """The name of an object: its compound in lower case with the head as a lemma."""
+    """Returns an object's name: its compound in lower case, with the head noun as a lemma."""
     if sentence.low[i] in lexicon.PERSON_PRONOUNS:
         return "person"
     parts = map(sentence.low.__getitem__, sorted(_compound_parts(sentence, i)))
@@ -100,7 +100,7 @@ def name_object(sentence: Sentence, i: int) -> str:
 
 
 def _joins_participle(sentence: Sentence, i: int) -> bool:
-    """Returns whether a modifier makes one word with the next: "gold plated", "good looking"."""
+    """Returns whether a modifier forms one word with the next: "gold plated", "good looking"."""
     after, head = i + 1, sentence.head[i]
     if after > head:
         return False
@@ -126,7 +126,7 @@ def _compound_parts(sentence: Sentence, i: int) -> list[int]:
 
 
 def describes(sentence: Sentence, i: int) -> bool:
-    """Returns whether a modifier is an attribute (else it counts, points or names a kind)."""
+    """Returns whether a modifier is an attribute, and does not count, point or name a kind."""
     low, tag = sentence.low[i], sentence.tag[i]
     if low in lexicon.NO_ATTRIBUTES or low in lexicon.COUNTING_WORDS:
         return False
@@ -138,7 +138,7 @@ def describes(sentence: Sentence, i: int) -> bool:
 
 
 def list_attributes(sentence: Sentence, i: int) -> list[str]:
-    """Attributes of a noun: adjectives and participles next to it and their coordinations."""
+    """Lists a noun's attributes: adjectives, participles, and those coordinated with them."""
     found: list[int] = []
     for kid in sentence.kids[i]:
         dep = sentence.dep[kid]
@@ -161,7 +161,7 @@ def list_attributes(sentence: Sentence, i: int) -> list[str]:
 
 
 def expand_adjective(sentence: Sentence, i: int) -> list[int]:
-    """An adjective with the adjectives that are coordinated with it or modify it."""
+    """Returns an adjective and the adjectives that are coordinated with it or modify it."""
     found = [i]
     for kid in sentence.kids[i]:
         if (
@@ -174,7 +174,7 @@ def expand_adjective(sentence: Sentence, i: int) -> list[int]:
 
 
 def name_attributes(sentence: Sentence, indices: list[int]) -> list[str]:
-    """Attributes as words, in the order of the text."""
+    """Returns attributes as words, in text order."""
     words = []
     for i in sorted(set(indices)):
         low = sentence.low[i]
@@ -188,7 +188,7 @@ def name_attributes(sentence: Sentence, indices: list[int]) -> list[str]:
 
 
 def is_place_noun(sentence: Sentence, i: int) -> bool:
-    """Returns whether a noun is the middle of a compound preposition ("front" in "in front of")."""
+    """Returns whether a noun is inside a compound preposition ("front" in "in front of")."""
     return (
         sentence.is_hidden[i]
         and sentence.dep[i] == "pobj"
@@ -197,9 +197,9 @@ def is_place_noun(sentence: Sentence, i: int) -> bool:
 
 
 def find_referents(sentence: Sentence, i: int) -> list[int]:
-    """The objects that a noun phrase stands for, by its head: with coordinations, none for "it".
+    """Returns the objects that a noun phrase with head `i` stands for, coordinations included.
 
-    Transparent nouns ("photo of") give way to what follows, relative pronouns to their antecedent.
+    "photo of" stands for the noun after it, a relative pronoun for its antecedent. "it" has none.
     """
     found = list(find_content(sentence, i))
     for kid in sentence.kids_of(i, "conj"):
@@ -208,7 +208,7 @@ def find_referents(sentence: Sentence, i: int) -> list[int]:
 
 
 def find_content(sentence: Sentence, i: int) -> list[int]:
-    """Like `find_referents`, without the coordinations of the head itself."""
+    """Like `find_referents`, but without the coordinations of the head itself."""
     if sentence.low[i] in lexicon.RELATIVE_PRONOUNS and sentence.tag[i] in ("WDT", "WP", "IN"):
         antecedent, clause = i - 1, i
         while sentence.head[clause] != clause:
@@ -228,7 +228,7 @@ def find_content(sentence: Sentence, i: int) -> list[int]:
 
 
 def is_animate(sentence: Sentence, i: int) -> bool:
-    """Returns whether an object is a living thing, by its head noun."""
+    """Returns whether an object is a living thing, judged by its head noun."""
     lemma = sentence.lemma[i]
     if lemma in lexicon.ANIMATE_NOUNS or is_person_pronoun(sentence, i):
         return True
@@ -236,7 +236,7 @@ def is_animate(sentence: Sentence, i: int) -> bool:
 
 
 def find_prep_targets(sentence: Sentence, i: int) -> list[tuple[str, int]]:
-    """(preposition, object) of every prepositional phrase of a verb."""
+    """Returns (preposition, object) for every prepositional phrase of a verb."""
     found = []
     for kid in sentence.kids[i]:
         if sentence.dep[kid] == "prep":
@@ -247,7 +247,7 @@ def find_prep_targets(sentence: Sentence, i: int) -> list[tuple[str, int]]:
 
 
 def find_adjective_targets(sentence: Sentence, adjective: int) -> list[tuple[str, int]]:
-    """(predicate, object) for each phrase of an adjective: "full of water", "close to a wall"."""
+    """Returns (predicate, object) for each phrase of an adjective: "full of water"."""
     found = find_prep_targets(sentence, adjective)
     if sentence.low[adjective] in lexicon.RELATIONAL_ADJECTIVES:
         return [(f"{sentence.low[adjective]} {name}", target) for name, target in found]
@@ -255,7 +255,7 @@ def find_adjective_targets(sentence: Sentence, adjective: int) -> list[tuple[str
 
 
 def expand_adverb(sentence: Sentence, adverb: int) -> list[tuple[str, int]]:
-    """The phrases of an adverb that begins a compound preposition ("next to a wall")."""
+    """Expands an adverb that starts a compound preposition ("next to a wall")."""
     return [
         (f"{sentence.low[adverb]} {name}", target)
         for kid in sentence.kids_of(adverb, "prep")
@@ -264,7 +264,7 @@ def expand_adverb(sentence: Sentence, adverb: int) -> list[tuple[str, int]]:
 
 
 def expand_preposition(sentence: Sentence, preposition: int) -> list[tuple[str, int]]:
-    """(name, object) for each object of a preposition, compound prepositions in one name."""
+    """Returns (name, object) for each object of a preposition, simple or compound."""
     low = sentence.low[preposition]
     if low in lexicon.NO_RELATION:
         return []
@@ -297,13 +297,13 @@ def expand_preposition(sentence: Sentence, preposition: int) -> list[tuple[str, 
 
 @dataclass
 class SubjectFinder:
-    """Finds the subjects of the verbs of one sentence, each once."""
+    """Finds the subjects of the verbs of one sentence, and caches them."""
 
     sentence: Sentence
     _found: dict[int, tuple[list[int], bool]] = field(default_factory=dict)
 
     def find(self, i: int) -> tuple[list[int], bool]:
-        """The subjects of a verb, its own or inherited, and whether the grammar gives it one."""
+        """Returns a verb's subjects, own or inherited, and whether the grammar gives it any."""
         if i not in self._found:
             self._found[i] = self._infer(i)
         return self._found[i]
@@ -344,10 +344,10 @@ class SubjectFinder:
         return [], False
 
     def _find_of_participle(self, i: int) -> list[int]:
-        """The subjects of a participle behind a noun.
+        """Returns the subjects of a participle that modifies a noun.
 
-        In "girl with a hat smiling" the parser gives the participle to the hat; a living thing
-        farther up is taken instead.
+        In "girl with a hat smiling" the parser attaches the participle to the hat; this returns the
+        living thing farther up in the tree.
         """
         sentence = self.sentence
         noun = sentence.head[i]
@@ -370,7 +370,7 @@ class SubjectFinder:
         return self.share(noun, i)
 
     def _find_of_picture(self, noun: int, before: int) -> list[int]:
-        """All that a picture is of: "a man with a dog isolated on white" is the man."""
+        """Returns what a picture shows: for "a man with a dog isolated on white", the man."""
         sentence, i = self.sentence, noun
         while sentence.dep[i] in ("acl", "conj", "dobj", "pobj", "prep") and sentence.head[i] < i:
             i = sentence.head[i]
@@ -379,7 +379,7 @@ class SubjectFinder:
         return self.share(i, before)
 
     def _find_of_gerund(self, i: int) -> tuple[list[int], bool]:
-        """The subjects of a gerund behind a preposition ("after winning a race")."""
+        """Returns the subjects of a gerund after a preposition ("after winning a race")."""
         sentence = self.sentence
         host = sentence.head[i]
         while sentence.dep[host] == "prep" and sentence.head[host] != host:
@@ -392,10 +392,10 @@ class SubjectFinder:
         return actors, bool(actors)
 
     def share(self, noun: int, before: int) -> list[int]:
-        """A noun with the nouns coordinated with it that stand before a common modifier.
+        """Returns a noun and the nouns coordinated with it that share a modifier after them.
 
-        An earlier noun with a modifier of its own behind it does not share ("a man riding a horse
-        and a dog barking").
+        An earlier noun that already has a modifier does not share ("a man riding a horse and a dog
+        barking").
         """
         sentence = self.sentence
         found = find_content(sentence, noun)

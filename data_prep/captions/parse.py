@@ -1,7 +1,7 @@
-"""Captions to graphs: the caption part of CAT filtering (DiHT, arXiv 2301.02280).
+"""Parses captions into graphs, for the caption part of CAT (DiHT, arXiv 2301.02280).
 
 `parse_captions` parses with spaCy's small English model and applies the rules of `verbs` and
-`nouns`. Pure: text in, graphs out, no image and no file.
+`nouns`. It reads neither images nor files.
 """
 
 import contextlib
@@ -21,34 +21,34 @@ from data_prep.captions.sentence import CaptionLemmatizer
 from data_prep.captions.verbs import build_graph
 
 _UNUSED_COMPONENTS = ("ner", "senter", "attribute_ruler")
-# Some 10 MB; spaCy's tokenizer caches 10,000 words.
+# Takes about 10 MB. spaCy's tokenizer caches 10,000 words.
 _MAX_LEXEMES = 30_000
-# Captions whose graphs are kept for later calls, some 40 MB, and their most characters: those that
-# repeat are short.
+# Number of captions whose graphs are cached (about 40 MB), and the longest caption to cache:
+# captions that repeat are short.
 _MAX_REMEMBERED, _REMEMBERED_CHARS = 15_000, 128
 
 
 class _NumpyBlasOps(NumpyOps):
-    """thinc's operations on CPUs, with `numpy.dot` for products of matrices.
+    """thinc's CPU operations, with `numpy.dot` for matrix products.
 
-    Two thirds of the time of spaCy's small model are the products of its convolutions. thinc makes
-    them with the BLIS that it brings along; the OpenBLAS under NumPy was three times as fast at
-    these sizes where it was measured (AMD EPYC with AVX-512). Rounding differs in the last bit; the
-    graphs of 5,000 web captions are the same.
+    The matrix products of the convolutions take two thirds of the time of spaCy's small model.
+    thinc computes them with its bundled BLIS; NumPy's OpenBLAS was three times as fast at these
+    sizes where it was measured (AMD EPYC with AVX-512). Results differ in the last bit; the graphs
+    of 5,000 web captions are equal.
     """
 
     def gemm(self, x, y, out=None, trans1=False, trans2=False):
-        """`x @ y`, both maybe transposed, into `out` where it is given; float32 [m, k], [k, n]."""
+        """Computes `x @ y` in float32, optionally transposed, into `out` if it is given."""
         x = x.T if trans1 else x
         y = y.T if trans2 else y
         return np.dot(x, y, out=out)
 
 
 def load_parser() -> Language:
-    """Loads spaCy's small English model, with only the components that the caption rules need.
+    """Loads spaCy's small English model with only the components that the caption rules need.
 
     Returns:
-      A pipeline of tok2vec, tagger, parser and our lemmatizer (`data_prep.captions.sentence`).
+      A pipeline of tok2vec, tagger, parser and our `CaptionLemmatizer`.
 
     Raises:
       ValueError: no English model is installed.
@@ -73,21 +73,21 @@ def parse_captions(
 ) -> list[CaptionGraph]:
     """Turns captions into graphs.
 
-    Equal captions are parsed once and share one graph. The result does not depend on `batch_size`
-    or on the order of the captions.
+    Equal captions are parsed once and share a graph. The result depends neither on `batch_size` nor
+    on the order of the captions.
 
     Args:
-      captions: captions of any content; the first 1,000 characters of each are read.
-      nlp: a pipeline of `load_parser()`, or a larger English one with our "caption_lemmatizer"
-        added at its end; by default `load_parser()`, loaded once per process.
+      captions: any text; the first 1,000 characters of each caption are read.
+      nlp: a pipeline from `load_parser()`, or a larger English one that ends in our
+        "caption_lemmatizer". Default: `load_parser()`, loaded once per process.
       batch_size: captions per batch of the spaCy pipeline.
 
     Returns:
-      One graph per caption, in order. A caption that a gate refused before the parse has an empty
-      graph with its `drop_reason` set.
+      One graph per caption, in order. A caption that a gate rejected before parsing has an empty
+      graph with `drop_reason` set.
 
     Raises:
-      ValueError: `captions` is one string, or an item is not a string, or `batch_size` < 1.
+      ValueError: `captions` is a single string, an item is not a string, or `batch_size` < 1.
     """
     if isinstance(captions, str | bytes):
         raise ValueError(
@@ -122,13 +122,13 @@ def parse_captions(
     return list(map(graphs.__getitem__, captions))
 
 
-_remembered: dict[str, CaptionGraph] = {}  # of the captions that were parsed last
+_remembered: dict[str, CaptionGraph] = {}  # of the captions parsed last
 
 
 def _parse_distinct(
     captions: Iterable[str], nlp: Language, batch_size: int
 ) -> dict[str, CaptionGraph]:
-    """The graph of each caption; those that become the same text by cleaning are parsed once."""
+    """Returns the graph of each caption, and parses captions with equal cleaned text once."""
     for _, words in nlp.pipeline:
         if isinstance(words, CaptionLemmatizer):
             break
@@ -145,11 +145,11 @@ def _parse_distinct(
         gated[caption] = text, reason
         if reason is None:
             texts[text] = None
-    # Caps spaCy's string store: a full vocabulary forgets the words of a call after it. Words met
-    # in a memory zone are not cached, so frequent ones should come in before.
+    # Caps spaCy's string store: once it is full, words that are new in a call are dropped after the
+    # call. Words in a memory zone are not cached, so early (frequent) ones stay outside of it.
     vocabulary: Any = nlp.vocab  # its declaration lacks `in_memory_zone`
     is_full = len(vocabulary) >= _MAX_LEXEMES and not vocabulary.in_memory_zone
-    # The passes of the garbage collector over model and graphs would take a third of the time.
+    # Collecting garbage while the graphs are built would take a third of the time.
     graphs: dict[str, CaptionGraph] = {}
     was_enabled = gc.isenabled()
     gc.disable()

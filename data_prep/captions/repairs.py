@@ -1,9 +1,9 @@
-"""Corrections to the parse where the small English model goes astray on captions.
+"""Corrections of typical parser errors on captions.
 
-Captions are mostly noun phrases, and the model was trained on sentences. Each rule corrects a kind
-of error seen in web captions: wrong tags, words that are no verbs, and verbs read as nouns or as
-modifiers. What a correct parse means is not decided here. Rules that changed no decision on
-captions that nobody had looked at are not kept.
+Captions are mostly noun phrases, but the model was trained on sentences. Each rule corrects a kind
+of error seen in web captions: wrong tags, other words read as verbs, and verbs read as nouns or
+modifiers. The meaning of a correct parse is decided elsewhere. Rules that changed no decision on
+held-out captions were removed.
 """
 
 from data_prep.captions import lexicon
@@ -16,9 +16,9 @@ from data_prep.captions.sentence import (
     Sentence,
 )
 
-# The tags that a verb gets when it is misread.
+# Tags that the model gives to misread verbs.
 _HIDDEN_VERB_TAGS = frozenset(("NN", "NNS", "VBG"))
-# The roles of a noun in a sentence, in which a misread verb may be found.
+# Dependency labels of nouns, at which a misread verb may stand.
 _NOMINAL = frozenset(("ROOT", "pobj", "dobj", "nsubj", "conj", "attr", "appos"))
 _SINGULAR_DETERMINERS = frozenset(("a", "an", "another", "each", "every", "this"))
 _PLURAL_WORDS = frozenset(("few", "many", "dozen", "hundred", "thousand", "million", "couple"))
@@ -54,9 +54,9 @@ def repair_sentence(sentence: Sentence, words: CaptionLemmatizer) -> None:
 
 
 def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
-    """Corrects nouns, adjectives and interjections by what English has them as.
+    """Corrects wrongly tagged nouns, adjectives and interjections with the dictionary.
 
-    "Wooden" at the start is no name, "Boy" no interjection, "politician" no adjective.
+    "Wooden" at the start is not a name, "Boy" not an interjection, "politician" not an adjective.
     """
     low, tag = sentence.low[i], sentence.tag[i]
     if tag in NOUN_TAGS:
@@ -95,7 +95,7 @@ def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
 
 
 def _give_subject(sentence: Sentence, i: int) -> bool:
-    """Makes a noun the subject of the verb behind it that it hangs on, if that has none."""
+    """Makes noun `i` the subject of its head if that is a later verb without a subject."""
     verb = sentence.head[i]
     if verb < i or sentence.tag[verb] not in VERB_TAGS or sentence.dep[verb] in MODIFIERS:
         return False
@@ -107,10 +107,10 @@ def _give_subject(sentence: Sentence, i: int) -> bool:
 
 
 def _correct_false_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
-    """Takes back the tag of a verb from words that are no verbs in this position.
+    """Retags words that were read as verbs but are not.
 
-    Nouns ("goat on the grass", "studio shot of"), places ("person, left, and"), adjectives and
-    participles before a bare noun ("wet stones", "stacked pipes", "picture of sleeping cats").
+    These are nouns ("goat on the grass", "studio shot of"), places ("person, left, and"), and
+    adjectives or participles before a bare noun ("wet stones", "stacked pipes", "sleeping cats").
     """
     low, lemma = sentence.low[i], sentence.lemma[i]
     if i and sentence.low[i - 1] in lexicon.NAMED_PLURALS.get(low, ()):
@@ -154,7 +154,7 @@ def _correct_false_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) ->
 
 
 def _begins_with_thing(sentence: Sentence, i: int) -> bool:
-    """Returns whether a base form at the beginning is a thing: "design for a shop"."""
+    """Returns whether a base form that starts the caption is a noun: "design for a shop"."""
     if i or sentence.low[i] not in lexicon.FIRST_NOUNS or len(sentence.low) == 1:
         return False
     begins = sentence.tag[1] in ("IN", "TO") and sentence.low[1] not in ("out", "up", "through")
@@ -162,7 +162,7 @@ def _begins_with_thing(sentence: Sentence, i: int) -> bool:
 
 
 def _names_part(sentence: Sentence, i: int) -> bool:
-    """Returns whether a finite form has an article, or "of" behind it: "stone ruins of"."""
+    """Returns whether a finite form is a noun, by its article or a following "of" ("ruins of")."""
     if sentence.has_kid(i, "det") and sentence.tag[i] in ("VB", "VBP", "VBZ"):
         return True
     subjects = sentence.kids_of(i, "nsubj")
@@ -176,7 +176,7 @@ def _names_part(sentence: Sentence, i: int) -> bool:
 
 
 def _reads_as_name(sentence: Sentence, i: int) -> bool:
-    """Returns whether a base form makes one noun with the thing before it ("logo design for")."""
+    """Returns whether a base form and the noun before it form one noun ("logo design for")."""
     return (
         i > 0
         and sentence.dep[i - 1] == "nsubj"
@@ -190,7 +190,7 @@ def _reads_as_name(sentence: Sentence, i: int) -> bool:
 
 
 def _describes_thing(sentence: Sentence, i: int, thing: int) -> bool:
-    """Returns whether a verb without a subject describes the bare noun read as its object."""
+    """Returns whether a verb without a subject is an attribute of the noun read as its object."""
     if sentence.has_kid(thing, "det", "poss") or thing < i:
         return False
     listed = sentence.dep[i] == "conj" and sentence.tag[sentence.head[i]] in NOUN_TAGS
@@ -212,11 +212,11 @@ def _describes_thing(sentence: Sentence, i: int, thing: int) -> bool:
 
 
 def _correct_hidden_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
-    """Finds, in place, a verb that was read as a noun or as a modifier, with its subject before it.
+    """Retags, in place, a verb that was read as a noun or modifier, and attaches its subject.
 
     "businessman counting money", "couple hugging", "a woman dances in a dress", "bride and groom
     holding hands", "man on a chair playing guitar", "a red square rests on a circle". Token `i`
-    is not the first one, and has one of _HIDDEN_VERB_TAGS.
+    must not be the first one, and has one of _HIDDEN_VERB_TAGS.
     """
     noun = i - 1
     low = sentence.low[i]
@@ -262,7 +262,7 @@ def _correct_hidden_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) -
 
 
 def _correct_deed(sentence: Sentence, noun: int, i: int, words: CaptionLemmatizer) -> bool:
-    """Finds an everyday deed behind a living thing: "dog chases cat", "kids ride bikes"."""
+    """Retags an everyday action after a living thing: "dog chases cat", "kids ride bikes"."""
     is_singular = sentence.tag[i] == "NNS"
     tag = "VBZ" if is_singular else "VBP"
     lemma = words.lemmatize(sentence.low[i], tag)
@@ -283,7 +283,7 @@ def _correct_deed(sentence: Sentence, noun: int, i: int, words: CaptionLemmatize
 
 
 def _guess_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> str | None:
-    """The tag a token has if it is a hidden verb; None when it cannot be one."""
+    """Returns the tag that a token has if it is a hidden verb, or None if it cannot be one."""
     tag, low = sentence.tag[i], sentence.low[i]
     if tag == "NNS":
         return "VBZ"
@@ -291,7 +291,7 @@ def _guess_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> str | No
         return "VBG"
     if tag != "NN":
         return None
-    # "orange koi fish in a pond": the name of an animal is the noun.
+    # "orange koi fish in a pond": a word for an animal is the noun.
     may_act = low in words.verbs and low not in lexicon.ANIMATE_NOUNS
     if may_act and sentence.lemma[i - 1] in lexicon.ANIMATE_NOUNS:
         # "firefighters battle a blaze", "a man and a woman dance in the street"
@@ -302,7 +302,7 @@ def _guess_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> str | No
 
 
 def _reads_as_verb(sentence: Sentence, i: int, lemma: str, words: CaptionLemmatizer) -> bool:
-    """Returns whether a token tagged as a noun is rather a verb; one tagged as a verb stays one."""
+    """Returns whether a token is a verb: either tagged so, or a noun that reads as one."""
     noun, tag = i - 1, sentence.tag[i]
     if tag == "NNS":
         return lemma not in words.nouns or _reads_as_finite(sentence, noun, i)
@@ -314,7 +314,7 @@ def _reads_as_verb(sentence: Sentence, i: int, lemma: str, words: CaptionLemmati
 
 
 def _reads_as_finite(sentence: Sentence, noun: int, i: int) -> bool:
-    """Returns whether a form in -s is a verb: after a singular determiner or a living thing."""
+    """Returns whether an -s form is a verb: after a singular determiner or a living thing."""
     if sentence.tag[noun] == "NNS" or sentence.dep[i] not in (*_NOMINAL, "ccomp"):
         return False
     modifiers = {sentence.low[kid] for kid in sentence.kids[i]}
@@ -328,7 +328,7 @@ def _reads_as_finite(sentence: Sentence, noun: int, i: int) -> bool:
 
 
 def _has_thing(sentence: Sentence, i: int) -> bool:
-    """Returns whether a verb has an object, a number not counted ("Size 42")."""
+    """Returns whether a verb has a direct object that is not a number ("Size 42")."""
     return any(sentence.tag[kid] != "CD" for kid in sentence.kids_of(i, "dobj"))
 
 
@@ -339,9 +339,9 @@ def _is_followed(sentence: Sentence, i: int) -> bool:
 
 
 def _find_actor(sentence: Sentence, noun: int) -> int | None:
-    """The living thing that a following -ing form describes: the noun, or the one it belongs to.
+    """Returns the living thing that acts in a following -ing form: `noun`, or the noun it modifies.
 
-    In "man on a chair playing" the phrases are read off the tags, since the parse is not trusted.
+    For "man on a chair playing" the phrases are found by tags, since the parse is unreliable there.
     """
     if sentence.lemma[noun] in lexicon.ANIMATE_NOUNS:
         return noun
@@ -354,7 +354,7 @@ def _find_actor(sentence: Sentence, noun: int) -> int | None:
 
 
 def _find_head_noun(sentence: Sentence, i: int) -> int | None:
-    """The noun at the head of the compound that a modifier stands in, if it follows."""
+    """Returns the head noun of the compound that token `i` modifies, if it comes after `i`."""
     head = sentence.head[i]
     while sentence.dep[head] in MODIFIERS and sentence.head[head] > head:
         head = sentence.head[head]
@@ -362,7 +362,7 @@ def _find_head_noun(sentence: Sentence, i: int) -> int | None:
 
 
 def _make_subject(sentence: Sentence, noun: int, verb: int) -> None:
-    """Turns the modifier of a verb into its subject; the verb keeps its position or follows it."""
+    """Makes a verb's modifier its subject; the verb keeps its position or modifies the noun."""
     _move_modifiers(sentence, verb, noun)
     if sentence.dep[verb] in ("ROOT", "ccomp", "advcl", "parataxis", "acl", "xcomp"):
         sentence.attach(noun, verb, "nsubj")
@@ -374,7 +374,7 @@ def _make_subject(sentence: Sentence, noun: int, verb: int) -> None:
 
 
 def _make_clause(sentence: Sentence, actor: int, verb: int, thing: int) -> None:
-    """Makes "actor verb thing" of a compound noun with the thing as its head."""
+    """Turns a compound noun with head `thing` into the clause "actor verb thing"."""
     first = actor
     while sentence.dep[first] == "conj" and sentence.head[first] not in (verb, thing):
         first = sentence.head[first]
@@ -387,7 +387,7 @@ def _make_clause(sentence: Sentence, actor: int, verb: int, thing: int) -> None:
     sentence.attach(verb, actor, "acl")
     sentence.attach(thing, verb, "dobj")
     if actor < verb - 1:
-        # "people at the march holding signs": the phrase between is the actor's.
+        # "people at the march holding signs": the phrase between belongs to the actor.
         noun, preposition = verb - 1, actor + 1
         sentence.attach(preposition, actor, "prep")
         sentence.attach(noun, preposition, "pobj")
@@ -398,7 +398,7 @@ def _make_clause(sentence: Sentence, actor: int, verb: int, thing: int) -> None:
 
 
 def _move_modifiers(sentence: Sentence, old: int, new: int) -> None:
-    """Gives the modifiers of a token that stand before another one to that one."""
+    """Moves the modifiers of token `old` that come before token `new` to `new`."""
     for kid in list(sentence.kids[old]):
         if kid < new and sentence.dep[kid] in ("det", "amod", "nummod", "compound", "poss"):
             sentence.attach(kid, new, sentence.dep[kid])

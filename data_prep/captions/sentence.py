@@ -1,8 +1,8 @@
-"""A parsed caption as plain lists, and the dictionary forms of its words.
+"""A parsed caption as plain lists, and a lemmatizer for captions.
 
-Rules and repairs read the lists. `CaptionLemmatizer` stands in the pipeline in place of spaCy's own
-lemmatizer: it reads the same tables, which are the English word list of the rules too, needs only
-the tagger, and does not turn "riding" into "rid". No rule about meaning comes in here.
+Rules and repairs work on the lists. `CaptionLemmatizer` replaces spaCy's lemmatizer in the
+pipeline. It reads the same tables (which also serve the rules as the list of English words), needs
+only the tagger, and does not turn "riding" into "rid". Rules about meaning do not belong here.
 """
 
 import functools
@@ -27,16 +27,16 @@ MODIFIERS = frozenset(("amod", "compound", "nmod"))
 
 
 class Sentence:
-    """The tokens of a caption, hyphenated words as one; lists are walked much faster than spaCy.
+    """The tokens of a caption, hyphenated words joined, as lists that are faster than spaCy's Doc.
 
     Attributes, all indexed by token:
       low: lower-case text.        lemma: dictionary form, lower case.
       tag: Penn Treebank tag.      dep: label of the dependency on the head.
-      head: index of the head, the token's own at the root.
+      head: index of the head; the root is its own head.
       kids: indices of the dependents, ascending.
-      is_object: whether the token is the head of a phrase that names a thing or a person.
-      is_hidden: whether a noun leads on to the one behind its "of", and is no object of its own.
-    The last two are filled in by `nouns.mark_objects`.
+      is_object: whether the token is the head noun of a thing or a person.
+      is_hidden: whether a noun stands for the one after its "of" and is not an object itself.
+    `nouns.mark_objects` sets the last two.
     """
 
     __slots__ = ("low", "lemma", "tag", "dep", "head", "kids", "is_object", "is_hidden")
@@ -48,7 +48,7 @@ class Sentence:
     is_hidden: list[bool]
 
     def __init__(self, doc: Doc):
-        # By columns: token objects would take longer to make than all rules together.
+        # Read by column: creating token objects would take longer than all rules together.
         tags, deps, lows, lemmas = doc.to_array([TAG, DEP, LOWER, LEMMA]).T.tolist()
         text_of: Any = doc.vocab.strings.__getitem__  # of hashes
         self.tag, self.dep = list(map(text_of, tags)), list(map(text_of, deps))
@@ -65,20 +65,20 @@ class Sentence:
     def has_kid(self, i: int, *labels: str) -> bool:
         """Returns whether a token has a dependent with one of the labels."""
         dep = self.dep
-        for kid in self.kids[i]:  # noqa: SIM110 (half the time of a generator, and called most)
+        for kid in self.kids[i]:  # noqa: SIM110 (hot path; a generator takes twice as long)
             if dep[kid] in labels:
                 return True
         return False
 
     def kids_of(self, i: int, *labels: str) -> list[int]:
-        """Dependents of a token with one of the labels, ascending."""
+        """Returns the dependents of a token that have one of the labels, ascending."""
         dep = self.dep
         return [kid for kid in self.kids[i] if dep[kid] in labels]
 
     def attach(self, i: int, head: int, dep: str) -> None:
-        """Moves a token to another head, or makes it the root when that is itself.
+        """Moves a token to another head, or makes it the root if it is its own head.
 
-        A move that would close a circle is not made: the tree stays a tree on any text.
+        Ignores a move that would create a cycle.
         """
         above = head
         while above != i and self.head[above] != above:
@@ -93,7 +93,7 @@ class Sentence:
             self.kids[head] = sorted((*self.kids[head], i))
 
     def replace(self, old: int, new: int) -> None:
-        """Gives the position of a token in the tree, and its dependents, to another."""
+        """Puts token `new` in the place of token `old` in the tree, with its dependents."""
         at_root = self.head[old] == old
         self.attach(new, new if at_root else self.head[old], self.dep[old])
         for kid in list(self.kids[old]):
@@ -101,7 +101,7 @@ class Sentence:
                 self.attach(kid, new, self.dep[kid])
 
     def _join_hyphens(self, glued: list[bool]) -> None:
-        """Makes one token of each hyphenated word ("hand-painted", "t-shirt", "close-up")."""
+        """Joins the tokens of each hyphenated word ("hand-painted", "t-shirt", "close-up")."""
         groups: list[list[int]] = []
         i = 0
         while i < len(self.low):
@@ -117,9 +117,9 @@ class Sentence:
         self.head = [index[head] for head in heads]
 
     def _join(self, group: list[int]) -> tuple[str, str, str, str, int]:
-        """(low, lemma, tag, dep, old head) of the word that a group of tokens makes."""
-        # The one that is below no other: another's head may hang below a later word of the group,
-        # and the joined word would then hang below itself.
+        """Returns (low, lemma, tag, dep, old head) of the word that joins a group of tokens."""
+        # The token with no ancestor in the group. The head of any other may hang below a later
+        # token of the group, and the joined word would then be its own ancestor.
         words = range(group[0], group[-1] + 1)
         root = next(i for i in words if not any(above in words for above in self._heads_above(i)))
         head = self.head[root]
@@ -127,7 +127,7 @@ class Sentence:
         low = "".join(self.low[i] for i in group)
         lemma = "".join(self.low[i] for i in group[:-1]) + self.lemma[group[-1]]
         if len(group) > 1 and head > group[-1] and self.tag[head] in NOUN_TAGS:
-            # Before a noun it names a kind ("x-ray machine"), counts, or describes.
+            # A modifier before a noun: names a kind ("x-ray machine"), counts, or describes.
             if all(self.tag[i] in NOUN_TAGS for i in group[::2]):
                 tag, dep = "NN", "compound"
             elif self.tag[group[0]] == "CD" or low[0].isdigit():
@@ -137,7 +137,7 @@ class Sentence:
         return low, lemma, tag, dep, head
 
     def _heads_above(self, i: int) -> Iterator[int]:
-        """Head of a token, head of that, and so on up to the root."""
+        """Yields the ancestors of a token, from its head up to the root."""
         while self.head[i] != i:
             i = self.head[i]
             yield i
@@ -149,8 +149,8 @@ _KINDS = {
     **dict.fromkeys(("VBD", "VBG", "VBN", "VBZ"), "verb"),
     **dict.fromkeys(("JJR", "JJS"), "adj"),
 }
-# Words whose table entry misleads: names of one thing in a plural form, Latin plurals that have
-# become singular, and verbs that have a rare neighbour.
+# Words with misleading table entries: plural forms that name one thing, Latin plurals that have
+# become singular, and verbs close to a rare verb.
 _UNCHANGED = word_set("""
     binoculars clothes data fries glasses goggles headphones jeans leggings media pajamas pants
     people pyjamas scissors series shorts species sunglasses tights trousers
@@ -172,19 +172,19 @@ _EXCEPTIONS = {
     },
     "adj": {},
 }
-# Verbs of captions that the tables, older than them, lack.
+# Verbs common in captions that are missing from the tables.
 _NEW_VERBS = word_set("""
     barbecue bodyboard breakdance crowdsurf grill headbang kitesurf livestream longboard moonwalk
     paraglide parasail photobomb sandboard showcase slackline snorkel text vlog wakeboard
 """)
-# The clitics and present forms of the auxiliaries; their tag VBP would leave them as they are.
+# Clitics and present forms of auxiliaries, which lemmatization by their tag VBP leaves unchanged.
 _AUXILIARIES = {
     **dict.fromkeys(("am", "are", "is", "was", "were", "'m", "'re", "'s"), "be"),
     **dict.fromkeys(("has", "had", "'ve", "'d"), "have"),
     "ca": "can",
     "wo": "will",
 }
-# One syllable with one vowel letter and one consonant behind it: "rid", "star", "quit".
+# One syllable with a single vowel letter and a single final consonant: "rid", "star", "quit".
 _CLOSED_SYLLABLE = re.compile(r"(?:qu|[^aeiou])*[aeiouy][^aeiouwxy]")
 _NEEDS_E = re.compile(r"(?:v|[^s]s|[^z]z|u|[aeiou]c|nc|rc|dg|rg|[^aeiou]l)$")
 _DOUBLED = re.compile(r"([bdgkmnprtv])\1$")
@@ -192,15 +192,15 @@ _DOUBLED = re.compile(r"([bdgkmnprtv])\1$")
 
 @Language.factory("caption_lemmatizer", assigns=["token.lemma"], requires=["token.tag"])
 class CaptionLemmatizer:
-    """Sets `token.lemma_` from the word and its tag, in lower case.
+    """Sets `token.lemma_` in lower case, from the word and its tag.
 
     Attributes:
       nouns, verbs, adjectives, adverbs: lower-case base forms of English words.
-      lexicon: the first three.
+      lexicon: the union of nouns, verbs and adjectives.
     """
 
     def __init__(self, nlp: Language, name: str):
-        """Takes the tables of the pipeline's own lemmatizer, which must be there."""
+        """Reads the tables of the pipeline's "lemmatizer" component, which must exist."""
         del name
         lemmatizer: Any = nlp.get_pipe("lemmatizer")
         lookups: Lookups = lemmatizer.lookups
@@ -222,14 +222,14 @@ class CaptionLemmatizer:
     def __call__(self, doc: Doc) -> Doc:
         """Sets the lemmas of a tagged document."""
         strings = doc.vocab.strings
-        # By columns: token objects would take longer to make than all the rest.
+        # Read by column: creating token objects would take longer than everything else.
         keys = doc.to_array([ORTH, TAG]).tolist()
         lemmas = [strings.add(self._cached(strings[word], strings[tag])) for word, tag in keys]
-        values: Any = np.array(lemmas, np.uint64)  # hashes; spaCy declares thinc's own array type
+        values: Any = np.array(lemmas, np.uint64)  # hashes; spaCy declares thinc's array type
         return doc.from_array([LEMMA], values)
 
     def lemmatize(self, word: str, tag: str) -> str:
-        """The dictionary form of a word, in lower case; the word itself where its tag has none."""
+        """Returns the dictionary form of a word, in lower case, or the word if its tag has none."""
         word = word.lower().replace("’", "'")
         if word in _AUXILIARIES and tag[:2] in ("VB", "MD"):
             return _AUXILIARIES[word]
@@ -254,9 +254,9 @@ class CaptionLemmatizer:
 
 
 def _choose_verb(word: str, listed: list[str], stems: list[str]) -> str:
-    """Chooses the base of an -ed or -ing form by spelling where the tables leave a choice.
+    """Chooses the base of an -ed or -ing form by spelling if the tables allow several.
 
-    A verb such as "rid" doubles its consonant ("ridding"), so "riding" comes from "ride".
+    A verb like "rid" doubles its consonant ("ridding"), so "riding" must come from "ride".
     """
     if len(set(listed)) == 1:
         return listed[0]

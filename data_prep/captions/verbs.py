@@ -1,6 +1,6 @@
-"""The verb side of the caption rules: from a parsed caption to the edges of its graph.
+"""Verb rules for captions: turns a parsed caption into the edges of its graph.
 
-Nouns, names, attributes and subjects come from `nouns`. Ours throughout: the specification is
+`nouns` provides objects, names, attributes and subjects. The rules are ours, specified by
 tests/data_prep/captions/caption_examples.toml.
 """
 
@@ -26,7 +26,7 @@ _GERUND_CLAUSES = frozenset(
 _CLAUSES = _GERUND_CLAUSES | {"acl", "relcl", "pcomp"}
 _WITHOUT_OBJECT = lexicon.INTRANSITIVE_VERBS | lexicon.POSTURE_VERBS | lexicon.MOVING_VERBS
 _GOVERNING = lexicon.CONTROL_VERBS | lexicon.PHASE_VERBS
-_BRINGING_ABOUT = lexicon.CONTROL_VERBS - {"let"}  # "let your home shine" asks for it
+_BRINGING_ABOUT = lexicon.CONTROL_VERBS - {"let"}  # "let your home shine" is a request
 _ACTION, _RELATION, _PLACE = "action", "relation", "place"
 
 
@@ -40,7 +40,7 @@ def build_graph(doc: Doc, words: CaptionLemmatizer) -> CaptionGraph:
 
 @dataclass
 class _GraphBuilder:
-    """Collects the edges of one sentence; edges join token indices until `build` names them."""
+    """Collects the edges of one sentence, between token indices until `build` names them."""
 
     sentence: Sentence
     verbs: frozenset[str]
@@ -69,7 +69,7 @@ class _GraphBuilder:
                 words += nouns.list_attributes(sentence, i)
             if i in self.predicated:
                 words += nouns.name_attributes(sentence, self.predicated[i])
-        # Every end of an edge is an object, and repeated edges and attributes go.
+        # Every end of an edge is an object. Duplicate edges and attributes are dropped.
         degree = dict.fromkeys(attributes, 0)
         graph = CaptionGraph()
         for found, edges in (self.actions, graph.actions), (self.relations, graph.relations):
@@ -89,7 +89,7 @@ class _GraphBuilder:
     # Verbs
 
     def is_clause(self, i: int) -> bool:
-        """Returns whether a verb heads a clause and is no auxiliary and no participle of a noun."""
+        """Returns whether a verb heads a clause, as no auxiliary or participle of a noun does."""
         sentence = self.sentence
         if sentence.lemma[i].rpartition("-")[2] not in self.verbs:
             return False
@@ -157,7 +157,7 @@ class _GraphBuilder:
                     self.actions.append((subject, name, target))
 
     def classify(self, i: int, passive: bool, agents: list[int], subjects: list[int]) -> str | None:
-        """Returns whether a verb is an action or a state; None if it adds nothing to the graph."""
+        """Returns the kind of edge that a verb makes, or None if it adds nothing to the graph."""
         sentence = self.sentence
         lemma = sentence.lemma[i]
         animate = any(nouns.is_animate(sentence, j) for j in (agents if passive else subjects))
@@ -177,7 +177,7 @@ class _GraphBuilder:
                 return None
             return _ACTION if animate else _RELATION
         if lemma in lexicon.PHASE_VERBS and any(
-            # Who stops to wash does two things, who stops washing one; who gets to see does one.
+            # "stop to wash" is two actions, "stop washing" one, and "get to see" one.
             sentence.tag[kid] in VERB_TAGS
             and (lemma != "stop" or sentence.tag[kid] == "VBG")
             and (lemma != "get" or sentence.tag[kid] == "VB")
@@ -193,7 +193,7 @@ class _GraphBuilder:
         return _RELATION if lemma in lexicon.STATE_VERBS else _ACTION
 
     def has_picture_subject(self, i: int) -> bool:
-        """Returns whether the subject, as written, is a word for the picture."""
+        """Returns whether the grammatical subject is a word for the picture."""
         sentence = self.sentence
         heads = sentence.kids_of(i, "nsubj", "nsubjpass")
         if not heads and sentence.dep[i] in ("acl", "relcl", "advcl", "conj"):
@@ -212,7 +212,7 @@ class _GraphBuilder:
         if subjects:
             if sentence.low[subjects[0]] in lexicon.SUBJECT_PRONOUNS:
                 return False  # "the necklace I made"
-            # "house nestled in the hills", "boy named Max": no auxiliary, and nobody who does it.
+            # "house nestled in the hills", "boy named Max": no auxiliary and no agent.
             lemma = sentence.lemma[i]
             unacted = lexicon.PLACING_VERBS | lexicon.CONDITION_VERBS | lexicon.NAMING_VERBS
             return sentence.tag[i] == "VBN" or lemma in unacted
@@ -221,9 +221,9 @@ class _GraphBuilder:
         return sentence.tag[i] == "VBN" or sentence.dep[i] == "acl"
 
     def is_unreal(self, i: int, grounded: bool, passive: bool) -> bool:
-        """Returns whether nobody does the deed: negations, commands, headings, infinitives.
+        """Returns whether a verb is not done: a negation, command, heading or infinitive.
 
-        A clause is grounded where it has a subject or an agent in the grammar.
+        `grounded` tells whether the clause has a grammatical subject or agent.
         """
         sentence = self.sentence
         if sentence.has_kid(i, "neg") or self.hangs_on_unreal(i):
@@ -244,7 +244,7 @@ class _GraphBuilder:
                 sentence.low[head] not in lexicon.IMMINENT_ADJECTIVES
             ):
                 return True
-        # "being carried to a car" is going on, whoever it is that is carried.
+        # "being carried to a car" is going on, whoever is carried.
         if grounded or any(sentence.low[kid] == "being" for kid in sentence.kids_of(i, "auxpass")):
             return False
         first = i
@@ -254,13 +254,13 @@ class _GraphBuilder:
             return True
         if any(sentence.tag[kid] == "MD" for kid in sentence.kids_of(i, "aux")):
             return False
-        # A gerund shares the fate of its main verb: "visit the shop using this map".
+        # A gerund is real if its main verb is: "visit the shop using this map".
         while sentence.dep[i] != "ROOT" and sentence.tag[i] not in ("VB", "VBP"):
             i = sentence.head[i]
         return sentence.tag[i] in ("VB", "VBP")
 
     def hangs_on_unreal(self, i: int) -> bool:
-        """Returns whether what a verb hangs on is not done, and so it is not done either.
+        """Returns whether a verb is unreal because the verb that governs it is.
 
         "Ideas to help you decorate", "does not want to go", "mix until all is incorporated".
         """
@@ -279,7 +279,7 @@ class _GraphBuilder:
         )
 
     def find_objects(self, i: int, predicate: str) -> list[tuple[str, int]]:
-        """Direct and indirect objects, with the gap of a relative clause filled in."""
+        """Returns (predicate, object) for direct and indirect objects and relative antecedents."""
         sentence = self.sentence
         light = lexicon.LIGHT_OBJECTS.get(sentence.lemma[i], ())
         direct = [
@@ -311,11 +311,11 @@ class _GraphBuilder:
         return found
 
     def expand(self, phrases: list[int]) -> list[int]:
-        """The objects that noun phrases stand for."""
+        """Returns the objects that noun phrases stand for."""
         return [j for kid in phrases for j in nouns.find_referents(self.sentence, kid)]
 
     def is_setting(self, i: int) -> bool:
-        """Returns whether a relative clause says what happens there: "a space where they meet"."""
+        """Returns whether a relative clause tells what happens there: "a space where they meet"."""
         sentence = self.sentence
         return any(
             sentence.low[kid] in ("how", "when", "where", "why")
@@ -327,7 +327,7 @@ class _GraphBuilder:
         )
 
     def takes_object(self, i: int) -> bool:
-        """Returns whether the noun before a relative clause is what its verb is done to."""
+        """Returns whether the antecedent is the object of the verb in its relative clause."""
         sentence = self.sentence
         if not sentence.kids_of(i, "prep"):
             return True
@@ -352,7 +352,7 @@ class _GraphBuilder:
         self.relate(subjects, nouns.find_prep_targets(sentence, i))
 
     def predicate(self, adjectives: list[int], subjects: list[int]) -> None:
-        """Gives complements to the subjects: attributes, and relations for their phrases."""
+        """Adds adjectives to the subjects as attributes, and their phrases as relations."""
         sentence = self.sentence
         for adjective in adjectives:
             for j in subjects:
@@ -367,7 +367,7 @@ class _GraphBuilder:
     # Relations
 
     def is_bare_pair(self, i: int) -> bool:
-        """Returns whether a noun and the one it is joined to are bare: "leaves and fruit of"."""
+        """Returns whether a noun and the noun it is joined to are bare: "leaves and fruit of"."""
         sentence = self.sentence
         partner = sentence.head[i]
         return (

@@ -1,5 +1,5 @@
-"""Decisions of the filter, a row for each pair, and queries over them: funnel, report, lists.
+"""The filter's decisions, one row per pair, and queries over them: funnel, report, lists.
 
-`table.py` describes the rows. A shard's rows are written while it is filtered (`log.py`), and the
-rows of all shards are asked when it is done.
+`table.py` describes the rows. `log.py` writes those of a shard while it is filtered. Queries read
+the rows of all shards once filtering is done.
 """

@@ -1,13 +1,12 @@
-"""All that is recorded while one shard is filtered: its decisions, samples, concepts and times.
+"""Records what happens while a shard is filtered: decisions, samples, concepts and times.
 
-The time goes into a file of its own, so that everything else has the same bytes in every run.
+Times are written to a separate file, so that all other files have the same bytes in every run.
 
-Samples are pairs of every outcome to look at: picture, caption, graph, and the text that was
-spotted. They depend on the pairs alone: those of the lowest random rank are chosen, so that the
-choices of shards together are the choice of the whole. Each line of their file has outcome, rank
-and a JSON object, with tabs between. The pairs of the lowest and of the highest scores of a step
-are samples as well, kept or dropped: in the place of the outcome stands "SCORE/lowest" or
-"SCORE/highest".
+Samples are pairs of each outcome to look at: picture, caption, graph, and spotted text. The pairs
+with the lowest random rank are chosen, so samples depend on the pairs alone and those of several
+shards can be merged. A line of the samples file is outcome, rank and a JSON object, separated by
+tabs. The pairs with a step's lowest and highest scores are samples too, whether kept or dropped;
+their outcome is "SCORE/lowest" or "SCORE/highest".
 """
 
 from __future__ import annotations
@@ -44,24 +43,24 @@ from diht_jax.storage import files
 
 SECONDS_SUFFIX = ".seconds.json"
 SAMPLES_SUFFIX = ".samples.tsv"
-EXTREMES = {"lowest": 1, "highest": -1}  # of a score; the sign with which it is ranked
+EXTREMES = {"lowest": 1, "highest": -1}  # end of the scores -> sign of the score in the rank
 
 _THUMBNAIL = 256  # px of the longer side
 _QUALITY = 80
 _MAX_CHARS = 500
 _MAX_SPOTS = 40
-_HASH_CHARS = 33  # of the line behind the samples
+_HASH_CHARS = 33  # length of the last line, a hash of the samples
 
 
 class ShardLog:
-    """The log of one shard."""
+    """Records the decisions, samples, concepts and times of one shard."""
 
     def __init__(self, config: ml_collections.ConfigDict, pictures: int | None = None):
-        """Begins an empty log.
+        """Creates an empty log.
 
         Args:
-            config: of `filtering.config.default_config`.
-            pictures: samples with pictures; None for as many as the config asks for.
+            config: the filter's config, as from `filtering.config.default_config`.
+            pictures: number of samples with pictures per outcome; None uses the config's.
         """
         pictures = config.report_samples if pictures is None else pictures
         self._samples = SampleLog(
@@ -80,7 +79,7 @@ class ShardLog:
 
     @contextlib.contextmanager
     def clock(self, stage: str) -> Generator[None]:
-        """Adds the processor time of a block to that of its stage."""
+        """Adds the CPU time of a block to that of its stage."""
         start_secs = time.process_time()
         try:
             yield
@@ -88,7 +87,7 @@ class ShardLog:
             self._cpu_secs[stage] += time.process_time() - start_secs
 
     def skip(self, entry: Skipped, row: int) -> None:
-        """Records an entry of the source that is no pair."""
+        """Records an entry of the source that is not a pair."""
         self._read += 1
         decided = {"outcome": SOURCE, "reason": entry.reason, "captions": 0}
         self._decisions.add(row, decided | {"key": _clean(entry.key)})
@@ -97,13 +96,13 @@ class ShardLog:
     def drop(
         self, candidate: Candidate, stage: str, reason: str, evidence: str | None = None
     ) -> None:
-        """Records a pair that was dropped."""
+        """Records a dropped pair."""
         self._decide(candidate, {"outcome": stage, "reason": reason, "format": None})
         graph, text = candidate.first_graph, candidate.pair.caption
         self._sample(f"{stage}/{reason}", candidate, text, graph, evidence)
 
     def keep(self, candidate: Candidate, image_format: str | None = None) -> None:
-        """Records a pair that was kept; its image is written in this format."""
+        """Records a kept pair, whose image is written in the given format."""
         self.kept += 1
         if image_format is not None:
             self._formats[image_format] += 1
@@ -114,7 +113,7 @@ class ShardLog:
         self._sample(KEPT, candidate, candidate.captions[0], graph)
 
     def write(self, output: str) -> dict[str, Any]:
-        """Writes the files next to the output; returns counts, which are the same in every run."""
+        """Writes the files next to the output. Returns counts, which are equal in every run."""
         counts: dict[str, Any] = {
             "read": self._read,
             "kept": self.kept,
@@ -145,7 +144,7 @@ class ShardLog:
         graph: CaptionGraph | None,
         evidence: str | None = None,
     ) -> None:
-        """Takes a pair as a sample of its outcome, and of the ends of each of its scores."""
+        """Offers a pair as a sample of its outcome, and of both ends of each of its scores."""
         values, pair = candidate.values, candidate.pair
         scores = {name: values[name] for name in self._scores if values.get(name) is not None}
         match = values.get("match")
@@ -159,7 +158,7 @@ class ShardLog:
                     self._samples.add(f"{name}/{end}", sample, sortable_digits(sign * score))
 
     def _decide(self, candidate: Candidate, decided: dict[str, Any]) -> None:
-        """Adds the row of a pair."""
+        """Adds the decision row of a pair."""
         self._read += 1
         pair = candidate.pair
         row: dict[str, Any] = candidate.values | {
@@ -179,19 +178,19 @@ class ShardLog:
 
 
 def _clean(text: str) -> str:
-    """Text without lone surrogates, which no file takes."""
+    """Replaces lone surrogates, which cannot be written to files."""
     return text.encode("utf-8", "replace").decode()
 
 
 class Sample(NamedTuple):
-    """A pair that may be looked at.
+    """A pair for people to look at.
 
     Attributes:
-        caption: the first one, or what is known of it.
-        image: encoded; empty where there is none.
+        caption: the first caption, or for an entry that is not a pair, what is known of it.
+        image: encoded image, or empty if there is none.
         match: the spotted text that repeats the caption.
-        evidence: for people, what of the pair decided.
-        scores: name -> score, of the steps that gave it one.
+        evidence: what in the pair decided, for people.
+        scores: name -> score, for all steps that scored the pair.
     """
 
     key: str
@@ -207,18 +206,18 @@ class Sample(NamedTuple):
 
 @dataclasses.dataclass
 class SampleLog:
-    """Chooses some pairs of each outcome of a shard."""
+    """Chooses samples of each outcome in a shard."""
 
-    texts: int  # pairs of each outcome of which key and caption are kept
-    pictures: int  # those of which everything is
+    texts: int  # number of pairs per outcome to keep with key and caption
+    pictures: int  # number of pairs per outcome to keep with everything
     seed: int
-    max_pixels: int  # of a picture that is shown
+    max_pixels: int  # maximum number of pixels of a picture to show
     chosen: dict[str, list[tuple[str, str, Sample]]] = dataclasses.field(default_factory=dict)
 
     def add(self, outcome: str, sample: Sample, order: str = "") -> None:
-        """Takes a pair if its rank is low enough, and lets go of the one of the highest rank.
+        """Adds a pair if its rank is low enough, and removes the pair with the highest rank.
 
-        `order` ranks it before the random rank, which is the same for any number of shards.
+        `order` takes precedence over the random rank, which does not depend on the sharding.
         """
         chosen, most = self.chosen.setdefault(outcome, []), max(self.texts, self.pictures)
         data = f"{self.seed}\n{sample.key}\n{sample.caption}".encode("utf-8", "replace")
@@ -228,12 +227,12 @@ class SampleLog:
             return
         chosen.insert(place, (*entry, sample))
         del chosen[most:]
-        if len(chosen) > self.pictures:  # held without its picture from here on
+        if len(chosen) > self.pictures:  # the picture is no longer needed
             last = chosen[self.pictures]
             chosen[self.pictures] = (*last[:2], Sample(last[2].key, last[2].caption))
 
     def write(self, path: str) -> None:
-        """Writes the samples; equal pairs give equal bytes."""
+        """Writes the samples. Equal pairs produce equal bytes."""
         lines = []
         for outcome, chosen in sorted(self.chosen.items()):
             for number, (found, _, sample) in enumerate(chosen):
@@ -242,13 +241,13 @@ class SampleLog:
                     described |= _describe(sample, self.max_pixels)
                 text = json.dumps(described, ensure_ascii=False, sort_keys=True)
                 lines.append(f"{outcome}\t{found}\t{text}\n")
-        # A lone surrogate may stand in the caption of a pair that was dropped.
+        # The caption of a dropped pair may contain a lone surrogate.
         data = "".join(lines).encode("utf-8", "replace")
         files.write_bytes(path, data + table.hash_file(path, data).hex().encode() + b"\n")
 
 
 def _describe(sample: Sample, max_pixels: int) -> dict[str, Any]:
-    """All that is shown of a sample; its image small, or why there is none."""
+    """Returns what the report shows of a sample: a thumbnail or an error, and the findings."""
     found: dict[str, Any] = {"size": None, "image": None, "error": None, "graph": None}
     found["match"] = sample.match
     found["spots"] = []
@@ -280,17 +279,17 @@ def _describe(sample: Sample, max_pixels: int) -> dict[str, Any]:
 
 
 def sortable_digits(number: float) -> str:
-    """16 hexadecimal digits that have the order of the numbers."""
+    """Returns 16 hexadecimal digits that sort like the numbers."""
     (bits,) = struct.unpack(">Q", struct.pack(">d", number))
     return f"{bits ^ (2**64 - 1 if bits >> 63 else 2**63):016x}"
 
 
 def read_samples(path: str) -> bytes:
-    """The lines that `SampleLog.write` wrote; the last one of the file is a hash of them.
+    """Reads the lines of a file by `SampleLog.write`, and checks its last line, their hash.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged.
     """
     content = files.read_bytes(path)
     data = content[:-_HASH_CHARS]
@@ -300,12 +299,12 @@ def read_samples(path: str) -> bytes:
 
 
 def choose_samples(contents: Iterable[bytes], most: int) -> dict[str, list[dict[str, Any]]]:
-    """Samples of the lowest ranks, up to `most` of each outcome.
+    """Merges samples: returns those of the lowest ranks, at most `most` per outcome.
 
-    Takes what `read_samples` gives of any number of shards.
+    `contents` are results of `read_samples` for any number of shards.
 
     Returns:
-        Outcome -> its samples in the order of their ranks, which they have as "rank".
+        Outcome -> its samples, sorted by rank, each with its "rank".
     """
     chosen: dict[bytes, list[tuple[bytes, bytes]]] = {}
     for content in contents:

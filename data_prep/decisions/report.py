@@ -1,7 +1,7 @@
-"""Report and funnel of one or several filter jobs: queries over decisions, as plain data.
+"""Computes report and funnel of one or several filter jobs from their decisions.
 
-`report.json` holds it. How it looks belongs in `data_prep.reports`. Stages and reasons are those of
-the filter steps, so that a new step shows itself; names that no step of today knows come last.
+The result is plain data in `report.json`, which `data_prep.reports` renders. Stages and reasons
+come from the filter steps, so new steps appear automatically. Unknown names come last.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _SIDES = (KEPT, DROPPED)
 _SOURCE_WORDS = {reason: reason.replace("_", " ") for reason in SOURCE_REASONS}
 
 SCORES = {name: words for step in ordered_steps() for name, words in step.scores.items()}
-# Histogram -> lower ends of its bins. The last bin has no upper end, and what is lower than all
-# counts in the first one.
+# Histogram -> lower edges of its bins. The last bin has no upper edge; the first bin also counts
+# all lower values.
 BINS: dict[str, Sequence[float]] = {
     "complexity": tuple(range(13)),
     "actions": tuple(range(7)),
@@ -46,23 +46,23 @@ BINS: dict[str, Sequence[float]] = {
     "image_side": (0, 64, 128, 192, 256, 320, 384, 512, 640, 768, 1024, 1536, 2048),
     **{name: starts for step in ordered_steps() for name, starts in step.bins.items()},
 }
-NAMES = {"actions": "action_names", "objects": "object_names"}  # kind -> its column
-_GROUPED = ("outcome", "reason", "label", "format", "looked")  # of few values each
-# Those that are read; of the scores those that were recorded.
+NAMES = {"actions": "action_names", "objects": "object_names"}  # kind of names -> column
+_GROUPED = ("outcome", "reason", "label", "format", "looked")  # columns with few distinct values
+# Columns to read, as far as they were recorded.
 COLUMNS = (*_GROUPED, "words", "complexity", "actions", "width", "height", *NAMES.values(), *SCORES)
 
 _VERSION = 3
-_BLOCK_ROWS, _BLOCK_PARTS = 2**17, 256  # that are counted at a time
-_MAX_NAMES = 1000  # that are reported of each kind
-_COMPACT_ROWS = 2**18  # names that wait to be summed
-_NAME_WORDS = 4  # of a caption from which on it is hardly a name; an edge of BINS["caption_words"]
-_FEW = 0.05  # of all pairs, kept of names
+_BLOCK_ROWS, _BLOCK_PARTS = 2**17, 256  # maximum rows and parts to count at a time
+_MAX_NAMES = 1000  # names of each kind in the report
+_COMPACT_ROWS = 2**18  # rows of name counts to collect before summing
+_NAME_WORDS = 4  # captions with fewer words may be names; must be an edge of BINS["caption_words"]
+_FEW = 0.05  # share of kept pairs up to which the captions may all be names
 
 Report = dict[str, Any]
 
 
 def stage_reasons() -> dict[str, Mapping[str, str]]:
-    """Stage -> reason -> the words for people, all in the order in which a pair meets them."""
+    """Returns stage -> reason -> text for people, in the order in which pairs reach them."""
     reasons: dict[str, Mapping[str, str]] = {SOURCE: _SOURCE_WORDS}
     for step in ordered_steps():
         reasons[step.name] = step.reasons
@@ -71,14 +71,14 @@ def stage_reasons() -> dict[str, Mapping[str, str]]:
 
 @dataclasses.dataclass
 class Funnel:
-    """Counts of pairs.
+    """Numbers of pairs by outcome.
 
     Attributes:
-        outcomes: (stage, reason) -> pairs; the stage of those that were kept is "kept". A pair is
-            counted once, at the first stage that drops it.
-        text_spotting: what was done to find text: "read", "gated", "no_run"; of the gated
-            "audited", and of these "missed".
-        read: pairs that came in.
+        outcomes: (stage, reason) -> pairs. A dropped pair is counted at the first stage that drops
+            it; the stage of kept pairs is "kept".
+        text_spotting: how text was searched for -> pairs: "read", "gated" or "no_run". "audited"
+            pairs are some of the gated ones, and "missed" pairs some of the audited ones.
+        read: number of entries read.
     """
 
     outcomes: Mapping[tuple[str, str | None], int]
@@ -87,13 +87,13 @@ class Funnel:
 
     @property
     def kept(self) -> int:
-        """Pairs that were kept."""
+        """Number of kept pairs."""
         return self.outcomes.get((KEPT, None), 0)
 
     def dropped(self) -> dict[str, dict[str, int]]:
-        """Stage -> reason -> pairs, with all stages, in the order in which a pair meets them.
+        """Returns stage -> reason -> dropped pairs, for all stages, in the order pairs reach them.
 
-        What no step of today knows comes last.
+        Stages and reasons that no current step knows come last.
         """
         found: dict[str, dict[str, int]] = {}
         for stage, reasons in stage_reasons().items():
@@ -107,9 +107,9 @@ class Funnel:
         return found
 
     def rows(self) -> list[dict[str, Any]]:
-        """Rows of a table: what was read, the reasons as a pair meets them, what was kept.
+        """Returns rows of a table: pairs read, pairs dropped for each reason, pairs kept.
 
-        Each has "stage", "reason" (empty for none), "pairs", and their "share" of what was read.
+        Each row has "stage", "reason" (or ""), "pairs", and "share" of all pairs read.
         """
         counts = {"read": {"": self.read}} | self.dropped() | {KEPT: {"": self.kept}}
         rows = []
@@ -128,12 +128,12 @@ def gather(
     report_samples: int,
     clean_label: str,
 ) -> Report:
-    """Asks the decisions of parts, and the files next to them, for all that the report shows.
+    """Builds the report from the decisions of parts and the files next to them.
 
     Args:
-        jobs: of every job its "input", "settings", "config_hash", "failed" and number of "shards".
-        samples_per_outcome: samples of each outcome in "counts", as [rank, key, caption].
-        report_samples: samples of each outcome with pictures.
+        jobs: "input", "settings", "config_hash", "failed" and number of "shards" of each job.
+        samples_per_outcome: samples per outcome under "counts", as [rank, key, caption].
+        report_samples: samples per outcome with pictures.
     """
     sums, facts = _Sums(), _Facts()
 
@@ -186,35 +186,35 @@ def gather(
 
 @dataclasses.dataclass
 class _Sums:
-    """Sums over the rows of decisions that were added: outcomes, histograms, names, labels.
+    """Accumulates rows of decisions: outcomes, histograms, names, labels.
 
-    They are the same for any order and division of the rows into tables.
+    The sums depend neither on the order of the rows nor on their division into tables.
     """
 
     _waiting: list[pyarrow.Table] = dataclasses.field(default_factory=list)
     _groups: list[pyarrow.Table] = dataclasses.field(default_factory=list)
-    # By the name of a histogram, or of a kind of names, and by the side.
+    # Keys are (name of a histogram or kind of names, side).
     _bins: dict[tuple[str, str], np.ndarray] = dataclasses.field(default_factory=dict)
     _names: dict[tuple[str, str], list[pyarrow.Table]] = dataclasses.field(default_factory=dict)
 
     def add(self, batches: Sequence[pyarrow.RecordBatch]) -> None:
-        """Adds rows with the columns `COLUMNS`; scores may be missing."""
+        """Adds rows with the columns `COLUMNS`. Columns of scores may be missing."""
         if batches:
             self._waiting.append(pyarrow.Table.from_batches(batches))
         if sum(map(len, self._waiting)) >= _BLOCK_ROWS or len(self._waiting) >= _BLOCK_PARTS:
             self._count()
 
     def finish(self) -> tuple[Funnel, dict[str, int], dict[str, Any]]:
-        """The funnel, kept pairs by the format of their image, and measures, JSON-able.
+        """Returns the funnel, the number of kept pairs by image format, and the measures, as JSON.
 
         The measures are:
 
-            histograms: name of `BINS` -> "kept" or "dropped" -> lower end of the bin -> pairs. A
-                pair counts where it was measured: a caption that a gate refused has no complexity,
-                an image that nobody opened has no size, and no pair a score without its step.
-            names: "actions" or "objects" -> "kept" or "dropped" -> name -> pairs whose first
-                caption has it, of the most frequent.
-            labels: outcome -> label -> pairs, where the config names a label.
+            histograms: name in `BINS` -> "kept" or "dropped" -> lower edge of a bin -> pairs. Only
+                pairs with a measured value count: a caption rejected by a gate has no complexity,
+                an image that was not opened has no size, and a step that did not run no score.
+            names: "actions" or "objects" -> "kept" or "dropped" -> name -> number of pairs with the
+                name in their first caption, for the most frequent names.
+            labels: outcome -> label -> pairs, if the config names a label field.
         """
         self._count()
         outcomes, looked = collections.Counter[Any](), collections.Counter[Any]()
@@ -245,11 +245,11 @@ class _Sums:
                 rows = _sum(tables, "name").sort_by(order).slice(0, _MAX_NAMES).to_pydict()
                 pairs_of.update(zip(*rows.values(), strict=True))
         measures = {"labels": labels, "histograms": histograms, "names": names}
-        spotting = +looked  # without zeros
+        spotting = +looked  # drops zeros
         return Funnel(outcomes, spotting, outcomes.total()), dict(sorted(formats.items())), measures
 
     def _count(self) -> None:
-        """Counts the rows that wait; a score that a part did not record is null there."""
+        """Counts the waiting rows. A score that a part did not record is null."""
         if not self._waiting:
             return
         rows = pyarrow.concat_tables(self._waiting, promote_options="default")
@@ -284,7 +284,7 @@ class _Sums:
 
 
 def _sum(tables: Sequence[pyarrow.Table], *columns: str) -> pyarrow.Table:
-    """The sums of the columns "count" of tables, for each combination of other columns."""
+    """Sums the column "count" of tables for each combination of the other columns."""
     rows = pyarrow.concat_tables(tables).unify_dictionaries()
     total = rows.group_by(list(columns)).aggregate([("count", "sum")])
     return total.rename_columns({"count_sum": "count"}).select([*columns, "count"])
@@ -292,7 +292,7 @@ def _sum(tables: Sequence[pyarrow.Table], *columns: str) -> pyarrow.Table:
 
 @dataclasses.dataclass
 class _Facts:
-    """Facts of parts besides counts: versions, machines, times, downloads, damage."""
+    """Collects facts of parts other than counts: versions, machines, times, downloads, damage."""
 
     download: dict[str, Any] = dataclasses.field(default_factory=dict)
     versions: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
@@ -302,7 +302,7 @@ class _Facts:
     _num_damaged: int = 0
 
     def add(self, stated: Mapping[str, Any], times: Mapping[str, Any]) -> None:
-        """Adds the counts in the statistics of a part, and its times."""
+        """Adds the counts from a part's statistics, and its times."""
         if stated.get("download") is not None:
             merge_download_stats(self.download, stated["download"])
         if (spotter := stated.get("spotter")) is not None:
@@ -319,7 +319,7 @@ class _Facts:
             self.seconds[name] = round(self.seconds[name] + secs, 4)
 
     def warnings(self, failed: Sequence[Mapping[str, str]]) -> Iterator[str]:
-        """Warnings that a person should read before the pairs are used."""
+        """Yields warnings to read before the pairs are used."""
 
         def list_counts(counts: Mapping[str, int]) -> str:
             return ", ".join(f"{name} ({n:,} shards)" for name, n in sorted(counts.items()))
@@ -347,7 +347,7 @@ class _Facts:
 
 
 def _warn_of_names(funnel: Funnel, words: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
-    """A warning where captions are names, of which CAT keeps next to nothing."""
+    """Yields a warning if most captions are names, of which CAT keeps almost nothing."""
     arrived, dropped = funnel.read, 0
     for stage, found in funnel.dropped().items():
         arrived -= dropped
@@ -359,7 +359,7 @@ def _warn_of_names(funnel: Funnel, words: Mapping[str, Mapping[str, int]]) -> It
         for number, pairs in of_side.items():
             captions += pairs
             short += pairs if int(number) < _NAME_WORDS else 0
-    least = short - (captions - arrived)  # of those that were dropped before, all may be short
+    least = short - (captions - arrived)  # assumes that all pairs dropped earlier were short
     if funnel.kept <= _FEW * arrived and min(dropped, least) > arrived / 2:
         yield (
             f"{short:,} of {captions:,} captions have fewer than {_NAME_WORDS} words, as "
@@ -380,7 +380,7 @@ def _read_part(output: str) -> tuple[list[pyarrow.RecordBatch], dict, dict, byte
 
 
 def _throughput(funnel: Funnel, seconds: Mapping[str, float]) -> dict[str, float]:
-    """Pairs per second of processor time, in all and by stage; stages count what they did."""
+    """Returns pairs per second of CPU time, in total and for the pairs that reach each stage."""
     dropped = funnel.dropped()
     arrived = funnel.read - sum(dropped[SOURCE].values())
     pairs_of = {"writing": funnel.kept}
@@ -390,7 +390,7 @@ def _throughput(funnel: Funnel, seconds: Mapping[str, float]) -> dict[str, float
     found = {}
     for name, secs in sorted(seconds.items()):
         stage = name.removeprefix("stage/")
-        if name == "cpu_secs" or (stage != name and stage != "loading"):  # once in a process
+        if name == "cpu_secs" or (stage != name and stage != "loading"):  # done once per process
             pairs = pairs_of.get(stage, funnel.read)
             if secs > 0 and pairs:
                 found[stage] = round(pairs / secs, 2)
@@ -401,7 +401,7 @@ def read_report(folder: str | os.PathLike[str]) -> Report:
     """Reads `report.json` of a folder.
 
     Raises:
-        ValueError: there is none, or another version's.
+        ValueError: there is no report, or one of another version.
     """
     path = files.join(os.fspath(folder), REPORT)
     try:

@@ -1,15 +1,15 @@
-"""Decisions about the entries of an input shard: a parquet file with a row for each.
+"""Decisions about the entries of an input shard: a parquet file with one row per entry.
 
-Rows stand in the order of the input; those that were kept are the records of the part, in order.
-`COLUMNS` describes the columns, and each score of a filter step is one more, of float32. A value is
-null where it was not measured, since an earlier step had dropped the pair.
+Rows are in input order; the rows of kept pairs correspond, in order, to the records of the part.
+`COLUMNS` describes the columns; each score of a filter step adds a float32 column. A value is null
+if it was not measured because an earlier step had dropped the pair.
 
-The file of `parts/NAME` is `parts/NAME.decisions.parquet`. The output of a filtered table is itself
-a table, and has its file in a folder of its own, so that nobody reads it as a part of the output:
-`OUTPUT/decisions/NAME.parquet` for `OUTPUT/NAME`.
+The file for `parts/NAME` is `parts/NAME.decisions.parquet`. If tables are filtered, the output is
+itself a table, and the decisions for `OUTPUT/NAME` are in a separate folder, where no reader takes
+them for a part of the output: `OUTPUT/decisions/NAME.parquet`.
 
-Two lists for other programs are made of them: the keys of the kept pairs, and DataComp's array of
-their uids (docs/guides/prepare/decisions.md).
+Two lists for other programs are made from the decisions: the keys of the kept pairs, and DataComp's
+array of their uids (docs/guides/prepare/decisions.md).
 """
 
 from __future__ import annotations
@@ -33,40 +33,40 @@ from diht_jax.storage import files
 from diht_jax.storage.stores import is_remote, naming_output
 
 SUFFIX = ".decisions.parquet"
-FOLDER = "decisions"  # of those of tables
-MANIFEST = "manifest.json"  # of the parts of a folder, in the order of their inputs
+FOLDER = "decisions"  # folder of the decisions about tables
+MANIFEST = "manifest.json"  # lists the parts of a folder, in the order of their inputs
 KEPT = "kept"
-SOURCE = "source"  # the stage of entries that are no pairs
+SOURCE = "source"  # the stage of entries that are not pairs
 
 COLUMNS: dict[str, pyarrow.DataType] = {
     "key": pyarrow.string(),
-    "uid": pyarrow.binary(16),  # DataComp's, from its 32 hexadecimal digits
+    "uid": pyarrow.binary(16),  # DataComp's uid, from its 32 hexadecimal digits
     "outcome": pyarrow.string(),  # "kept", or the stage that dropped the pair
-    "reason": pyarrow.string(),  # of the stage; null for what was kept
+    "reason": pyarrow.string(),  # reason within the stage; null for kept pairs
     "label": pyarrow.string(),  # value of `config.label_field`
-    "captions": pyarrow.uint8(),  # number of captions; 0 of an entry that is no pair
-    "words": pyarrow.uint16(),  # of the first caption
-    # The first caption: why it was refused before the parse, or what the parse gave. Small numbers
-    # stop at the largest of their type.
+    "captions": pyarrow.uint8(),  # number of captions; 0 for an entry that is not a pair
+    "words": pyarrow.uint16(),  # number of words in the first caption
+    # About the first caption: why a gate rejected it, or what the parser found. Numbers saturate at
+    # the largest value of their type.
     "gate": pyarrow.string(),
     "complexity": pyarrow.uint8(),
     "actions": pyarrow.uint8(),
     "object_names": pyarrow.list_(pyarrow.string()),
     "action_names": pyarrow.list_(pyarrow.string()),
-    # The highest of all captions, and of those with an action; null for a pair with one caption.
+    # Maxima over all captions and over those with an action; null for a pair with one caption.
     "best_complexity": pyarrow.uint8(),
     "best_active_complexity": pyarrow.uint8(),
     "width": pyarrow.uint32(),  # px, as the image is stored
     "height": pyarrow.uint32(),
-    "format": pyarrow.string(),  # of the image of a kept pair, such as "JPEG"
-    "image_error": pyarrow.string(),  # why it could not be decoded
-    # Text-spotting: "no_run" (a caption that no spotter reads), "read", or "gated" (no trace of
-    # text at the first look), where those that were read all the same are "audited" or "missed".
+    "format": pyarrow.string(),  # image format of a kept pair, such as "JPEG"
+    "image_error": pyarrow.string(),  # why the image could not be decoded
+    # Text-spotting: "no_run" (OCR could not output any caption), "read", or "gated" (the first look
+    # saw no text). Gated pairs that were read anyway are "audited", or "missed" if they match.
     "looked": pyarrow.string(),
-    # Of the captions that passed the steps before text-spotting, how many the picture shows.
+    # Number of captions shown in the picture, of those that reached text-spotting.
     "matches": pyarrow.uint8(),
-    # If all of them: the text that repeats the first, and the greatest `spotter.min_chars` that
-    # would have dropped the pair by the same texts.
+    # If all are shown: the text that repeats the first caption, and the largest `spotter.min_chars`
+    # with which the same texts would have dropped the pair.
     "match": pyarrow.string(),
     "match_chars": pyarrow.uint8(),
     "match_confidence": pyarrow.float32(),
@@ -76,22 +76,22 @@ KEYS_FILE = "kept_keys.txt"
 UIDS_FILE = "kept_uids.npy"
 UID_DTYPE = np.dtype("u8,u8")
 
-_BLOCK_UIDS = 2**20  # that are written at a time
+_BLOCK_UIDS = 2**20  # uids to write at a time
 _LINE_BREAKS = r"[\n\v\f\r\x1c-\x1e\x{85}\x{2028}\x{2029}]"
 _LINE_BREAKS_AND_TABS = r"[\t\n\v\f\r\x1c-\x1e\x{85}\x{2028}\x{2029}]"
 
 _TABLES = (".parquet", ".jsonl")
 _UID = re.compile(r"[0-9a-f]{32}", re.IGNORECASE)
-_ROWS = 2**16  # of a row group
+_ROWS = 2**16  # rows per row group
 _HASH_BYTES = 16
-# Keys of a shard often begin alike; what repeats is written once.
+# Keys of a shard often share a prefix, which this encoding stores once.
 _ENCODINGS = {"key": "DELTA_BYTE_ARRAY", "uid": "PLAIN"}
 _TEXTS = ("outcome", "reason", "label", "gate", "format", "image_error", "looked", "match")
 _LARGEST = {pyarrow.uint8(): 2**8 - 1, pyarrow.uint16(): 2**16 - 1}
 
 
 def decisions_path(output: str) -> str:
-    """Path of the decisions about an input shard."""
+    """Returns the path of the decisions about an input shard."""
     if not output.lower().endswith(_TABLES):
         return output + SUFFIX
     folder, slash, name = output.rpartition("/")
@@ -99,21 +99,21 @@ def decisions_path(output: str) -> str:
 
 
 class DecisionWriter:
-    """Collects the rows of one part."""
+    """Collects the decision rows of one part."""
 
     def __init__(self, scores: Sequence[str] = ()):
-        """Begins without rows."""
+        """Creates a writer without rows; `scores` are the names of the steps' scores."""
         self.schema = make_schema(scores)
         self._rows: list[tuple] = []
         self._numbers: list[int] = []
         self._tables: list[pyarrow.Table] = []
 
     def add(self, row: int, values: Mapping[str, Any]) -> None:
-        """Takes a row.
+        """Adds a row.
 
         Args:
-            row: its number in the input.
-            values: those of its columns that are not null; others are left out.
+            row: index of the entry in the input.
+            values: values of the columns that are not null.
         """
         self._numbers.append(row)
         self._rows.append(tuple(map(values.get, self.schema.names)))
@@ -121,7 +121,7 @@ class DecisionWriter:
             self._tables.append(self._pack())
 
     def write(self, path: str) -> None:
-        """Writes the file; equal rows give equal bytes in any order."""
+        """Writes the file. Equal rows, in any order, produce equal bytes."""
         table = pyarrow.concat_tables([*self._tables, self._pack()])
         order = np.argsort(np.array(self._numbers, np.int64), kind="stable")
         if (np.diff(order) != 1).any():
@@ -130,7 +130,7 @@ class DecisionWriter:
         small = [n for n in self.schema.names if n not in _ENCODINGS and n not in floats]
         small += [f"{f.name}.list.element" for f in self.schema if pyarrow.types.is_list(f.type)]
         sink = pyarrow.BufferOutputStream()
-        # Without Arrow's own schema: the types are those of parquet, and small files stay small.
+        # Without Arrow's schema: parquet types suffice, and small files stay small.
         with pyarrow.parquet.ParquetWriter(
             sink,
             self.schema,
@@ -142,7 +142,7 @@ class DecisionWriter:
         ) as writer:
             writer.write_table(table, row_group_size=_ROWS)
         files.make_folder(path.rpartition("/")[0] or ".")
-        # The hash stands before the footer, where readers of parquet do not look.
+        # The hash precedes the footer, where parquet readers do not look.
         rest, last, footer = _find_hash(sink.getvalue().to_pybytes())
         digest = hash_file(path, rest + last, footer)
         files.write_bytes(path, rest + last + digest + footer)
@@ -161,10 +161,10 @@ class DecisionWriter:
 
 
 def make_schema(scores: Sequence[str] = ()) -> pyarrow.Schema:
-    """The columns of a file, with those of the steps' scores.
+    """Returns the schema of a file, including the scores of steps.
 
     Raises:
-        ValueError: a score is named like another column.
+        ValueError: a score has the name of another column.
     """
     for name in scores:
         if name in COLUMNS:
@@ -173,7 +173,7 @@ def make_schema(scores: Sequence[str] = ()) -> pyarrow.Schema:
 
 
 def pack_uid(value: object) -> bytes | None:
-    """A uid of DataComp's form as 16 bytes; None for everything else."""
+    """Packs a uid in DataComp's form into 16 bytes. Returns None for any other value."""
     if isinstance(value, str) and _UID.fullmatch(value):
         return bytes.fromhex(value)
     return None
@@ -182,15 +182,15 @@ def pack_uid(value: object) -> bytes | None:
 def read_decisions(
     path: str, columns: Sequence[str] | None = None
 ) -> Iterator[pyarrow.RecordBatch]:
-    """The rows of a file in order, at most 65,536 at a time.
+    """Yields the rows of a file in order, at most 65,536 at a time.
 
     Args:
-        path: of `decisions_path`.
-        columns: which; None for all. Texts that repeat come as dictionaries.
+        path: path from `decisions_path`.
+        columns: columns to read; None for all. Repetitive texts are dictionary-encoded.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or the file of another part.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, or belongs to another part.
     """
     data = files.read_bytes(path)
     rest, stated, footer = _find_hash(data)
@@ -202,14 +202,14 @@ def read_decisions(
 
 def _find_hash(data: bytes) -> tuple[bytes, bytes, bytes]:
     """Splits a file into what precedes the hash, the hash, and the footer."""
-    footer_bytes = 8 + int.from_bytes(data[-8:-4], "little")  # its length and "PAR1" behind it
+    footer_bytes = 8 + int.from_bytes(data[-8:-4], "little")  # its length and "PAR1" follow it
     end = max(len(data) - footer_bytes, 0)
     start = max(end - _HASH_BYTES, 0)
     return data[:start], data[start:end], data[end:]
 
 
 def hash_file(path: str, *parts: bytes) -> bytes:
-    """16 bytes for contents and name of a file: that of another part is not taken for this one."""
+    """Hashes name and contents of a file to 16 bytes, which also detects another part's file."""
     digest = hashlib.blake2b(os.path.basename(path).encode(), digest_size=_HASH_BYTES)
     for part in parts:
         digest.update(part)
@@ -217,18 +217,18 @@ def hash_file(path: str, *parts: bytes) -> bytes:
 
 
 def find_outputs(folder: str, named: str) -> tuple[list[str], dict[str, Any]]:
-    """The parts of a finished folder, by their decisions; their records may be gone.
+    """Finds the parts of a finished folder by their decisions, even if their records are gone.
 
     Args:
         folder: output of the filter.
-        named: flag or key that names the folder, for errors.
+        named: flag or config key of the folder, for error messages.
 
     Returns:
-        outputs: in the order of their records.
+        outputs: paths of the parts, in the order of their records.
         stats: merged statistics of the folder.
 
     Raises:
-        ValueError: the folder is not finished.
+        ValueError: the folder is not finished, or its manifest or decisions are missing.
     """
     path = files.join(folder, shards.MERGED_STATS)
     stats: dict[str, Any] = {}
@@ -242,11 +242,11 @@ def find_outputs(folder: str, named: str) -> tuple[list[str], dict[str, Any]]:
             f"{found} of `python -m data_prep.filter`; run the filter to its end first"
         )
     for where in (files.join(folder, "parts"), folder):
-        # What an attempt before has left of an input that failed is not in the output.
+        # The output excludes what an earlier attempt left of an input that then failed.
         notes = files.list_names(where, shards.FAILED_SUFFIX)
         failed = {name.removesuffix(shards.FAILED_SUFFIX) for name in notes}
         known = {name.removesuffix(SUFFIX) for name in files.list_names(where, SUFFIX)} - failed
-        # Parts stand in the order of their inputs; where they are the output, in that of names.
+        # Parts are ordered like their inputs, or by name if they are the output themselves.
         names = [entry["name"] for entry in read_manifest(where) if entry["name"] in known]
         names = sorted(names) if where == folder else names
         if known and not names:
@@ -263,14 +263,14 @@ def find_outputs(folder: str, named: str) -> tuple[list[str], dict[str, Any]]:
 
 
 def read_manifest(folder: str) -> list[dict[str, Any]]:
-    """A line for each part of a folder, with its "name"; none where it is missing or damaged."""
+    """Returns an entry with "name" for each part, or [] if the manifest is missing or damaged."""
     return (files.read_object(files.join(folder, MANIFEST)) or {}).get("parts", [])
 
 
 def read_kept(
     outputs: Iterable[str], columns: Sequence[str] = ("key", "uid")
 ) -> Iterator[pyarrow.RecordBatch]:
-    """The decisions about the kept pairs of parts, in order."""
+    """Yields the decisions about the kept pairs of parts, in order."""
     for output in outputs:
         for rows in read_decisions(decisions_path(output), [*columns, "outcome"]):
             is_kept = pc.equal(rows["outcome"].dictionary_decode(), KEPT)
@@ -278,7 +278,7 @@ def read_kept(
 
 
 def write_lists(folder: str, kept: Iterable[pyarrow.RecordBatch]) -> None:
-    """Writes both lists; they need no more memory for more pairs."""
+    """Writes both lists, in memory that does not grow with the number of pairs."""
     pairs = uids = 0
     uids_path = files.join(folder, UIDS_FILE)
     scratch = None if is_remote(folder) else folder
@@ -302,8 +302,8 @@ def write_lists(folder: str, kept: Iterable[pyarrow.RecordBatch]) -> None:
 
 
 def _write_sorted(file: IO[bytes], uids: np.ndarray) -> None:
-    """Writes each uid once, in order; they are sorted where they are, in a file that is mapped."""
-    uids.sort()  # bytes have the order of the numbers
+    """Sorts memory-mapped uids in place, and writes each distinct one."""
+    uids.sort()  # big-endian bytes sort like the numbers
 
     def distinct() -> Iterator[np.ndarray]:
         for start in range(0, len(uids), _BLOCK_UIDS):
@@ -318,7 +318,7 @@ def _write_sorted(file: IO[bytes], uids: np.ndarray) -> None:
 
 
 def write_lines(file: IO[bytes], *columns: pyarrow.Array) -> None:
-    """Writes rows of texts, with a tab between the columns; none ends its line or column early."""
+    """Writes rows of texts, tabs between columns. Line breaks and tabs in texts become spaces."""
     if not len(columns[0]):
         return
     breaks = _LINE_BREAKS_AND_TABS if len(columns) > 1 else _LINE_BREAKS

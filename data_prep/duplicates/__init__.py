@@ -1,1 +1,1 @@
-"""Near-duplicates of a data set: exact copies by content, and alike pictures by embeddings."""
+"""Near-duplicates in a data set: exact copies by content, similar images by embeddings."""

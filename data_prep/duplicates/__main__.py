@@ -1,14 +1,14 @@
-r"""Command: find the duplicates of a data set, before it is filtered.
+r"""Command: find the duplicates in a data set, before it is filtered.
 
     python -m data_prep.duplicates --config prep/duplicates \
         --config.input='/data/raw/*.tar' --config.output=/data/duplicates
 
-Exact copies are found by their bytes, near-duplicates by embeddings: k-means on the devices of one
-process, then cosines within each cluster (SemDeDup, arXiv 2303.09540), and thumbnails laid over one
-another. Run again it does only what is not done yet; with another threshold it goes on from the
-clusters. The filter drops what the table names with --config.duplicates.table=/data/duplicates. On
-several hosts the same command runs on each (see `diht_jax.distributed`), or as a job array, by
---task_index=I --num_tasks=N: they share the scan, and one of them searches.
+Exact copies are found by their bytes. Near-duplicates are found by embeddings: k-means on the
+devices of one process, cosines within each cluster (SemDeDup, arXiv 2303.09540), and verification
+by thumbnails. The same command resumes unfinished work; with another threshold, it reuses the
+clusters. The filter drops the duplicates with --config.duplicates.table=/data/duplicates. On
+several hosts, run the command on each (see `diht_jax.distributed`) or as a job array with
+--task_index=I --num_tasks=N; the jobs share the scan, and one of them searches.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from diht_jax.config.checks import validate_config
 
 
 def define_flags() -> None:
-    """Defines this command's flags; not at import, since commands share names."""
-    from diht_jax import distributed  # it needs JAX, which no worker should wait for
+    """Defines this command's flags; not at import, because commands share flag names."""
+    from diht_jax import distributed  # needs JAX, which slows the start of workers
 
     config_flags.DEFINE_config_file(
         "config", None, "Recipe: a name such as prep/duplicates, or a path."
@@ -38,7 +38,7 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    """Runs what the flags ask for."""
+    """Runs the search with the flags of the command line."""
     import jax
     from jax.experimental import multihost_utils
 

@@ -1,4 +1,4 @@
-"""The config of `python -m data_prep.duplicates`: its keys, and their checks."""
+"""Config of `python -m data_prep.duplicates`: its keys, and checks of their values."""
 
 from __future__ import annotations
 
@@ -23,43 +23,43 @@ from diht_jax.config.keys import (
 )
 
 KEYS: dict[str, Any] = failures.KEYS | {
-    "input": str,  # any source of docs/guides/prepare/sources.md; None: the keys of the embeddings
-    "output": str,  # folder of the table and the report, or a URL
-    # What counts as the same input, or "hash", "size"; docs/guides/prepare/shards.md.
+    "input": str,  # source as in docs/guides/prepare/sources.md; None: the keys in the embeddings
+    "output": str,  # folder or URL of the table and the report
+    # How changed inputs are detected: "time", "hash" or "size"; docs/guides/prepare/shards.md.
     "input_identity": Key("time", OneOf(IDENTITIES)),
-    "exact": True,  # images of equal bytes are copies
-    # "descriptor": colours and shapes at 8 x 8, for copies that were edited; "files": those of
-    # `files`; "none": exact copies only.
+    "exact": True,  # find images with equal bytes
+    # "descriptor": colours and shapes at 8 x 8, for edited copies; "files": embeddings from
+    # `embeddings.files`; "none": exact copies only.
     "embeddings.kind": Key("descriptor", OneOf(("descriptor", "files", "none"))),
-    # Whether a picture and its mirror image are alike, of the descriptor and when verified.
+    # Treat mirror images as similar, in the descriptor and in the verification.
     "embeddings.mirrored": False,
-    # With an input the --output of diht_jax.embed on the same input. Without one a glob of .npz or
-    # .parquet files with "key" and "image_emb", by whomever. Paths or URLs.
+    # With an input, the --output of diht_jax.embed on the same input. Without an input, a glob of
+    # .npz or .parquet files with "key" and "image_emb" from any program. Paths or URLs.
     "embeddings.files": str,
-    # Cosine from which two pictures are near-duplicates, or are verified.
+    # Minimum cosine of near-duplicates, or of the candidates to verify.
     "threshold": Key(0.95, Range(-1, 1)),
-    # Of pictures that the cosine finds those are copies whose thumbnails have this correlation when
-    # one is laid over the other, or over a part of it (0.95 finds crops); None: all of them are.
+    # Minimum correlation of thumbnails when one is aligned with the other or a part of it, for
+    # pairs found by their cosine (0.95 finds crops); None disables the verification.
     "verify.correlation": Key(float, SHARE_NOT_0),
-    # Largest difference of colours that a verified copy may have in one of 8 x 8 parts, as a share
-    # of their range; 1: greys alone decide.
+    # Largest colour difference of a verified copy in any of 8 x 8 parts, as a share of the value
+    # range; 1: only grey values are compared.
     "verify.difference": Key(0.08, SHARE_NOT_0),
-    # Pictures of the highest cosines that each one is compared with.
+    # Number of images with the highest cosines that are verified for each image.
     "verify.candidates": Key(8, COUNT),
-    # Pairs whose picture repeats one of another caption: "keep" marks them, "drop" drops them.
+    # Images repeated with another caption: "keep" marks the pairs, "drop" drops them.
     "other_captions": Key("keep", OneOf(("keep", "drop"))),
-    # From its cluster's centre (SemDeDup), or the "largest" or "first" picture.
+    # Image that is kept: the "farthest" from the cluster's centre (SemDeDup), "largest" or "first".
     "keep": Key("farthest", OneOf(KEEP)),
-    "clusters.count": Key(int, COUNT),  # None: by rows_per_cluster; 1 compares all with all
-    "clusters.rows_per_cluster": Key(5000, COUNT),  # about
-    # Nearest clusters in which each row is compared; more find more.
+    "clusters.count": Key(int, COUNT),  # None: from rows_per_cluster; 1 compares all pairs of rows
+    "clusters.rows_per_cluster": Key(5000, COUNT),  # approximate
+    # Number of nearest clusters in which each row is compared; more clusters find more duplicates.
     "clusters.probes": Key(1, COUNT),
-    "clusters.iterations": Key(20, COUNT),  # of k-means, at most
-    "clusters.train_rows_per_cluster": Key(256, COUNT),  # that k-means looks at, drawn at random
-    "clusters.chunk_rows": Key(65_536, COUNT),  # on the devices at a time
+    "clusters.iterations": Key(20, COUNT),  # maximum number of k-means iterations
+    "clusters.train_rows_per_cluster": Key(256, COUNT),  # random sample for k-means
+    "clusters.chunk_rows": Key(65_536, COUNT),  # rows on the devices at a time
     "seed": 0,  # of k-means
-    "report_pairs": Key(24, NOT_NEGATIVE),  # pairs of pictures on the page
-    "keep_before_damage": False,  # of a tar that is cut off or damaged, scan the pairs before that
+    "report_pairs": Key(24, NOT_NEGATIVE),  # pairs of images in the report
+    "keep_before_damage": False,  # keep the pairs before the damage of a truncated or damaged tar
 }
 
 # Prefix of keys -> files whose comments describe them.
@@ -70,14 +70,14 @@ COMMENT_FILES = {
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """Every key, with its default."""
+    """Returns a config with every key at its default."""
     c = build_config(KEYS)
     c.source = default_source()
     return c
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
-    """Checks what types cannot tell.
+    """Checks the values of a config beyond their types.
 
     Raises:
         ValueError: a value is out of its range.

@@ -1,11 +1,11 @@
-"""Hashes of pictures, and an index of those of an evaluation set.
+"""Hashes of images, and a file with the hashes of an evaluation set.
 
     python -m data_prep.duplicates.image_hashes --input cifar10_test.tar --output cifar10.npz
 
-Two hashes: of the decoded pixels, which is the same for any lossless file of them; and a perceptual
-one, 64 bits of the picture's lowest frequencies (pHash: signs, against their median, of the 8 x 8
-lowest coefficients of the discrete cosine transform of 32 x 32 greys), which survives other sizes
-and encodings. Two pictures with nothing in common differ in 32 bits, give or take 4.
+There are two hashes. The hash of the decoded pixels is equal for all lossless files of an image.
+The perceptual hash has 64 bits of the lowest frequencies, and survives resizing and re-encoding
+(pHash: signs, relative to their median, of the 8 x 8 lowest coefficients of the discrete cosine
+transform of 32 x 32 grey values). Hashes of unrelated images differ in 32 bits, give or take 4.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from diht_jax.terminal import print_escaped
 SUFFIX = ".npz"
 
 _SIDE, _CELLS = 32, 8
-_LEAST_SPREAD = 4.0  # standard deviation of the greys; flatter pictures have no perceptual hash
+_LEAST_SPREAD = 4.0  # standard deviation of the grey values; flatter images have no perceptual hash
 _CHUNK = 2**22  # comparisons at a time
 
 
 class PictureHash(NamedTuple):
-    """The hashes of one picture.
+    """Hashes of one image.
 
     Attributes:
-        pixels: 16 bytes, of size and decoded pixels.
-        perceptual: those of the picture and of its mirror image; None for a flat picture.
+        pixels: 16 bytes, hash of the size and the decoded pixels.
+        perceptual: hashes of the image and of its mirror image; None for a flat image.
     """
 
     pixels: bytes
@@ -50,14 +50,14 @@ class PictureHash(NamedTuple):
 
 
 class Match(NamedTuple):
-    """A picture of a set: the key of its pair, and how another one is like it."""
+    """Match in a set of images: the key of the matching pair, and how the images are similar."""
 
     key: str
     how: str
 
 
 def hash_picture(image: Image.Image) -> PictureHash:
-    """The hashes of a decoded picture of mode "RGB"."""
+    """Hashes a decoded image of mode "RGB"."""
     digest = hashlib.blake2b(f"{image.size}".encode(), digest_size=16)
     digest.update(image.tobytes())
     small = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
@@ -66,14 +66,14 @@ def hash_picture(image: Image.Image) -> PictureHash:
         return PictureHash(digest.digest(), None)
     rows = _lowest_cosines()
     lowest = rows @ greys @ rows.T
-    # In a mirror image the odd frequencies along a row have the other sign.
+    # Mirroring changes the sign of the odd frequencies along a row.
     mirrored = lowest * np.where(np.arange(_CELLS) % 2, -1, 1)
     return PictureHash(digest.digest(), (_pack(lowest), _pack(mirrored)))
 
 
 @functools.cache
 def _lowest_cosines() -> np.ndarray:
-    """The first 8 rows of the DCT-II, without its scale, which changes no sign."""
+    """Returns the first 8 rows of the DCT-II, unscaled, because the scale changes no sign."""
     angles = np.pi * np.arange(_CELLS)[:, None] * (2 * np.arange(_SIDE) + 1) / (2 * _SIDE)
     return np.cos(angles)
 
@@ -85,7 +85,7 @@ def _pack(lowest: np.ndarray) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """The hashes of the pictures of a set; its file has an array for each attribute.
+    """Hashes of all images of a set; the file has one array per attribute.
 
     Attributes:
         keys: str [n].
@@ -101,25 +101,25 @@ class Index:
 
     @functools.cached_property
     def _by_pixels(self) -> dict[bytes, int]:
-        """Hash of pixels -> the first row that has it."""
+        """Maps the hash of the pixels to the first row that has it."""
         return {row.tobytes(): i for i, row in reversed(list(enumerate(self.pixels)))}
 
     def digest(self) -> str:
-        """A hash of all hashes; the same for the same pictures in any file."""
+        """Returns a hash of all hashes; equal for the same images in any file format."""
         digest = hashlib.blake2b(digest_size=16)
         for name in ("pixels", "perceptual", "has_perceptual"):
             digest.update(getattr(self, name).tobytes())
         return digest.hexdigest()
 
     def find(self, pictures: list[PictureHash | None], max_bits: int | None) -> list[Match | None]:
-        """The picture of the index that each is a copy of.
+        """Finds the image of the set that each given image is a copy of.
 
         Args:
-            pictures: None for one that could not be read.
-            max_bits: that may differ, of the picture or its mirror image; None: equal pixels only.
+            pictures: hashes of images; None for unreadable images.
+            max_bits: bits of the perceptual hash that may differ, mirrored or not; None ignores it.
 
         Returns:
-            The first picture of equal pixels, or else the one whose hash differs least.
+            The first image with equal pixels, or else the one with the fewest different bits.
         """
         found: list[Match | None] = [None] * len(pictures)
         asked: list[tuple[int, tuple[int, int]]] = []
@@ -144,10 +144,10 @@ class Index:
 
 
 def make_index(source: str) -> Index:
-    """Reads a set of pictures, any source of `diht_jax.readers`.
+    """Hashes the images of any source of `diht_jax.readers`.
 
     Raises:
-        ValueError: nothing to read, or no picture in it.
+        ValueError: there is nothing to read, or there are no images.
     """
     keys, hashes, skipped = [], [], 0
     for entry in open_source(source):
@@ -170,7 +170,7 @@ def make_index(source: str) -> Index:
 
 
 def try_hash(data: bytes, max_pixels: int = MAX_PIXELS) -> PictureHash | None:
-    """The hashes of encoded bytes; None where they are no picture, or one of more pixels."""
+    """Hashes an encoded image; returns None if it is unreadable or has too many pixels."""
     try:
         return hash_picture(decode_rgb(data, max_pixels=max_pixels))
     except ImageError:
@@ -178,7 +178,7 @@ def try_hash(data: bytes, max_pixels: int = MAX_PIXELS) -> PictureHash | None:
 
 
 def write_index(path: pathlib.Path, index: Index) -> None:
-    """Writes the file that `open_index` reads."""
+    """Writes a file for `open_index`."""
     arrays = {field.name: getattr(index, field.name) for field in dataclasses.fields(index)}
     with local_output(path) as local, open(local, "wb") as file:
         np.savez(file, **arrays)
@@ -186,10 +186,10 @@ def write_index(path: pathlib.Path, index: Index) -> None:
 
 @functools.lru_cache(maxsize=64)
 def open_index(path: str) -> Index:
-    """The index of a file, or of a set of pictures; it is kept for the next call.
+    """Opens a file of hashes, or hashes a set of images; the result is cached.
 
     Args:
-        path: of an index, also in a store, or a source of `make_index`.
+        path: path or URL of a file of hashes, or a source for `make_index`.
 
     Raises:
         ValueError: it is neither.
@@ -200,7 +200,7 @@ def open_index(path: str) -> Index:
         with local_copy(path) as local:
             names = [field.name for field in dataclasses.fields(Index)]
             return Index(**{name: read_npz_array(local, name) for name in names})
-    except StorageError:  # the file may be good
+    except StorageError:  # the file itself may be good
         raise
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -210,13 +210,13 @@ def open_index(path: str) -> Index:
 
 
 def define_flags() -> None:
-    """Defines this command's flags; not at import, since commands share names."""
+    """Defines this command's flags; not at import, because commands share flag names."""
     flags.DEFINE_string("input", None, "Pictures of an evaluation set: a tar, a table, a folder.")
     flags.DEFINE_string("output", None, "File of the index, .npz.")
 
 
 def main() -> None:
-    """Writes the index that the flags name."""
+    """Hashes the images given by the flags, and writes the file."""
     command_line.require_flags("input", "output")
     output = pathlib.Path(flags.FLAGS.output)
     if output.suffix != SUFFIX:

@@ -1,13 +1,13 @@
-"""A whole job: from pairs, or embeddings, to the table of duplicates and its report.
+"""Duplicate search as a complete job: from pairs or embeddings to the table and the report.
 
-The folder of the output, on a local disk or in a store:
+The output folder, on a local disk or in a store, contains:
 
-    scan/            of each unit of the input: keys, content hashes, embeddings, thumbnails
-    settings.json    of the scan
-    centroids.npz, clusters.npz, groups/    of the search, by which it goes on
+    scan/            keys, content hashes, embeddings and thumbnails of each unit of the input
+    settings.json    settings of the scan
+    centroids.npz, clusters.npz, groups/    state of the search, from which it resumes
     duplicates/      a row for each pair: key, kind, cluster, similarity, duplicate_of,
                      other_caption, kept_key
-    dropped.arrow    what the filter looks up
+    dropped.arrow    lookup table for the filter
     report.html, duplicates.json
 """
 
@@ -54,15 +54,15 @@ def run(
     *,
     engine: str = "local",
 ) -> Failures:
-    """Does what is not done yet.
+    """Runs all unfinished stages.
 
-    The jobs of an array share the scan; each that finds all scanned searches, one at a time.
+    The jobs of an array share the scan. Every job that finds it complete searches, one at a time.
 
     Returns:
-        Units and tasks that failed, with the reason, and whether the table was made without them.
+        Failed units and tasks, with the reason, and whether the table was made without them.
 
     Raises:
-        ValueError: nothing to read, nowhere to write, or a folder of another input.
+        ValueError: there is no input, the output cannot be written, or it is of another input.
     """
     inputs = scan.find_inputs(config)
     folder = check_folder(config.output)
@@ -84,20 +84,20 @@ def run(
         reasons |= {str(u.source): _REMOVED for u in found.waiting if u.output in own}
         return Failures(print_failures(reasons | failures))
     with leader_lock(folder):
-        # Another job may have scanned more meanwhile.
+        # Another job may have scanned more in the meantime.
         known = {unit.output: stats for unit, stats in found.parts}
         not_found = _search(config, survey(units, known), folder, engine)
         summary = table.read_summary(folder)
         if summary is None:
             return Failures(print_failures(not_found))
-        forget_copies(folder)  # which another job on this machine may need, once it leads
+        forget_copies(folder)  # within the lock: other jobs on this machine share the copies
     print_escaped(table.describe_summary(summary))
     print_escaped(f"look at {files.join(folder, table.PAGE)}")
     return print_failures(with_output(failures, found.failed))
 
 
 def _check_settings(config: ml_collections.ConfigDict, folder: str) -> None:
-    """Raises ValueError where the folder holds scans of other settings."""
+    """Raises ValueError if the folder contains scans with other settings."""
     settings: dict[str, Any] = {name: config[name].to_dict() for name in ("source", "embeddings")}
     if config.embeddings.kind == "descriptor":
         settings["descriptor"] = DESCRIPTOR_VERSION
@@ -136,16 +136,16 @@ def _scan(
 def _search(
     config: ml_collections.ConfigDict, found: Survey, folder: str, engine: str
 ) -> dict[str, str]:
-    """Finds the duplicates, unless that is done, and writes all that is about all pairs.
+    """Finds the duplicates unless this is done, and writes the files about the whole data set.
 
     Returns:
-        Tasks that failed, with the reason.
+        Failed tasks, with the reason.
     """
     scans = [
         [os.path.basename(unit.output), stats["output"]["digest"]] for unit, stats in found.parts
     ]
     values = config.to_dict()
-    values["clusters"].pop("chunk_rows")  # at a time; it does not decide
+    values["clusters"].pop("chunk_rows")  # does not affect the result
     settings = {name: values[name] for name in ("exact", "other_captions", "clusters", "seed")}
     of_clusters = shards.hash_config({"scans": scans, "settings": settings})
     settings |= {name: values[name] for name in ("threshold", "keep", "verify")}
@@ -163,7 +163,7 @@ def _search(
     if not len(rows):
         raise ValueError(f"config.input='{config.input}': no pairs")
     inputs = {}
-    if config.input is not None:  # as they are now; they may go during the search
+    if config.input is not None:  # hashed now, because they may disappear during the search
         inputs["inputs"] = sorted({table.hash_input(unit.source) for unit, _ in found.parts})
     keep = config.other_captions == "keep"
     is_exact = config.exact and config.input is not None
@@ -180,7 +180,7 @@ def _search(
 
 
 def _check_scans(found: Survey, folder: str) -> dict[str, str]:
-    """Units whose scan is gone or damaged, with the reason; the next run scans them again."""
+    """Returns units with a missing or damaged scan, with the reason; the next run rescans them."""
     failures = {str(unit.source): _REMOVED for unit in found.waiting}
     for unit, stats in found.parts:
         try:
@@ -200,7 +200,7 @@ def _describe(
     copies: search.Found,
     known: Mapping[str, Any],
 ) -> None:
-    """Writes the tables, the report and the summary, of which some entries are known."""
+    """Writes the tables, the report and the summary; `known` are entries of the summary."""
     exact, near, marked = np.bincount(copies.kind, minlength=3).tolist()
     least = config.verify.correlation
     sizes = clusters.sizes()

@@ -1,8 +1,8 @@
-"""Spherical k-means on the devices of this process: rows and centroids of unit length, cosines.
+"""Spherical k-means on the devices of this process, with unit-length rows and centroids.
 
-Rows come in chunks that are split over the devices, and products are made block by block, so that
-memory is bounded by a chunk, the centroids and their sums. `rows` are numbers of rows, int64 [n],
-and `read` gives the rows of some numbers, float32 [m, d].
+Rows are processed in chunks that are split over the devices, and cosines in blocks of rows. Memory
+is bounded by one chunk, the centroids and their sums. `rows` are row numbers, int64 [n], and `read`
+returns the rows with the given numbers, float32 [m, d].
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-_BLOCK = 512  # rows of a product
+_BLOCK = 512  # rows per matrix product
 
 Read = Callable[[np.ndarray], np.ndarray]
 
 
 class KMeans:
-    """The compiled steps for some devices.
+    """Compiled k-means steps for a set of devices.
 
     Attributes:
-        chunk_rows: rows that go to the devices at a time.
+        chunk_rows: number of rows on the devices at a time.
     """
 
     def __init__(
@@ -33,9 +33,9 @@ class KMeans:
         """Prepares the devices.
 
         Args:
-            chunk_rows: at a time; rounded up to whole blocks on every device.
-            devices: those of this process by default.
-            probes: number of nearest clusters that `assign` gives for each row.
+            chunk_rows: rows at a time; rounded up to whole blocks on every device.
+            devices: default to the devices of this process.
+            probes: number of nearest clusters per row that `assign` returns.
         """
         devices = jax.local_devices() if devices is None else list(devices)
         unit = _BLOCK * len(devices)
@@ -55,18 +55,18 @@ class KMeans:
     def assign(
         self, centroids: np.ndarray, rows: np.ndarray, read: Read
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The nearest clusters of each row and the cosines: int32 and float32 [n, probes]."""
+        """Returns each row's nearest clusters and cosines: int32 and float32 [n, probes]."""
         clusters, cosines, _ = self._look_at_all(centroids, rows, read)
         return clusters, cosines
 
     def improve(
         self, centroids: np.ndarray, rows: np.ndarray, read: Read
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Does one round of Lloyd's.
+        """Performs one iteration of Lloyd's algorithm.
 
         Returns:
-            centroids: float32 [k, d]; one without rows stays where it is.
-            clusters: int32 [n], by the centroids that came in.
+            centroids: float32 [k, d]; a centroid without rows does not move.
+            clusters: int32 [n], nearest input centroids.
         """
         clusters, _, sums = self._look_at_all(centroids, rows, read)
         lengths = np.linalg.norm(sums, axis=1, keepdims=True)
@@ -76,7 +76,7 @@ class KMeans:
     def _look_at_all(
         self, centroids: np.ndarray, rows: np.ndarray, read: Read
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Like `_look`, chunk by chunk."""
+        """Calls `_look` on all rows, chunk by chunk."""
         on_devices, parts = jax.device_put(centroids, self._whole), []
         sums = jax.device_put(jnp.zeros(centroids.shape, jnp.float32), self._whole)
         for start in range(0, len(rows), self.chunk_rows):
@@ -93,7 +93,7 @@ class KMeans:
 def _look(
     centroids: jax.Array, rows: jax.Array, *, probes: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Clusters and cosines [m, probes] of a device's rows; sums [k, d] of those of all devices."""
+    """Returns clusters and cosines [m, probes] of local rows, and sums [k, d] over all devices."""
 
     def of_block(block: jax.Array) -> tuple[jax.Array, jax.Array]:
         cosines = jnp.matmul(block, centroids.T, precision=jax.lax.Precision.HIGHEST)
@@ -110,7 +110,7 @@ def _look(
 
 
 def choose_centroids(rows: np.ndarray, count: int, read: Read, seed: int) -> np.ndarray:
-    """Different rows, drawn at random, as the first centroids: float32 [count, d]."""
+    """Draws distinct random rows as initial centroids: float32 [count, d]."""
     chosen = np.random.default_rng(seed).choice(len(rows), count, replace=False)
     return read(rows[np.sort(chosen)])
 
@@ -125,9 +125,9 @@ def fit(
     done: int = 0,
     save: Callable[[np.ndarray, int], None] = lambda centroids, done: None,
 ) -> np.ndarray:
-    """Repeats rounds of Lloyd's until no row changes its cluster, or `iterations` are done.
+    """Iterates Lloyd's algorithm until no row changes its cluster, at most `iterations` times.
 
-    `save` gets the centroids and the number of rounds after every round.
+    `save` is called after every iteration with the centroids and the number of iterations done.
     """
     before = None
     for number in range(done, iterations):

@@ -1,17 +1,16 @@
-"""Two views of a picture: a descriptor finds candidates, a thumbnail verifies them.
+"""Descriptors that find candidate copies of an image, and thumbnails that verify them.
 
-The descriptor is 96 numbers that survive another size, another encoding and small crops. It is
-ours, and simple on purpose: lightness at 8 x 8 and both colour differences at 4 x 4, lightness
-without its mean. It knows nothing of what a picture shows, so it finds copies that were edited and
-not other pictures of the same thing; for those take embeddings of a model.
+The descriptor is a vector of 96 numbers that survives resizing, re-encoding and small crops. It is
+ours, and simple on purpose: lightness at 8 x 8, without its mean, and both colour differences at
+4 x 4. It does not represent the content of an image. It finds edited copies, but not other images
+of the same object; use embeddings of a model for those.
 
-A crop moves every cell of a descriptor, so that its cosine is no higher than that of some pictures
-that are merely alike. Crop matching compares the whole of one thumbnail with windows of the other,
-of 85% to 100% of its sides at offsets of 2.5%, both ways round. The score is the highest
-correlation of the greys; copies reach 0.95, see docs/benchmarks/filter.md. So do drawings of one
-outline on one ground, which correlate by these. What tells them apart are colours, part by part:
-the window is moved and stretched until it fits best, and then the mean colour of each of 8 x 8
-parts must be that of the other picture.
+A crop moves every cell of a descriptor, which lowers its cosine to that of merely similar images.
+Crop matching compares one whole thumbnail with windows of the other one, with 85% to 100% of its
+sides at offsets of 2.5%, in both directions. The score is the highest correlation of the grey
+values; copies reach 0.95, see docs/benchmarks/filter.md. Drawings with the same outline on the same
+background reach it as well. Local colours distinguish them: the window is moved and scaled to the
+best fit, and then the mean colour of each of 8 x 8 parts has to agree with the other image.
 """
 
 from __future__ import annotations
@@ -26,48 +25,48 @@ from PIL import Image
 from data_prep.duplicates.rows import Near
 from diht_jax.input.transforms import load_rgb, open_image
 
-# Raised whenever equal pictures come to have other numbers.
+# Increase when equal images start to produce different numbers.
 DESCRIPTOR_VERSION = 2
 
-SIDE = 32  # px of a thumbnail, of whose colours every second one is kept in each direction
+SIDE = 32  # px; thumbnails store lightness at this size, and colours at half of it
 
-_DECODED = 64  # px of a side, at which the cells of a descriptor are averaged
+_DECODED = 64  # px per side of the image that is averaged to the cells of a descriptor
 _LIGHT_CELLS, _COLOR_CELLS = 8, 4
-_LEAST_COLOR = 100.0  # grey pictures have no colour to be compared by: noise is not scaled up
+_LEAST_COLOR = 100.0  # lower limit of the colour norm: does not amplify the noise of grey images
 _COLOR_WEIGHT = 0.5
 
-_CELLS = 16  # of a window and side, that are correlated
+_CELLS = 16  # cells per side of a window, for the correlation
 _SIZES = (1.0, 0.95, 0.9, 0.85)
 _STEP = 0.025
-_LEAST_SPREAD = 2.0  # standard deviation of the greys; of flatter pictures noise would decide
+_LEAST_SPREAD = 2.0  # standard deviation of the grey values; flatter images are mostly noise
 _CACHED = 2048  # pictures whose windows are kept: 86 kB each
 
-_PARTS = 8  # of a side, whose colours are compared
-_FITTED = 3  # differences that are larger by more than this, a fit does not mend
-_ROUNDS = 3  # of the fit of a window
-_NUDGE, _LONGEST_STEP = 0.004, 0.02  # of a window's place and size, as shares of the side
+_PARTS = 8  # parts per side, for the comparison of colours
+_FITTED = 3  # a fit cannot repair differences above this multiple of the limit
+_ROUNDS = 3  # iterations of the window fit
+_NUDGE, _LONGEST_STEP = 0.004, 0.02  # of the position and size of a window, as shares of the side
 
 
 def describe_picture(
     data: bytes, *, mirrored: bool, max_pixels: int
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-    """The descriptor and the thumbnail of an encoded picture.
+    """Computes the descriptor and the thumbnail of an encoded image.
 
     Args:
-        mirrored: a picture and its mirror image get the same numbers.
-        max_pixels: of a larger one nothing is decoded.
+        mirrored: give an image and its mirror image equal descriptors.
+        max_pixels: larger images are not decoded.
 
     Returns:
-        float32 [96] of length 1, or 0 for a picture of one grey; uint8 [1536], the lightness at
-        SIDE x SIDE and both colour differences at half of it; width and height.
+        The descriptor, float32 [96] of length 1, or 0 for an image of uniform grey. The thumbnail,
+        uint8 [1536]: lightness at SIDE x SIDE, both colour differences at half of it. The size.
 
     Raises:
-        ImageError: no picture.
+        ImageError: the image cannot be decoded.
     """
     image = open_image(data, max_pixels=max_pixels)
     size = image.size
     if image.format == "JPEG":
-        image.draft("RGB", (2 * _DECODED, 2 * _DECODED))  # decoded at a fraction of its size
+        image.draft("RGB", (2 * _DECODED, 2 * _DECODED))  # decodes a reduced size
     image = load_rgb(image).convert("YCbCr").resize((_DECODED, _DECODED), Image.Resampling.BILINEAR)
     channels = np.asarray(image, np.float32)
     light = _average(channels[..., 0], _LIGHT_CELLS)
@@ -85,12 +84,12 @@ def describe_picture(
 
 
 def _average(channel: np.ndarray, cells: int) -> np.ndarray:
-    """[64, 64] -> means [cells, cells]."""
+    """Averages a channel [64, 64] to [cells, cells]."""
     return channel.reshape(cells, _DECODED // cells, cells, _DECODED // cells).mean((1, 3))
 
 
 def _fold(grid: np.ndarray) -> np.ndarray:
-    """Sum of the grid and its mirror image, and the size of their difference; length is kept."""
+    """Returns a grid's sum with its mirror image and their absolute difference; norm is kept."""
     half = grid.shape[1] // 2
     left, right = grid[:, :half], grid[:, ::-1][:, :half]
     return np.concatenate([(left + right).ravel(), np.abs(left - right).ravel()]) / np.sqrt(2)
@@ -104,15 +103,15 @@ def verify(
     *,
     mirrored: bool,
 ) -> Near:
-    """The first candidate of each row that is a copy, with the correlation as similarity.
+    """Finds each row's first candidate that is a copy; its similarity is the correlation.
 
     Args:
-        candidates: of `search.find_candidates`: the best partner of every row, then the second
-            best.
-        thumbnails: uint8 [n, 1536], of the rows.
-        least: correlation from which two pictures are copies.
-        difference: largest difference of colours, as a share of their range, that a copy may have
-            in a part; see `has_colors_of`.
+        candidates: from `search.find_candidates`: the best candidates of all rows, then the second
+            best, and so on.
+        thumbnails: uint8 [n, 1536], thumbnails of the rows.
+        least: minimum correlation of copies.
+        difference: maximum colour difference of copies in any part, as a share of the value range;
+            see `has_colors_of`.
     """
     windows = functools.lru_cache(_CACHED)(lambda row: cut_windows(thumbnails[row]))
     found: dict[int, tuple[int, float]] = {}
@@ -135,12 +134,12 @@ def verify(
 
 
 class Overlay(NamedTuple):
-    """Placement of the whole of one picture over a window of another.
+    """Alignment of one whole image with a window of another image.
 
     Attributes:
-        correlation: of the greys.
-        is_first_cut: whether it is one of the first picture.
-        is_mirrored: whether the whole picture is mirrored.
+        correlation: correlation of the grey values.
+        is_first_cut: whether the window is in the first image.
+        is_mirrored: whether the whole image is mirrored.
     """
 
     correlation: float
@@ -150,7 +149,7 @@ class Overlay(NamedTuple):
 
 
 def lay_over(one: np.ndarray | None, other: np.ndarray | None, *, mirrored: bool) -> Overlay | None:
-    """The overlay of two pictures, by their windows, that correlates most; None if one is flat."""
+    """Returns the alignment with the highest correlation; None if either image is flat."""
     if one is None or other is None:
         return None
     found = []
@@ -164,12 +163,12 @@ def lay_over(one: np.ndarray | None, other: np.ndarray | None, *, mirrored: bool
 
 
 def has_colors_of(cut: np.ndarray, whole: np.ndarray, overlay: Overlay, difference: float) -> bool:
-    """Tells whether no part of an overlay differs by more than a share of the range of colours.
+    """Returns whether the colours of two aligned images agree in all parts.
 
     Args:
         cut: uint8 [1536], the thumbnail with the window.
-        whole: uint8 [1536], the other one.
-        difference: the share; 1 allows all.
+        whole: uint8 [1536], the other thumbnail.
+        difference: maximum difference as a share of the value range; 1 accepts all.
     """
     if difference >= 1:
         return True
@@ -192,14 +191,14 @@ def has_colors_of(cut: np.ndarray, whole: np.ndarray, overlay: Overlay, differen
 
 
 def _planes(thumbnail: np.ndarray) -> list[np.ndarray]:
-    """Lightness and both colour differences of a thumbnail, float32 [side, side]."""
+    """Splits a thumbnail into lightness and both colour differences, float32 [side, side]."""
     half = SIDE // 2
     parts = np.split(thumbnail.astype(np.float32), [SIDE * SIDE, SIDE * SIDE + half * half])
     return [part.reshape(side, side) for part, side in zip(parts, (SIDE, half, half), strict=True)]
 
 
 def _average_window(planes: list[np.ndarray], window: np.ndarray, cells: int) -> np.ndarray:
-    """Means of the cells of a window (top, left, height, width): float [planes, cells, cells]."""
+    """Averages a window (top, left, height, width) to cells: float [planes, cells, cells]."""
     top, left, height, width = window
     return np.stack(
         [
@@ -212,7 +211,7 @@ def _average_window(planes: list[np.ndarray], window: np.ndarray, cells: int) ->
 
 
 def _fit_window(plane: np.ndarray, wanted: np.ndarray, window: np.ndarray) -> np.ndarray:
-    """Moves and stretches a window until its cells are most like those wanted (Gauss-Newton)."""
+    """Moves and scales a window to fit the wanted cells (Gauss-Newton)."""
 
     def look(window: np.ndarray) -> np.ndarray:
         return _average_window([plane], window, len(wanted)).ravel()
@@ -233,9 +232,9 @@ def _fit_window(plane: np.ndarray, wanted: np.ndarray, window: np.ndarray) -> np
 
 
 def cut_windows(thumbnail: np.ndarray) -> np.ndarray | None:
-    """All windows of a picture, float32 [84, 256], of mean 0 and length 1; None if it is flat.
+    """Cuts all windows of an image, float32 [84, 256], normalised to mean 0 and length 1.
 
-    A window without contrast is 0.
+    Windows without contrast are 0. Returns None if the whole image is flat.
     """
     greys = _planes(thumbnail)[0]
     if greys.std() < _LEAST_SPREAD:
@@ -253,7 +252,7 @@ def cut_windows(thumbnail: np.ndarray) -> np.ndarray | None:
 
 @functools.cache
 def _averages() -> list[np.ndarray]:
-    """Windows along a side by size: float32 [windows * _CELLS, SIDE], means of cells."""
+    """Returns averaging matrices per window size: float32 [windows * _CELLS, SIDE]."""
     found = []
     for size in _SIZES:
         rows = [_average_cells(start, size, _CELLS, SIDE) for start in _starts(size)]
@@ -263,7 +262,7 @@ def _averages() -> list[np.ndarray]:
 
 @functools.cache
 def _window_places() -> np.ndarray:
-    """Top, left, height and width of the windows, as shares of the side: float [84, 4]."""
+    """Returns top, left, height and width of all windows as shares of the side: float [84, 4]."""
     places = [
         (top, left, size, size)
         for size in _SIZES
@@ -278,7 +277,7 @@ def _starts(size: float) -> list[float]:
 
 
 def _average_cells(start: float, size: float, cells: int, side: int) -> np.ndarray:
-    """Weights of the pixels of a side in the cells of a window, float [cells, side]."""
+    """Returns the weights of the pixels along a side for each cell, float [cells, side]."""
     edges = (start + size * np.arange(cells + 1) / cells) * side
     pixels = np.arange(side)
     shared = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)

@@ -1,7 +1,7 @@
-"""Precomputed embeddings: files of keys and vectors, by `diht_jax.embed` or by others.
+"""Precomputed embeddings: files with keys and vectors, from `diht_jax.embed` or other programs.
 
-A folder of `diht_jax.embed` has files for each shard of its input, and `embeddings.json`, which
-names the shards.
+An output folder of `diht_jax.embed` has files for each shard of its input, and `embeddings.json`
+with the names of the shards.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ DESCRIPTION = "embeddings.json"
 
 _CHUNK = 2**24  # cosines at a time
 
-# Path, start, stop and bytes of a shard.
+# Path, start, stop and number of bytes of a shard.
 _Shard = tuple[str, int, int | None, int | None]
 
 
 def read_embeddings(path: str) -> tuple[list[str], np.ndarray]:
-    """The keys and image embeddings of a file of `diht_jax.embed`, or of the same form.
+    """Reads keys and image embeddings from a file as written by `diht_jax.embed`.
 
     Args:
-        path: .npz with "key" and "image_emb", or .parquet with such columns; may be a URL.
+        path: path or URL of an .npz or .parquet file with "key" and "image_emb".
 
     Returns:
         n keys, and float32 [n, d].
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: the file has other contents.
     """
     with local_copy(path) as name:
         precomputed.check_digest(path, name)
@@ -59,15 +59,15 @@ def read_embeddings(path: str) -> tuple[list[str], np.ndarray]:
 
 
 def find_files(pattern: str) -> list[str]:
-    """The paths or URLs that a glob matches, sorted."""
+    """Returns the paths or URLs that match a glob, sorted."""
     return sorted(files.find_inputs(pattern) if is_remote(pattern) else glob.glob(pattern))
 
 
 def find_shard_files(folder: str) -> dict[_Shard, list[str]]:
-    """The files of each shard that a folder of `diht_jax.embed` is of.
+    """Finds the files of each shard in an output folder of `diht_jax.embed`.
 
     Raises:
-        ValueError: it is no such folder.
+        ValueError: it is another kind of folder.
     """
     try:
         source = json.loads(files.read_bytes(files.join(folder, DESCRIPTION)))["source"]
@@ -94,12 +94,12 @@ def find_shard_files(folder: str) -> dict[_Shard, list[str]]:
 
 
 def _identify(shard: Mapping[str, Any]) -> _Shard:
-    """Compared parts of `SourceShard.identity`: a file that was only touched is the same."""
+    """Returns the parts of `SourceShard.identity` to compare, without the modification time."""
     return shard["path"], shard["start"], shard.get("stop"), shard.get("size_bytes")
 
 
 def _refuse_unfinished(paths: Sequence[str]) -> None:
-    """Raises ValueError unless a shard has all of its parts, by the `.json` that each has."""
+    """Raises ValueError unless a shard has all of its parts, according to their `.json` files."""
     described = [f"{path.rpartition('.')[0]}.json" for path in paths]
     stated = list(map(files.read_object, described))
     if not any(stated):
@@ -117,12 +117,12 @@ def _refuse_unfinished(paths: Sequence[str]) -> None:
 
 
 def files_of_shard(known: dict[_Shard, list[str]], source: SourceShard) -> list[str]:
-    """The files of a shard among those of `find_shard_files`.
+    """Returns the files of a shard from the result of `find_shard_files`.
 
-    None where there are none, or the shard was written again with another size since.
+    Returns an empty list if there are none, or if the shard now has another size.
 
     Raises:
-        ValueError: they are not complete.
+        ValueError: the files are incomplete.
     """
     paths = known.get(_identify(source.identity()), [])
     _refuse_unfinished(paths)
@@ -130,14 +130,14 @@ def files_of_shard(known: dict[_Shard, list[str]], source: SourceShard) -> list[
 
 
 def describe(folder: str) -> str:
-    """A hash of what a folder of `diht_jax.embed` is of: its input, its model and its settings."""
+    """Hashes the input, model and settings of an output folder of `diht_jax.embed`."""
     find_shard_files(folder)
     data = files.read_bytes(files.join(folder, DESCRIPTION))
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def read_all(paths: Sequence[str]) -> dict[str, np.ndarray]:
-    """Key -> embedding, of several files; none of a key that several pairs have."""
+    """Reads key -> embedding from several files, without keys that occur more than once."""
     found: dict[str, np.ndarray] = {}
     repeated = set()
     for path in paths:
@@ -149,10 +149,10 @@ def read_all(paths: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def read_of_shard(folder: str, source: SourceShard) -> dict[str, np.ndarray]:
-    """Key -> embedding of the pairs of one shard, by `diht_jax.embed` on the same input.
+    """Reads key -> embedding for the pairs of one shard, from `diht_jax.embed` on the same input.
 
     Raises:
-        ValueError: the folder is of another input, or not complete.
+        ValueError: the folder is incomplete, or of another input.
     """
     paths = files_of_shard(_find_shard_files_once(folder), source)
     if not paths:
@@ -163,31 +163,31 @@ def read_of_shard(folder: str, source: SourceShard) -> dict[str, np.ndarray]:
     return read_all(paths)
 
 
-_find_shard_files_once = functools.lru_cache(maxsize=4)(find_shard_files)  # by a worker
+_find_shard_files_once = functools.lru_cache(maxsize=4)(find_shard_files)  # cached in each worker
 
 
 class EmbeddedSet:
-    """The embeddings of the pictures of a set."""
+    """Embeddings of a set of images, for nearest-neighbour search."""
 
     def __init__(self, keys: Sequence[str], embeddings: np.ndarray):
-        """Takes n keys and float [n, d], of any length; those of length 0 match nothing."""
+        """Takes n keys and float [n, d], of any length; zero vectors match nothing."""
         lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
         self.keys = list(keys)
         self.embeddings = (embeddings / np.maximum(lengths, 1e-12)).astype(np.float32)
 
     def digest(self) -> str:
-        """A hash of keys and embeddings."""
+        """Returns a hash of keys and embeddings."""
         digest = hashlib.blake2b(json.dumps(self.keys).encode(), digest_size=16)
         digest.update(self.embeddings.tobytes())
         return digest.hexdigest()
 
     def find(self, embeddings: np.ndarray, min_cosine: float) -> list[Match | None]:
-        """The nearest picture of the set, where its cosine is at least `min_cosine`.
+        """Finds the nearest image of the set if its cosine is at least `min_cosine`.
 
-        Embeddings are float32 [n, d], of length 1 or 0.
+        `embeddings` are float32 [n, d], of length 1 or 0.
 
         Raises:
-            ValueError: the set's embeddings have another size.
+            ValueError: the embeddings of the set have another size.
         """
         if len(embeddings) and embeddings.shape[1] != self.embeddings.shape[1]:
             raise ValueError(
@@ -206,10 +206,10 @@ class EmbeddedSet:
 
 
 def open_set(path: str) -> EmbeddedSet:
-    """Reads a set: a folder of `diht_jax.embed`, or a glob of .npz or .parquet files.
+    """Reads a set: an output folder of `diht_jax.embed`, or a glob of .npz or .parquet files.
 
     Raises:
-        ValueError: it is neither, or empty.
+        ValueError: it is neither, or it is empty.
     """
     if path.endswith(precomputed.SUFFIXES):
         paths = find_files(path)

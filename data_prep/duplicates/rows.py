@@ -1,17 +1,17 @@
-"""Rows of all scanned units, numbered in the order of the units; their files are memory-mapped.
+"""Rows of all scanned units, numbered in the order of the units, in memory-mapped files.
 
 The Arrow file of a unit has a row for each pair:
 
     key                  text
-    hash                 uint64, of the key
-    content              uint64 [2], the halves of a hash of the picture's bytes
-    caption              uint64, a hash of the text; 0 where none is known
-    pixels               int64, of the picture; 0 where it is none
-    embedding            float16 [d], zeros where there is none; no such column where none has one
-    thumbnail            uint8 [1536]; no such column for precomputed embeddings alone
+    hash                 uint64, hash of the key
+    content              uint64 [2], both halves of a hash of the encoded image
+    caption              uint64, hash of the text; 0 if unknown
+    pixels               int64, number of pixels; 0 if the image is unreadable
+    embedding            float16 [d], zeros if missing; no column if all are missing
+    thumbnail            uint8 [1536]; no column for precomputed embeddings alone
 
-Files in a store are fetched once by a machine, into a folder below the system's temporary one,
-which all processes of the job share.
+Each machine fetches remote files once, into a folder below the system's temporary folder that all
+processes of the job share.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _OPEN_UNITS = 512
 
 
 class Near(NamedTuple):
-    """Rows that repeat another one, by their numbers.
+    """Rows that repeat another row, by row number.
 
     Attributes:
         rows: int64 [m].
-        alike: int64 [m], the row of a better rank that each is most alike.
-        similarity: float32 [m], of the two.
+        alike: int64 [m], the most similar row with a better rank.
+        similarity: float32 [m], similarity of the two rows.
     """
 
     rows: np.ndarray
@@ -61,7 +61,7 @@ def hash_texts(texts: Sequence[str]) -> np.ndarray:
 
 
 def write_columns(path: str, columns: Mapping[str, Any]) -> str:
-    """Writes columns of equal length to a file that appears whole; returns a hash of its bytes.
+    """Writes columns of equal length to a file atomically; returns a hash of its bytes.
 
     A column is an Arrow array, or a NumPy array [n] or [n, width].
     """
@@ -85,12 +85,12 @@ def _hash_file(local: str) -> str:
 
 
 def check_columns(path: str, output: str, digest: str) -> str:
-    """Compares the bytes of a file with its hash, once a process; returns the local file's path.
+    """Checks the hash of a file, once per process; returns the path of the local file.
 
-    A reader of Arrow follows the offsets that a file states: what is damaged must not be mapped.
+    Damaged files must not be mapped, because Arrow follows the offsets stored in a file.
 
     Raises:
-        ValueError: the file is gone, or is not as it was written.
+        ValueError: the file is gone, or its contents have changed.
     """
     try:
         local = _fetch(path, output)
@@ -99,26 +99,26 @@ def check_columns(path: str, output: str, digest: str) -> str:
         raise ValueError("it is gone") from error
     if _hash_state(local, state.st_size, state.st_mtime_ns) != digest:
         if local != path:
-            os.unlink(local)  # it may be the copy
+            os.unlink(local)  # the local copy may be the damaged file
         raise ValueError("it is damaged: its bytes are not those that were written")
     return local
 
 
 @functools.lru_cache(maxsize=_OPEN_UNITS)
 def _hash_state(local: str, size: int, changed_ns: int) -> str:
-    """The hash of a file of some size and time of change."""
+    """Hashes a file; size and modification time are part of the cache key."""
     return retry(lambda: _hash_file(local), local)
 
 
 def map_batch(local: str) -> Any:
-    """The record batch of a file that `check_columns` has looked at, memory-mapped."""
+    """Memory-maps the record batch of a file checked by `check_columns`."""
     import pyarrow
 
     return pyarrow.ipc.open_file(pyarrow.memory_map(local)).get_batch(0)
 
 
 def _to_numpy(column: Any) -> Any:
-    """An Arrow array of text as it is, one of numbers as [n], or [n, width]."""
+    """Converts a column of numbers to [n] or [n, width]; returns text columns unchanged."""
     import pyarrow
 
     if pyarrow.types.is_large_string(column.type):
@@ -129,7 +129,7 @@ def _to_numpy(column: Any) -> Any:
 
 
 def _fetch(path: str, output: str) -> str:
-    """The path of a local file with these contents."""
+    """Returns the path of a local file or local copy with the contents of `path`."""
     if not is_remote(path):
         return path
     size, version = input_version(path)
@@ -143,7 +143,7 @@ def _cache_folder(output: str) -> str:
 
 
 def forget_copies(output: str) -> None:
-    """Removes what this machine has fetched of an output folder."""
+    """Removes the local copies of files from an output folder."""
     shutil.rmtree(_cache_folder(output), ignore_errors=True)
 
 
@@ -153,19 +153,19 @@ def _open_unit(path: str, output: str) -> Any:
 
 
 def open_rows(output: str, paths: Sequence[str]) -> Rows:
-    """The rows of units as they are now."""
-    _open_unit.cache_clear()  # a unit may have been scanned again
+    """Opens the current rows of units."""
+    _open_unit.cache_clear()  # units may have been scanned again
     counts = [_open_unit(path, output).num_rows for path in paths]
     return Rows(output, tuple(paths), np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """The rows of all units.
+    """Rows of all units.
 
     Attributes:
-        paths: of each unit's file.
-        starts: int64 [units + 1], the number of each unit's first row.
+        paths: path of each unit's file.
+        starts: int64 [units + 1], number of the first row of each unit.
     """
 
     output: str
@@ -176,20 +176,20 @@ class Rows:
         return int(self.starts[-1])
 
     def of_unit(self, unit: int) -> Any:
-        """The rows of a unit, as an Arrow record batch."""
+        """Returns the rows of a unit as an Arrow record batch."""
         return _open_unit(self.paths[unit], self.output)
 
     def unit_of(self, rows: np.ndarray) -> np.ndarray:
-        """The number of the unit of each row."""
+        """Returns the unit number of each row."""
         return np.searchsorted(self.starts, rows, side="right") - 1
 
     def column(self, name: str) -> np.ndarray:
-        """A column of numbers, of all rows."""
+        """Returns a numeric column of all rows."""
         units = range(len(self.paths))
         return np.concatenate([_to_numpy(self.of_unit(unit).column(name)) for unit in units])
 
     def take(self, name: str, rows: np.ndarray) -> Any:
-        """A column of some rows, in their order: an Arrow array of text, else a NumPy array."""
+        """Returns a column of some rows, in their order: an Arrow array of text, else NumPy."""
         import pyarrow
 
         if not len(rows):
@@ -204,15 +204,15 @@ class Rows:
         return _to_numpy(pyarrow.concat_arrays(parts).take(pyarrow.array(np.argsort(order))))
 
     def embeddings(self, rows: np.ndarray) -> np.ndarray:
-        """Embeddings of rows that have one, float32 [n, d], each of length 1."""
+        """Returns the embeddings of rows that have one, float32 [n, d], normalised to length 1."""
         found = self.take(EMBEDDING, rows).astype(np.float32)
         return found / np.linalg.norm(found, axis=1, keepdims=True)
 
     def has_embedding(self) -> np.ndarray:
-        """Marks the rows whose embedding is not missing, and has a direction: bool [rows].
+        """Marks the rows that have a non-zero embedding: bool [rows].
 
         Raises:
-            ValueError: units have embeddings of several sizes.
+            ValueError: units have embeddings of different sizes.
         """
         found, widths = np.zeros(len(self), bool), set()
         for unit, start in enumerate(self.starts[:-1]):

@@ -1,6 +1,6 @@
-"""Scan of the input: the keys, content hashes, sizes and embeddings of its pairs, unit by unit.
+"""Scan of the input: keys, content hashes, sizes and embeddings of all pairs, unit by unit.
 
-The output of a unit, an Arrow file with the columns of `rows.py`, is named by `hash_inputs`.
+Each unit has an Arrow file with the columns of `rows.py`, named by `hash_inputs`.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ FOLDER = "scan"
 _ROWS = ".arrow"
 _OURS = re.compile(rf"([0-9a-f]{{16}}{re.escape(_ROWS)})(\..+)?")
 _SHOWN = 4
-_BATCH = 256  # entries after which progress is reported, and among which a crash is searched for
+_BATCH = 256  # entries per progress report, and per batch of the search for crashes
 
-# Hash of a picture's bytes, its captions, pixels (0: it is none), embedding and thumbnail.
+# Content hash, captions, number of pixels (0 if unreadable), embedding and thumbnail.
 _Seen = tuple[bytes, str, int, np.ndarray | None, np.ndarray | None]
 _NOT_SEEN: _Seen = (bytes(16), "", 0, None, None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Unit(ShardTask):
-    """A shard of pairs, or a file of embeddings, to scan.
+    """A shard of pairs or a file of embeddings to scan.
 
     Attributes:
         embeddings: files with the embeddings of the shard's pairs.
@@ -57,10 +57,10 @@ class Unit(ShardTask):
 
 
 def find_inputs(config: ml_collections.ConfigDict) -> Sequence[Input]:
-    """The shards of `config.input`, or the files of embeddings where there is none.
+    """Finds the shards of `config.input`, or the files of embeddings if no input is set.
 
     Raises:
-        ValueError: there are none.
+        ValueError: nothing was found.
     """
     if config.input is not None:
         return list_inputs(config.input, config.source)
@@ -76,10 +76,10 @@ def find_inputs(config: ml_collections.ConfigDict) -> Sequence[Input]:
 def plan_units(
     config: ml_collections.ConfigDict, inputs: Sequence[Input], folder: str
 ) -> list[Unit]:
-    """The unit of every input.
+    """Returns the unit of every input.
 
     Raises:
-        ValueError: the precomputed embeddings are of other shards.
+        ValueError: the precomputed embeddings belong to other shards.
     """
     embeddings: list[list[str]] = [[] for _ in inputs]
     if config.input is not None and config.embeddings.kind == "files":
@@ -111,13 +111,13 @@ def plan_units(
 def reject_or_remove_stale(
     units: Sequence[Unit], folder: str, max_changed: float
 ) -> dict[str, dict[str, Any]]:
-    """Removes scans of inputs that are gone or were replaced, while they are few (`max_changed`).
+    """Removes scans of missing or replaced inputs, if they are few (`max_changed`).
 
     Returns:
-        Output of each unit that is scanned -> what is held of its statistics.
+        Output of each scanned unit -> statistics kept in memory.
 
     Raises:
-        ValueError: they are more than `max_changed` allows.
+        ValueError: more inputs have changed than `max_changed` allows.
     """
     where, ending = files.join(folder, FOLDER), shards.STATS_SUFFIX
     present = files.list_names(where, wanted=_OURS.fullmatch)
@@ -125,7 +125,7 @@ def reject_or_remove_stale(
     own = {os.path.basename(unit.output) for unit in units}
     there = [unit for unit in units if os.path.basename(unit.output) in scanned]
     done, gone = find_finished(there), sorted(scanned - own)
-    # Scans that are damaged are made again whatever their number: their inputs are the same.
+    # Damaged scans of unchanged inputs are not counted, and are always repeated.
     again = [unit for unit in there if unit.output not in done]
     changed = [
         unit
@@ -158,10 +158,10 @@ def reject_or_remove_stale(
 
 
 def scan_unit(unit: Unit, report: Report, *, config: ml_collections.ConfigDict) -> None:
-    """Writes the rows of a unit.
+    """Scans a unit, and writes its rows.
 
     Raises:
-        ValueError: the input is damaged, or no file of embeddings.
+        ValueError: the input is damaged, or is not a file of embeddings.
     """
     import pyarrow
 
@@ -186,7 +186,7 @@ def scan_unit(unit: Unit, report: Report, *, config: ml_collections.ConfigDict) 
 def _scan_pairs(
     unit: Unit, report: Report, work: WorkRecord, config: ml_collections.ConfigDict
 ) -> tuple[list[str], dict[str, np.ndarray]]:
-    """The keys of the pairs of a shard, and the other columns."""
+    """Scans the pairs of a shard; returns their keys, and the other columns."""
     known = precomputed.read_all(unit.embeddings)
     look = functools.partial(_look_at, known=known, config=config)
     keys, seen, entries = [], [], _read_pairs(unit, config)
@@ -210,7 +210,7 @@ def _scan_pairs(
 
 
 def _stack(rows: Sequence[np.ndarray | None], dtype: Any) -> np.ndarray | None:
-    """Rows as an array [n, width], with zeros where there is none; None where there are none."""
+    """Stacks rows to [n, width], with zeros for missing rows; None if all are missing."""
     width = next((row.size for row in rows if row is not None), None)
     if width is None:
         return None
@@ -222,7 +222,7 @@ def _stack(rows: Sequence[np.ndarray | None], dtype: Any) -> np.ndarray | None:
 
 
 def _to_half(embeddings: np.ndarray) -> np.ndarray:
-    """float16 [n, d]; rows too large or too small for it are scaled, which changes no cosine."""
+    """Converts to float16 [n, d]; scales rows that are out of its range, which keeps cosines."""
     most = np.abs(embeddings).max(axis=1, keepdims=True)
     is_scaled = (most > 2**15) | ((most < 2**-8) & (most > 0))
     return (embeddings / np.where(is_scaled, most, 1)).astype(np.float16)

@@ -1,13 +1,13 @@
-"""Search for duplicates in the rows of all units: exact copies, clusters, near-duplicates in them.
+"""Search for exact copies, clusters, and near-duplicates within clusters, in the rows of all units.
 
-Near-duplicates are found as by SemDeDup (arXiv 2303.09540, algorithm 1): the rows of a cluster come
-ranked by the rule that says which one stays; a row is dropped when its cosine with any row of a
+Near-duplicates are found as in SemDeDup (arXiv 2303.09540, algorithm 1). The rows of a cluster are
+ranked by the rule that decides which row is kept. A row is dropped if its cosine with any row of a
 better rank is at least the threshold.
 
-One process holds the columns of numbers and has the devices for k-means; the clusters are compared
-by workers, of this machine or of a cluster. Each file states what it was made of (`made_of`), so
-that a search that was stopped goes on from the round of k-means, and from the groups of clusters,
-that were done, and a search of other rows or settings takes nothing over.
+One process holds the numeric columns and runs k-means on its devices. Workers, local or on a
+cluster, compare the rows of the clusters. Each file stores a hash of its inputs and settings
+(`made_of`). A stopped search resumes from the finished k-means iterations and groups of clusters;
+files of other rows or settings are not reused.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ KEEP = ("farthest", "largest", "first")
 
 CENTROIDS, CLUSTERS, GROUPS = "centroids.npz", "clusters.npz", "groups"
 
-_GROUP_ROWS = 50_000  # of whole clusters, in a task
+_GROUP_ROWS = 50_000  # approximate number of rows per task, in whole clusters
 _EXACT, _NEAR, _STAYS = range(3)
 
-_BLOCK = 2048  # rows of a product: 16 MB of cosines
-_AHEAD = 4  # that cosines of rows of one caption get, so that they are above all others
+_BLOCK = 2048  # rows per matrix product: 16 MB of cosines
+_AHEAD = 4  # added to the cosines of rows with equal captions, to rank them first
 
 
 class Clusters(NamedTuple):
-    """Rows in the clusters whose centroids they are nearest.
+    """Rows with their nearest clusters.
 
     Attributes:
-        rows: int64 [n], those that are compared.
-        members: int32 [n, probes], the clusters of each, the nearest first.
-        cosines: float32 [n], with the nearest centroid.
+        rows: int64 [n], the rows to compare.
+        members: int32 [n, probes], the clusters of each row, nearest first.
+        cosines: float32 [n], cosine with the nearest centroid.
     """
 
     rows: np.ndarray
@@ -56,19 +56,19 @@ class Clusters(NamedTuple):
     cosines: np.ndarray
 
     def sizes(self) -> np.ndarray:
-        """int64 [k]: rows of each cluster that it is the nearest of."""
+        """Number of rows per nearest cluster, int64 [k]."""
         return np.bincount(self.members[:, 0]) if len(self.rows) else np.zeros(0, np.int64)
 
 
 class Found(NamedTuple):
-    """All rows that repeat another one, in their order.
+    """All rows that repeat another row, in order.
 
     Attributes:
         rows: int64 [m].
         alike: int64 [m], the row that each is a copy of.
         similarity: float32 [m], 1 for an exact copy.
-        kind: uint8 [m], a position in `table.KINDS`; behind them: it stays, for its caption.
-        other_caption: bool [m], whether its caption is another one.
+        kind: uint8 [m], index into `table.KINDS`, or a higher number for kept rows.
+        other_caption: bool [m], whether the captions of the two rows differ.
     """
 
     rows: np.ndarray
@@ -78,17 +78,17 @@ class Found(NamedTuple):
     other_caption: np.ndarray
 
     def dropped(self) -> Found:
-        """Those that do not stay."""
+        """Returns the rows that are dropped."""
         return Found(*(column[self.kind < _STAYS] for column in self))
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Whole clusters that a task compares.
+    """Whole clusters that one task compares.
 
     Attributes:
-        rows: int64 [n], by cluster, and in a cluster the one that stays first.
-        sizes: of its clusters.
+        rows: int64 [n], by cluster, and within a cluster by rank, best first.
+        sizes: numbers of rows of the clusters.
     """
 
     source: str
@@ -98,7 +98,7 @@ class Group:
 
 
 def find_exact(rows: Rows, *, keep_captions: bool) -> Near:
-    """Pictures of equal bytes, each with the first one, or the first one of the same caption."""
+    """Matches images of equal bytes with the first one, or the first one of equal caption."""
     pictures = np.flatnonzero(rows.column("pixels") > 0)
     high, low = rows.column("content")[pictures].T
     own = np.arange(len(pictures))
@@ -112,8 +112,8 @@ def find_exact(rows: Rows, *, keep_captions: bool) -> Near:
 
 
 def _find_first_equal(*columns: np.ndarray) -> np.ndarray:
-    """The first position of equal values in all columns, for each position."""
-    order = np.lexsort(columns)  # equal ones stay in the order of the input
+    """Returns, for each position, the first position with equal values in all columns."""
+    order = np.lexsort(columns)  # stable: equal values stay in the order of the input
     is_first = np.ones(len(order), bool)
     is_first[1:] = np.any([np.diff(column[order]).astype(bool) for column in columns], axis=0)
     first = np.empty(len(order), np.int64)
@@ -124,10 +124,10 @@ def _find_first_equal(*columns: np.ndarray) -> np.ndarray:
 def find_clusters(
     rows: Rows, dropped: np.ndarray, config: ml_collections.ConfigDict, made_of: str
 ) -> Clusters:
-    """Clusters of all rows with an embedding, by k-means on the devices of this process.
+    """Clusters all rows that have an embedding, by k-means on the devices of this process.
 
     Raises:
-        ValueError: embeddings of several sizes.
+        ValueError: embeddings have different sizes.
     """
     path, c = files.join(rows.output, CLUSTERS), config.clusters
     if before := _load(path, made_of, Clusters._fields):
@@ -137,7 +137,7 @@ def find_clusters(
     chosen = np.flatnonzero(is_compared)
     if not len(chosen):
         return Clusters(chosen, np.empty((0, 1), np.int32), np.empty(0, np.float32))
-    from data_prep.duplicates import kmeans  # it needs JAX, which no worker should wait for
+    from data_prep.duplicates import kmeans  # needs JAX, which slows the start of workers
 
     centroids = _fit_centroids(rows, chosen, config, made_of)
     means = kmeans.KMeans(min(c.chunk_rows, len(chosen)), probes=min(c.probes, len(centroids)))
@@ -150,7 +150,7 @@ def find_clusters(
 def _fit_centroids(
     rows: Rows, chosen: np.ndarray, config: ml_collections.ConfigDict, made_of: str
 ) -> np.ndarray:
-    """Centroids of a sample of the rows: float32 [k, d]."""
+    """Fits centroids to a sample of the rows: float32 [k, d]."""
     from data_prep.duplicates import kmeans
 
     c, path = config.clusters, files.join(rows.output, CENTROIDS)
@@ -164,7 +164,7 @@ def _fit_centroids(
         centroids, done = before["centroids"], int(before["done"])
     else:
         centroids = kmeans.choose_centroids(sample, count, rows.embeddings, config.seed)
-        done = 0 if count > 1 else c.iterations - 1  # the mean, at once
+        done = 0 if count > 1 else c.iterations - 1  # one iteration computes the mean
     logging.info("k-means: %d rows, %d clusters, %d rounds are done", len(sample), count, done)
     return kmeans.fit(
         kmeans.KMeans(min(c.chunk_rows, len(sample))),
@@ -184,7 +184,7 @@ def compare_clusters(
     made_of: str,
     engine: str,
 ) -> tuple[Near, dict[str, str]]:
-    """Near-duplicates within each cluster, and tasks that failed, with the reason."""
+    """Finds near-duplicates within each cluster; also returns failed tasks with the reason."""
     folder = files.join(rows.output, GROUPS)
     files.make_folder(folder)
     groups = divide_clusters(rows, clusters, config.keep, folder)
@@ -193,9 +193,9 @@ def compare_clusters(
     parts = {group.output: _load(group.output, made_of, Near._fields) for group in groups}
     pending = [group for group in groups if parts[group.output] is None]
     settings = config.copy_and_resolve_references()
-    settings.shard_timeout_secs = None  # that is of a scan
+    settings.shard_timeout_secs = None  # meant for the scan
     if len(pending) == 1:
-        settings.num_workers = 0  # sooner done than a worker has started
+        settings.num_workers = 0  # faster than starting a worker
     function = functools.partial(compare_group, rows=rows, config=config, made_of=made_of)
     failures = run_pending(function, pending, settings, engine, label="compare")
     if failures:
@@ -209,9 +209,9 @@ def compare_clusters(
 
 
 def divide_clusters(rows: Rows, clusters: Clusters, keep: str, folder: str) -> list[Group]:
-    """Divides whole clusters into tasks of about equally many rows."""
+    """Divides the clusters into tasks with similar numbers of rows."""
     probes = clusters.members.shape[1]
-    rank = np.zeros(len(clusters.rows))  # equal ones stay in the order of the input
+    rank = np.zeros(len(clusters.rows))  # equal ranks stay in the order of the input
     if keep == "farthest":
         rank = clusters.cosines
     elif keep == "largest":
@@ -234,7 +234,7 @@ def divide_clusters(rows: Rows, clusters: Clusters, keep: str, folder: str) -> l
 def compare_group(
     group: Group, report: Report, *, rows: Rows, config: ml_collections.ConfigDict, made_of: str
 ) -> None:
-    """Writes the near-duplicates of the clusters of a group."""
+    """Finds the near-duplicates within the clusters of a group, and writes them."""
     verified, parts, start = config.verify, [NONE], 0
     count = 1 if verified.correlation is None else verified.candidates
     for size in group.sizes:
@@ -263,16 +263,16 @@ def compare_group(
 def find_candidates(
     ranked: np.ndarray, threshold: float, count: int = 1, captions: np.ndarray | None = None
 ) -> Iterator[Near]:
-    """Finds the rows of a better rank that each row of a cluster is most alike.
+    """Finds the most similar rows with a better rank, for each row of a cluster.
 
     Args:
-        ranked: float32 [n, d], embeddings of unit length, the row that stays first.
-        threshold: least cosine.
-        count: of them for each row, at most.
-        captions: [n], numbers of the rows' captions: rows of the same one come first.
+        ranked: float32 [n, d], embeddings of unit length, best rank first.
+        threshold: minimum cosine.
+        count: maximum number of candidates per row.
+        captions: [n], ids of the rows' captions; rows of equal caption come first.
 
     Yields:
-        `count` times: the best partner of each row that has one, then the second best, and so on.
+        `count` times: the best candidate of each row that has one, then the second best, and so on.
     """
     best = np.full((len(ranked), count), -np.inf, np.float32)
     partner = np.full((len(ranked), count), -1)
@@ -282,7 +282,7 @@ def find_candidates(
         for first in range(0, stop, _BLOCK):
             cosines = later @ ranked[first : first + _BLOCK].T
             if first == start:
-                cosines[~np.tri(len(later), k=-1, dtype=bool)] = -np.inf  # only rows before a row
+                cosines[~np.tri(len(later), k=-1, dtype=bool)] = -np.inf  # only earlier rows
             if captions is not None:
                 is_same = captions[start:stop, None] == captions[first : first + _BLOCK]
                 cosines[is_same & (cosines >= threshold)] += _AHEAD
@@ -301,7 +301,7 @@ def find_candidates(
 
 
 def _highest(values: np.ndarray, numbers: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The highest values of each row, and their numbers, the highest first."""
+    """Returns the highest values of each row in descending order, with their numbers."""
     if count == 1:
         chosen = values.argmax(axis=1)[:, None]
     else:
@@ -312,7 +312,7 @@ def _highest(values: np.ndarray, numbers: np.ndarray, count: int) -> tuple[np.nd
 
 
 def best_partners(parts: Sequence[Near], captions: np.ndarray) -> Near:
-    """The best partner of each row of several clusters: of its caption, then the most similar."""
+    """Selects each row's best candidate over clusters: equal caption first, then similarity."""
     found = Near(*map(np.concatenate, zip(NONE, *parts, strict=True)))
     is_other = captions[found.rows] != captions[found.alike]
     order = np.lexsort((found.alike, -found.similarity, is_other, found.rows))
@@ -321,19 +321,19 @@ def best_partners(parts: Sequence[Near], captions: np.ndarray) -> Near:
 
 
 def join(exact: Near, near: Near, captions: np.ndarray, *, keep_captions: bool) -> Found:
-    """Exact copies and near-duplicates, by their row, each once."""
+    """Merges exact copies and near-duplicates, one entry per row, sorted by row."""
     kind = np.repeat(np.array([_EXACT, _NEAR], np.uint8), [len(exact.rows), len(near.rows)])
     rows, alike, similarity = map(np.concatenate, zip(exact, near, strict=True))
     is_other = captions[rows] != captions[alike]
     if keep_captions:
         kind = np.where(is_other, np.uint8(_STAYS), kind)
-    order = np.lexsort((kind, rows))  # exact copies that stay come before near ones
+    order = np.lexsort((kind, rows))  # exact copies that are kept come before near-duplicates
     _, first = np.unique(rows[order], return_index=True)
     return Found(*(c[order][first] for c in (rows, alike, similarity, kind, is_other)))
 
 
 def follow_to_kept(dropped: Found, rows: np.ndarray) -> np.ndarray:
-    """The kept row at the end of the chain of duplicates that begins at each of some rows."""
+    """Follows the chain of duplicates from each of `rows` to a kept row."""
     roots, moving = rows.copy(), np.arange(len(rows))
     while len(moving):
         position = np.searchsorted(dropped.rows, roots[moving]).clip(max=len(dropped.rows) - 1)
@@ -344,7 +344,7 @@ def follow_to_kept(dropped: Found, rows: np.ndarray) -> np.ndarray:
 
 
 def _load(path: str, made_of: str, names: Iterable[str]) -> dict[str, np.ndarray] | None:
-    """Reads what `_save` wrote; None where it is damaged or was made of something else."""
+    """Reads the arrays of `_save`; None if the file is damaged or `made_of` differs."""
     if not files.exists(path):
         return None
     try:

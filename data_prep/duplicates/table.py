@@ -1,7 +1,7 @@
-"""Results: the table that other programs look keys up in, and the page with pairs to look at.
+"""Results of the search: a table for lookups by key, and a report with example pairs.
 
-`dropped.arrow` has a row for each dropped pair whose key no other pair has, in the order of a hash
-of the key: it is mapped into memory, and all workers of a machine share it.
+`dropped.arrow` has a row for each dropped pair with a unique key, sorted by a hash of the key. It
+is memory-mapped, and shared by all workers of a machine.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from diht_jax.storage import files
 
 TABLE = "duplicates"
 LOOKUP = "dropped.arrow"
-SUMMARY = "duplicates.json"  # written last: the folder is complete with it
+SUMMARY = "duplicates.json"  # written last: marks the folder as complete
 
 PAGE = "report.html"
 KINDS = ("exact", "near")
 
 _THUMBNAIL = 200  # px of the longer side
 _BINS = 10
-_NAMED = 4  # units that failed
+_NAMED = 4  # failed units named in the report
 
 
 class Copy(NamedTuple):
@@ -44,8 +44,8 @@ class Copy(NamedTuple):
 
     Attributes:
         kind: one of `KINDS`.
-        similarity: with the other picture, a cosine or a correlation; 1 for an exact copy.
-        duplicate_of: key of the pair with that picture.
+        similarity: cosine or correlation with the other image; 1 for an exact copy.
+        duplicate_of: key of the pair with the other image.
     """
 
     kind: str
@@ -57,8 +57,8 @@ def write_tables(rows: Rows, found: Found, clusters: Clusters) -> dict[str, Any]
     """Writes the table of each unit, and `dropped.arrow`.
 
     Returns:
-        For the summary: "pairs_of_repeated_keys", which a filter by keys cannot tell apart, and
-        "digest", a hash of `dropped.arrow`.
+        Entries of the summary: "pairs_of_repeated_keys", which a filter by key cannot
+        distinguish, and "digest", a hash of `dropped.arrow`.
     """
     import pyarrow
     import pyarrow.parquet
@@ -113,21 +113,21 @@ def write_tables(rows: Rows, found: Found, clusters: Clusters) -> dict[str, Any]
 
 
 def read_summary(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Reads `duplicates.json`; None where the folder is not complete.
+    """Reads `duplicates.json`; returns None if the folder is not complete.
 
-    "inputs" has `hash_input` of the shards whose pairs are in the table.
+    "inputs" contains `hash_input` of the shards whose pairs are in the table.
     """
     return files.read_object(files.join(folder, SUMMARY))
 
 
 def hash_input(source: SourceShard) -> str:
-    """16 hexadecimal digits of the name and size of a shard's file."""
+    """Returns 16 hexadecimal digits of the name and size of a shard's file."""
     row = [os.path.basename(source.path), source.identity()["size_bytes"]]
     return hashlib.blake2b(json.dumps(row).encode(), digest_size=8).hexdigest()
 
 
 def is_whole(folder: str, summary: Mapping[str, Any]) -> bool:
-    """Whether tables and page are there, and `dropped.arrow` is the one that the summary names."""
+    """Returns whether tables and report exist, and `dropped.arrow` matches the summary."""
     try:
         check_columns(files.join(folder, LOOKUP), folder, summary["digest"])
     except ValueError as error:
@@ -139,13 +139,13 @@ def is_whole(folder: str, summary: Mapping[str, Any]) -> bool:
 
 
 class Lookup:
-    """Finds keys in the table of a folder."""
+    """Lookup of keys in the table of a folder."""
 
     def __init__(self, folder: str | os.PathLike[str]):
-        """Maps the table into memory.
+        """Memory-maps the table.
 
         Raises:
-            ValueError: there is none, or it is damaged; names it.
+            ValueError: the table is missing or damaged; the message names it.
         """
         folder = os.fspath(folder)
         summary, path = read_summary(folder), files.join(folder, LOOKUP)
@@ -163,7 +163,7 @@ class Lookup:
             ) from error
 
     def find(self, keys: Sequence[str]) -> list[Copy | None]:
-        """Finds the entry of each key; None for pairs that are no duplicates."""
+        """Returns the entry of each key; None for pairs that are not dropped."""
         hashes, known = hash_texts(keys), self._rows["hash"].to_numpy()
         found: list[Copy | None] = []
         for row, wanted in zip(np.searchsorted(known, hashes).tolist(), hashes, strict=True):
@@ -176,7 +176,7 @@ class Lookup:
 
 
 def describe_summary(summary: Mapping[str, Any]) -> str:
-    """The counts, as a sentence."""
+    """Formats the counts as a sentence."""
     pairs = summary["pairs"]
 
     def share(count: int) -> str:
@@ -210,7 +210,7 @@ def write_page(
     sources: Sequence[SourceShard],
     config: ml_collections.ConfigDict,
 ) -> None:
-    """Writes the page; `sizes` are the rows of each cluster, and `sources` those of the units."""
+    """Writes the report; `sizes` are rows per cluster, and `sources` those of the units."""
     measure = "correlation" if summary["verified"] else "cosine"
     shown = _choose_pairs(found, config)
     pictures = _read_pictures(np.stack([found.rows[shown], found.alike[shown]]), rows, sources)
@@ -234,7 +234,7 @@ def write_page(
 
 
 def _choose_pairs(found: Found, config: ml_collections.ConfigDict) -> np.ndarray:
-    """Positions of the duplicates on the page: at random, the least alike first.
+    """Draws random duplicates for the report; returns their positions, least similar first.
 
     At most a quarter of them are exact copies, unless there are too few others.
     """
@@ -247,7 +247,7 @@ def _choose_pairs(found: Found, config: ml_collections.ConfigDict) -> np.ndarray
 
 
 def _histogram(found: Found, config: ml_collections.ConfigDict) -> list[list[Any]]:
-    """Rows of a table: similarities of near-duplicates, their number, and a bar."""
+    """Returns table rows of a histogram of near-duplicates: similarities, count and a bar."""
     least = config.verify.correlation
     least = config.threshold if least is None else least
     edges = np.linspace(min(least, 0.99), 1, _BINS + 1)
@@ -263,7 +263,7 @@ def _histogram(found: Found, config: ml_collections.ConfigDict) -> list[list[Any
 def _read_pictures(
     wanted: np.ndarray, rows: Rows, sources: Sequence[SourceShard]
 ) -> dict[int, tuple[str, str, str | None]]:
-    """Row -> key, caption and thumbnail; reads the units that the rows belong to."""
+    """Returns row -> key, caption and thumbnail; reads the units that contain the rows."""
     wanted = np.unique(wanted)
     found: dict[int, tuple[str, str, str | None]] = {
         int(row): (key, "", None)
@@ -279,7 +279,7 @@ def _read_pictures(
             for row, pair in zip(range(start, last + 1), pairs, strict=False):
                 if row in found and found[row][0] == pair.key:
                     found[row] = pair.key, pair.caption, _shrink(pair.image)
-        except (OSError, ValueError) as error:  # it may have gone or changed since its scan
+        except (OSError, ValueError) as error:  # may have changed or disappeared since the scan
             logging.warning("%s: the page has not all its pictures (%s)", sources[unit], error)
     return found
 

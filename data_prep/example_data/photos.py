@@ -1,4 +1,4 @@
-"""Photos: those in scikit-image and scikit-learn, with captions of ours, and a part of CIFAR-10."""
+"""Photo data sets: captioned photos from scikit-image and scikit-learn, and part of CIFAR-10."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ SCIKIT_LEARN = Package(
     "52a0703bbc07ad27f560fa63fa68e4c54dd735bfbbf65b4dd3c225dc7547b6df",
     9_315_422,
 )
-# File in one of the packages -> caption. Those of scikit-image whose documentation names the public
-# domain, CC0 or no known restriction; those of scikit-learn are CC BY 2.0.
+# File in a package -> our caption. Of scikit-image, only photos documented as public domain, CC0 or
+# without known restrictions; the photos of scikit-learn are CC BY 2.0.
 CAPTIONS = {
     "skimage/data/astronaut.png": "a smiling astronaut in an orange suit in front of a flag",
     "skimage/data/brick.png": "a wall built of long bricks",
@@ -45,15 +45,15 @@ CAPTIONS = {
     "sklearn/datasets/images/china.jpg": "a pagoda standing above a lake between trees",
     "sklearn/datasets/images/flower.jpg": "an orange dahlia blooming in front of dark leaves",
 }
-_LONGEST_SIDE = 384  # in pixels
-ARCHIVE = Package(  # the file and the SHA-256 of TFDS
+_LONGEST_SIDE = 384  # px
+ARCHIVE = Package(  # same file and SHA-256 as in TFDS
     "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
     "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
     170_052_171,
 )
 _FOLDER = "cifar-10-batches-bin/"
 _NAMES = "batches.meta.txt"
-# Tar -> the file of the archive, and how many pictures of each class are taken.
+# Tar -> file in the archive, and number of pictures to take of each class.
 _PARTS = {
     "cifar10_train.tar": ("data_batch_1.bin", 400),
     "cifar10_test.tar": ("test_batch.bin", 100),
@@ -63,7 +63,7 @@ _ROW_BYTES = 1 + 3 * _WIDTH * _WIDTH  # the class, then all red, all green and a
 
 
 def make_photos(packages: Sequence[pathlib.Path], output: pathlib.Path) -> dict[pathlib.Path, int]:
-    """Writes `photos.tar`, at most 384 pixels wide and high; returns its number of pictures."""
+    """Writes `photos.tar`, at most 384 px wide and high. Returns the number of pictures."""
     files: dict[str, bytes] = {}
     for package in packages:
         files |= read_archive(package, CAPTIONS.__contains__)
@@ -81,10 +81,9 @@ def make_photos(packages: Sequence[pathlib.Path], output: pathlib.Path) -> dict[
 
 
 def make_cifar10(packages: Sequence[pathlib.Path], output: pathlib.Path) -> dict[pathlib.Path, int]:
-    """Writes `cifar10_train.tar` and `cifar10_test.tar`; returns their numbers of pictures.
+    """Writes `cifar10_train.tar` and `cifar10_test.tar`. Returns the number of pictures in each.
 
-    Of the training set these are the first 400 pictures of each class, of the test set the first
-    100, shuffled.
+    They hold the first 400 training and the first 100 test pictures of each class, shuffled.
     """
     (archive,) = packages
     wanted = {_FOLDER + name for name in (_NAMES, *(file for file, _ in _PARTS.values()))}

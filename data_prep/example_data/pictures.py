@@ -1,7 +1,7 @@
-"""Drawings: the stamps of Tux Paint, and clip art of the Open Clip Art Library.
+"""Drawings: Tux Paint's stamps, and clip art from the Open Clip Art Library.
 
-Nobody has cleaned the titles that artists gave their clip art: many are names of collections, names
-in other languages, or those of the drawing that a file was copied from.
+The artists' titles of the clip art are not cleaned. Many are names of collections, in other
+languages, or left over from the drawing that a file was copied from.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ _MOST_PIXELS = 2**24
 def make_pictures(
     packages: Sequence[pathlib.Path], output: pathlib.Path
 ) -> dict[pathlib.Path, int]:
-    """Writes `pictures/captions.csv` and the pictures that it names; returns their number.
+    """Writes `pictures/captions.csv` and the pictures that it lists. Returns their number.
 
-    The stamps are photos and drawings without a background; those of letters are left out. A
-    caption is the English line of a stamp's text.
+    Stamps are photos and drawings without a background; letters are left out. The caption is the
+    English line of a stamp's text.
 
     Raises:
-        ValueError: the folder holds something else.
+        ValueError: the folder contains other files.
     """
     (package,) = packages
     files = dict(read_archive(package, _is_of_a_stamp))
@@ -68,7 +68,7 @@ def make_pictures(
     for name in captions:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(files[_STAMP_FOLDER + name])
-    write_bytes(folder / _TABLE, table)  # last: where it is, all pictures are
+    write_bytes(folder / _TABLE, table)  # last: if the table exists, all pictures do
     return {folder / _TABLE: len(captions)}
 
 
@@ -86,7 +86,7 @@ def _write_table(captions: dict[str, str]) -> bytes:
 
 
 def _check_folder(folder: pathlib.Path, names: set[str], table: bytes) -> None:
-    """Refuses to write between, or over, files of somebody else."""
+    """Raises ValueError if the folder contains files that are not of this example."""
     found = sorted(path for path in folder.rglob("*") if not path.is_dir())
     others = [path for path in found if path.relative_to(folder).as_posix() not in names]
     if (folder / _TABLE).exists() and (folder / _TABLE).read_bytes() != table:
@@ -99,11 +99,11 @@ def _check_folder(folder: pathlib.Path, names: set[str], table: bytes) -> None:
 
 
 def make_clipart(packages: Sequence[pathlib.Path], output: pathlib.Path) -> dict[pathlib.Path, int]:
-    """Writes `clipart.tar`, at most 256 pixels wide and high; returns its number of pictures.
+    """Writes `clipart.tar`, at most 256 px wide and high. Returns the number of pictures.
 
-    The caption is the title in the metadata of a drawing's SVG file; its description and keywords
-    are in the metadata. Left out are drawings without a title, and a few that are empty or have
-    over 16 million pixels.
+    Title, description and keywords come from the metadata in a drawing's SVG file; the title is the
+    caption. Drawings without a title are left out, and a few that are empty or have over 16 million
+    pixels.
     """
     drawings, titles = packages
     suffix = f"{_FOLDER}svg/"
@@ -129,14 +129,14 @@ def _pairs(
         if not title:
             continue
         data = _shrink(data)
-        if data is not None:  # a dot would end the key
+        if data is not None:  # keys must not contain a dot
             yield ExamplePair(name.replace(".", "_"), ".png", data, title, metadata)
 
 
 def _shrink(data: bytes) -> bytes | None:
-    """The drawing without sides that are too long; None where it is empty or gigantic."""
+    """Shrinks a drawing to the maximum side length. Returns None if it is empty or gigantic."""
     try:
-        with warnings.catch_warnings():  # of gigantic ones
+        with warnings.catch_warnings():  # about images that are too large
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data))
     except (UnidentifiedImageError, Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -151,10 +151,10 @@ def _shrink(data: bytes) -> bytes | None:
 
 
 def read_texts(svg: bytes) -> tuple[str, dict[str, object]]:
-    """Title, description and keywords of a drawing; empty where its file has none or is no XML."""
+    """Returns title, description and keywords of a drawing, empty if missing or not valid XML."""
     try:
         root = ElementTree.fromstring(svg)
-    except (ElementTree.ParseError, LookupError, ValueError):  # the last two: its encoding
+    except (ElementTree.ParseError, LookupError, ValueError):  # the last two: invalid encodings
         return "", {}
     work = next((element for element in root.iter() if _tag(element) == "Work"), None)
     fields = {} if work is None else {_tag(element): element for element in work}

@@ -1,4 +1,4 @@
-"""The table of examples."""
+"""Table of the example data sets."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from data_prep.example_data.pictures import DRAWINGS, STAMPS, TITLES, make_clipa
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """Data of the pages, and how they are made.
+    """An example data set, and how it is made.
 
-    `make` gets the local files of the packages and the output folder, and returns each file that it
-    has written with its number of pictures.
+    `make` takes the local files of the packages and the output folder. It returns the number of
+    pictures in each file that it has written.
     """
 
     packages: tuple[Package, ...]

@@ -1,1 +1,1 @@
-"""CAT filtering: the config, the plan of a job, a shard, metadata alone, output shards, replay."""
+"""CAT filtering of image-text pairs, resharding of the output, and replay with other limits."""

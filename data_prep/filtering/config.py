@@ -1,6 +1,6 @@
-"""The config of the filter: keys, checks, limits, and the hash of all that decides what is written.
+"""Config of the filter: its keys, checks, quantile limits, and the settings that are hashed.
 
-The keys of the steps stand in the steps' own files.
+The keys of each step are declared in the file of that step.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from diht_jax.records.samples import USUAL_KIND, check_kind, parse_columns
 from diht_jax.records.shard_files import shard_name
 from diht_jax.storage import files
 
-# Raised whenever the same config comes to mean other records.
+# Increase when the same config starts to produce different records.
 _FORMAT_VERSION = 4
-# Recorded versions that must not change while a folder is filled, see `package_versions`.
+# Recorded versions that must not change while a folder is being filled; see `package_versions`.
 DECIDING_PACKAGES = ("spacy_model",)
-# Keys, and sections, that decide where, how fast and in which portions, but not what is written of
-# a pair: those of all jobs, and these.
+# Keys and sections that are not hashed: they set where and how fast a job runs and how its output
+# is divided, not what is written for a pair.
 _NOT_HASHED = {
     *(name.partition(".")[0] for name in failures.KEYS),
     *("input", "output", "input_identity", "keep_before_damage", "batch_size"),
     *("examples_per_shard", "output_format", "keep_parts", "clean_label"),
 }
-SETTINGS = "settings.json"  # in the folder of the parts: what the config means
+SETTINGS = "settings.json"  # in the folder of the parts: the settings that were hashed
 
 # Prefix of keys -> files whose comments describe them.
 COMMENT_FILES = {
@@ -49,38 +49,38 @@ COMMENT_FILES = {
 
 
 KEYS: dict[str, Any] = failures.KEYS | {
-    # Any source of docs/guides/prepare/sources.md; several are separated by commas.
+    # Input source as in docs/guides/prepare/sources.md; several are separated by commas.
     "input": str,
-    "output": str,  # folder of the shards
-    "caption_kind": USUAL_KIND,  # of the captions of the input, where they state none
-    # More captions in columns of the metadata, by kind, such as "synthetic=re_caption".
+    "output": str,  # folder of the output shards
+    "caption_kind": USUAL_KIND,  # kind of the input's captions, where the input states none
+    # More captions from columns of the metadata, by kind, such as "synthetic=re_caption".
     "caption_columns": "",
-    # What counts as the same input, or "hash", "size"; docs/guides/prepare/shards.md.
+    # How changed inputs are detected: "time", "hash" or "size"; docs/guides/prepare/shards.md.
     "input_identity": Key("time", OneOf(shards.IDENTITIES)),
-    "dataset_name": "pairs",  # with the split it makes the names of the shards
-    "split": "train",  # the second part of these names
-    "concepts": True,  # count and keep objects and attributes of the captions, for data_prep.label
-    "metadata_only": False,  # rows of parquet or jsonl in and out, C and A only, no images
-    "drop_metadata": ("exif",),  # fields that are not worth their bytes
-    "output_format": "tfrecord",  # or "array_record", "webdataset": of the output shards
-    # Records of an output shard, about; None: each input shard makes one.
+    "dataset_name": "pairs",  # first part of the shard names, before the split
+    "split": "train",  # second part of the shard names
+    "concepts": True,  # count and store objects and attributes of the captions, for data_prep.label
+    "metadata_only": False,  # filter rows of parquet or jsonl by C and A only, without images
+    "drop_metadata": ("exif",),  # metadata fields that are not written
+    "output_format": "tfrecord",  # format of the output shards; or "array_record", "webdataset"
+    # Approximate number of records per output shard; None writes one output shard per input shard.
     "examples_per_shard": Key(int, COUNT),
-    "keep_parts": False,  # keep what was filtered of every input shard, once it was re-sharded
-    "samples_per_outcome": Key(50, NOT_NEGATIVE),  # examples in the statistics, to look at
-    "report_samples": Key(8, NOT_NEGATIVE),  # examples of each outcome in the report, with pictures
-    "label_field": str,  # field of the metadata by whose values pairs are counted
-    "clean_label": "clean",  # the value of good pairs; all others are noise that should go
-    "seed": 0,  # of the choice of examples
-    "keep_before_damage": False,  # of a tar that is cut off or damaged, keep the pairs before that
-    # Pairs that are read and parsed together; what C and A leave of them fills a spotter's window.
+    "keep_parts": False,  # keep the filtered parts of all input shards after resharding
+    "samples_per_outcome": Key(50, NOT_NEGATIVE),  # examples of each outcome in the statistics
+    "report_samples": Key(8, NOT_NEGATIVE),  # examples of each outcome in the report, with images
+    "label_field": str,  # metadata field; pairs are counted by its values
+    "clean_label": "clean",  # value of `label_field` for good pairs; all other values are noise
+    "seed": 0,  # seed of the choice of examples
+    "keep_before_damage": False,  # keep the pairs before the damage of a truncated or damaged tar
+    # Pairs that are read and parsed together; those that pass C and A fill the spotter's window.
     "batch_size": Key(1024, COUNT),
 }
 
-OPTIONAL_KEYS = ("examples_per_shard",)  # they may be None, which is not their default
+OPTIONAL_KEYS = ("examples_per_shard",)  # may be None, which is not their default
 
 
 def all_keys() -> dict[str, Any]:
-    """The keys of the filter and of its steps: dotted name -> a `Key`, or a default."""
+    """Returns the keys of the filter and of its steps: dotted name -> a `Key`, or a default."""
     keys = dict(KEYS)
     for step in registry.ordered_steps():
         keys |= step.keys
@@ -88,7 +88,7 @@ def all_keys() -> dict[str, Any]:
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """Every key of a filter config, with its default."""
+    """Returns a filter config with every key at its default."""
     c = build_config(all_keys())
     c.examples_per_shard = 10_000
     c.source = default_source()
@@ -96,7 +96,7 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
-    """Checks what types cannot tell.
+    """Checks the values of a config beyond their types.
 
     Raises:
         ValueError: a value is out of its range.
@@ -121,11 +121,11 @@ def check_config(config: ml_collections.ConfigDict) -> None:
 
 
 def score_quantiles(paths: Sequence[str], name: str, shares: Sequence[float]) -> list[float] | None:
-    """The least scores that are as high as a share of all; held are 4 bytes for each pair.
+    """Computes score quantiles from files of decisions, in 4 bytes of memory per pair.
 
     Returns:
-        For each share (0 to 1) the value of `numpy.quantile` with method "inverted_cdf", of the
-        pairs in these files of decisions that have the score; None where none has.
+        For each share (0 to 1) the value of `numpy.quantile` with method "inverted_cdf" over all
+        pairs in `paths` that have the score; None if no pair has it.
     """
     found = [rows[name].drop_null().to_numpy() for p in paths for rows in read_decisions(p, [name])]
     values = np.concatenate(found) if found else np.zeros(0, np.float32)
@@ -134,10 +134,10 @@ def score_quantiles(paths: Sequence[str], name: str, shares: Sequence[float]) ->
 
 
 def set_quantile_limit(config: ml_collections.ConfigDict) -> None:
-    """Makes limits of the quantiles of steps, in place, such as `clip.min_score`.
+    """Sets limits such as `clip.min_score` from the quantiles of their steps, in place.
 
     Raises:
-        ValueError: a folder `scores` is not finished, or has no scores, or those of another model.
+        ValueError: a folder `scores` is unfinished, has no scores, or has those of another model.
     """
     for step in registry.ordered_steps():
         if not issubclass(step, ScoreStep) or config[step.name].quantile is None:
@@ -162,9 +162,9 @@ def set_quantile_limit(config: ml_collections.ConfigDict) -> None:
 def _check_model(
     step: type[ScoreStep], config: ml_collections.ConfigDict, scored_by: Mapping[str, Any]
 ) -> None:
-    """Refuses the scores of another model, head or embeddings than the config names.
+    """Raises if the scores come from another model, head or embeddings than the config names.
 
-    They are known by their files; where these are not here, or were not recorded, by their names.
+    Compares hashes of the files, or names if the files are missing or were not recorded.
     """
     c = config[step.name]
     now: Mapping[str, Any] = {}
@@ -187,7 +187,7 @@ def _check_model(
 
 
 def record_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The part of the config that decides what is written, as plain JSON-able values."""
+    """Returns the settings that determine the written records, as plain JSON-able values."""
     settings = config.to_dict()
     for name in _NOT_HASHED:
         del settings[name]
@@ -198,16 +198,16 @@ def record_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
                 del keys[name]
             if step.is_active(config):
                 settings[step.section] = keys
-    return json.loads(json.dumps(settings))  # lists for tuples, as they are read again
+    return json.loads(json.dumps(settings))  # tuples become lists, as in settings read from a file
 
 
 def describe_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """All that decides what is written, and so is hashed: config, rules, EasyOCR; JSON-able.
+    """Returns all settings that are hashed: config, rules and the version of EasyOCR; JSON-able.
 
-    Of the packages only EasyOCR's version is hashed. The others are in `package_versions`.
+    EasyOCR is the only package whose version is hashed; see `package_versions` for the others.
 
     Raises:
-        ValueError: text-spotting is asked for, and EasyOCR is not installed.
+        ValueError: text spotting is requested, and EasyOCR is not installed.
     """
     settings = record_settings(config)
     settings["format_version"] = _FORMAT_VERSION
@@ -218,12 +218,12 @@ def describe_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def package_versions(config: ml_collections.ConfigDict) -> dict[str, str]:
-    """The versions of the packages that take part, for the statistics of every shard.
+    """Returns the versions of the packages in use, for the statistics of every shard.
 
-    They are recorded and not hashed. What another version of them means for a folder that is not
-    finished: another model of spaCy is refused like another config, since it gives other graphs
-    (`DECIDING_PACKAGES`). Another version of spaCy, py3langid or Pillow seldom decides otherwise,
-    so the job goes on, and the report warns of shards that were made with unlike versions.
+    Versions are recorded and not hashed. In an unfinished folder, another spaCy model is rejected
+    like another config, because it produces other graphs (`DECIDING_PACKAGES`). Another version of
+    spaCy, py3langid or Pillow rarely changes a decision: the job continues, and the report warns
+    about shards that were made with different versions.
 
     Raises:
         ValueError: a package that the config needs is not installed.
@@ -237,7 +237,7 @@ def package_versions(config: ml_collections.ConfigDict) -> dict[str, str]:
 def compare_settings(
     before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[str]:
-    """Differences between two configs, such as "image.min_side 1 -> 2"."""
+    """Yields the differences between two configs, such as "image.min_side 1 -> 2"."""
     if not before:
         return
     for name in sorted(before.keys() | now.keys()):

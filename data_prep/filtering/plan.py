@@ -1,20 +1,20 @@
-"""Plans a filter job: the parts of its inputs, and what of them is done, stale, or in the way.
+"""Plan of a filter job: the parts of its inputs, and which are finished, stale, or unexpected.
 
-A part is the filtered form of one input shard, named by its input. The folder of the output:
+A part is the filtered form of one input shard, named after its input. The output folder contains:
 
-    parts/         filtered input shards: records (removed in the end), decisions, statistics,
-                   samples and times; with config.examples_per_shard=None the parts are in the
-                   folder itself, and are the output
+    parts/         filtered input shards: records (removed at the end), decisions, statistics,
+                   samples and times; with config.examples_per_shard=None, the parts are in the
+                   output folder itself, and are the output
     *.tfrecord     the records of all parts, in shards of equal size (`resharding`); or
                    *.array_record or *.tar, as config.output_format has it
     dataset.index  where the records of all shards are (`diht_jax.data.index`)
     stats.json, report.json, report.html, kept_keys.txt, kept_uids.npy
     dataset_info.json, features.json; for tars sizes.json
 
-Where config.metadata_only is set, rows of tables are filtered without images: the kept rows of
-`INPUT.parquet` are `OUTPUT/INPUT.parquet` (`rows`).
+With config.metadata_only, rows of tables are filtered without images: the kept rows of
+`INPUT.parquet` are in `OUTPUT/INPUT.parquet` (`rows`).
 
-Nothing of other settings, or of many other inputs, is replaced unless `--overwrite` asks for it.
+Results of other settings, or of many other inputs, are replaced only with `--overwrite`.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ from diht_jax.readers.base import SourceShard
 from diht_jax.records.shard_files import SUFFIXES
 from diht_jax.storage import files
 
-# What describes the whole output.
+# Files that describe the whole output.
 MERGED_FILES = (*shards.MERGED_FILES, table.KEYS_FILE, table.UIDS_FILE, REPORT, PAGE)
 
-_SHOWN = 4  # differences that an error names
+_SHOWN = 4  # differences listed in an error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +70,12 @@ class Job:
 
     @property
     def is_resharded(self) -> bool:
-        """True if output shards of equal size are made of the parts."""
+        """Whether the parts are written again as output shards of equal size."""
         return self.parts_folder != self.folder
 
     @property
     def output_id(self) -> str:
-        """A hash of all that decides what the output is made of and how it is divided."""
+        """Hash of everything that determines the contents of the output and its division."""
         return shards.hash_config(
             {
                 "config": self.tasks[0].config_hash,
@@ -93,11 +93,11 @@ def plan_job(
     engine: str,
     overwrite: bool,
 ) -> Job:
-    """Lists the inputs and gives each its part; makes the folders.
+    """Lists the inputs, assigns a part to each, and makes the folders.
 
     Raises:
-        ValueError: nothing to read, nowhere to write, or the folder holds shards of others or was
-            made in another way and is not to be overwritten.
+        ValueError: there is no input, the output cannot be written, or the folder has shards of
+            other programs or another layout, and `overwrite` is not set.
     """
     folder = parts_folder = sources.check_folder(config.output)
     if config.metadata_only:
@@ -125,9 +125,9 @@ def plan_job(
 def _plan_parts(
     config: ml_collections.ConfigDict, inputs: Sequence[Input], folder: str, *, is_output: bool
 ) -> list[str]:
-    """Names the part of every input, by the input alone; writes the manifest.
+    """Names the part of every input, and writes the manifest.
 
-    So an input that is added, removed or replaced concerns its own part.
+    A name depends only on its input, so adding, removing or replacing other inputs does not matter.
     """
     files.make_folder(folder)
     suffix = SUFFIXES[config.output_format if is_output else "tfrecord"]
@@ -147,7 +147,7 @@ def _plan_parts(
 def _plan_tables(
     config: ml_collections.ConfigDict, folder: str
 ) -> tuple[list[SourceShard], list[str]]:
-    """The units of a job on metadata alone, and the names of the filtered tables."""
+    """Returns the units of a metadata-only job, and the names of the filtered tables."""
     defaults = filter_config.default_config()
     asked = [
         step
@@ -165,7 +165,7 @@ def _plan_tables(
         raise ValueError(f"config.input='{config.input}': the tables have no rows")
     sources.check_not_input(folder, units)
     names, present = rows.name_outputs(units), set(files.list_names(folder))
-    if SETTINGS not in present:  # else an earlier run has begun these tables
+    if SETTINGS not in present:  # else an earlier run has begun to write these tables
         foreign = [n for n in names if n in present and n + STATS_SUFFIX not in present]
         sources.refuse_foreign(folder, foreign)
     files.make_folder(folder)
@@ -173,19 +173,19 @@ def _plan_tables(
 
 
 def find_done(job: Job, overwrite: bool) -> tuple[dict[str, dict[str, Any]], bool]:
-    """Finds which of this job's parts are done.
+    """Finds which of this job's parts are finished, and removes stale parts.
 
-    Other parts are removed: those of inputs that are gone or were replaced, while they are few, and
-    those of another config, model or rules where that was asked for. The statistics of each task
-    are read once. Those of other jobs are looked at only where something of this job has changed.
+    Parts of missing or replaced inputs are removed if they are few. Parts of another config, model
+    or rules are removed with `overwrite`. The statistics of each task are read once; those of other
+    jobs are read only if something of this job has changed.
 
     Returns:
-        The statistics of parts that are done, by output, without counts; and whether an output is
-        renewed, so that other jobs may have yet to find what has changed of theirs: it was
-        complete, or something of this job has changed.
+        The statistics of finished parts, by output, without counts; and whether an output is
+        renewed: it was complete, or something of this job has changed. Then other jobs may not have
+        found the changes of their own inputs yet.
 
     Raises:
-        ValueError: something has changed, and it is not to be overwritten.
+        ValueError: something has changed, and `overwrite` is not set.
     """
     listed = files.list_names(job.parts_folder, (STATS_SUFFIX, FAILED_SUFFIX))
     present = {name for name in listed if not name.startswith(".")}
@@ -213,7 +213,7 @@ def find_done(job: Job, overwrite: bool) -> tuple[dict[str, dict[str, Any]], boo
     if (files.read_object(path) or {}) != settings:
         files.write_object(path, settings)
     damaged = find_undecided(done)
-    if not job.is_resharded:  # nothing else holds these outputs
+    if not job.is_resharded:  # there is no other copy of these outputs
         damaged |= damaged_outputs(
             [(task, done[task.output]) for task in job.mine if task.output in done]
         )
@@ -225,7 +225,7 @@ def find_done(job: Job, overwrite: bool) -> tuple[dict[str, dict[str, Any]], boo
 
 
 def find_undecided(outputs: Iterable[str]) -> set[str]:
-    """The outputs whose decisions or samples are missing."""
+    """Returns the outputs whose decisions or samples are missing."""
     present: dict[str, set[str]] = {}  # folder -> names
     undecided = set()
     for output in outputs:
@@ -239,7 +239,7 @@ def find_undecided(outputs: Iterable[str]) -> set[str]:
 
 
 def read_written(job: Job) -> dict[str, Any] | None:
-    """The merged statistics of exactly these parts, if they are there; no others are read."""
+    """Reads the merged statistics; returns None if they are missing, or of other parts."""
     merged = files.read_object(files.join(job.folder, shards.MERGED_STATS))
     if merged is None or merged.get("output_id") != job.output_id:
         return None
@@ -247,12 +247,12 @@ def read_written(job: Job) -> dict[str, Any] | None:
     return merged if len(failed) == len(merged.get("failed", ())) else None
 
 
-# Output -> why a finished part is not done any more, and whether it is by its input alone.
+# Output -> why a finished part is stale, and whether only its input has changed.
 _Changes = dict[str, tuple[str, bool]]
 
 
 def _compare(job: Job, present: set[str]) -> tuple[dict[str, dict[str, Any]], _Changes]:
-    """This job's finished parts: statistics without counts of those that are done, and the rest."""
+    """Returns the statistics (without counts) of this job's finished parts, and its stale parts."""
     versions = filter_config.package_versions(job.config)
     there = [task for task in job.mine if os.path.basename(task.stats_path) in present]
     done, changed = {}, {}
@@ -273,10 +273,9 @@ def _compare(job: Job, present: set[str]) -> tuple[dict[str, dict[str, Any]], _C
 
 
 def _refuse_many(job: Job, changed: _Changes, gone: Sequence[str], finished: int) -> None:
-    """Raises ValueError for more changes than a job makes by itself.
+    """Raises ValueError if more has changed than a job may replace by itself.
 
-    Each job of an array removes what has changed of its own: together they must stay within the
-    limit.
+    Each job of an array removes its own stale parts; the limit applies to all jobs together.
     """
     limit = job.config.max_changed_shards
     allowed = allowed_number(limit, finished)
@@ -301,7 +300,7 @@ def _refuse_many(job: Job, changed: _Changes, gone: Sequence[str], finished: int
 
 
 def _describe_changes(job: Job, changed: _Changes, gone: Sequence[str], finished: int) -> str:
-    """Tells what has changed, and what `--overwrite` would cost."""
+    """Describes what has changed, and the cost of `--overwrite`."""
     texts = []
     if changed:
         reasons = list(dict.fromkeys(reason for reason, _ in changed.values()))
@@ -334,9 +333,9 @@ def _input_of(output: str) -> str | None:
 
 
 def _check_records(job: Job, done: Mapping[str, Any]) -> None:
-    """Refuses to read finished inputs again, unasked, where their records are in tars only.
+    """Raises if finished inputs would be read again because their records are only in tars.
 
-    Records of other formats are found again in the output, see `resharding`.
+    Records of other formats can be restored from the output, see `resharding`.
     """
     merged = files.read_object(files.join(job.folder, shards.MERGED_STATS)) or {}
     if merged.get("output_id") == job.output_id or merged.get("output_format") != "webdataset":
@@ -353,9 +352,9 @@ def _check_records(job: Job, done: Mapping[str, Any]) -> None:
 
 
 def _settle_layout(config: ml_collections.ConfigDict, folder: str, overwrite: bool) -> None:
-    """Refuses, or removes on request, what was made with re-sharding and now is to be without.
+    """Raises if the folder was made with resharding and the config is without, or vice versa.
 
-    The same the other way round.
+    With `overwrite`, removes the old files instead.
     """
     are_output = config.examples_per_shard is None
     other = files.join(folder, resharding.PARTS) if are_output else folder
@@ -375,6 +374,6 @@ def _settle_layout(config: ml_collections.ConfigDict, folder: str, overwrite: bo
     else:
         names = [entry["name"] for entry in table.read_manifest(folder)]
         stale = shards.names_below(files.list_names(folder), names) + [table.MANIFEST, SETTINGS]
-    # The settings last: until then the folder is known for what it is.
+    # The settings are removed last: they identify the folder if the job is killed.
     for name in sorted(stale, key=lambda name: name == SETTINGS):
         files.remove(files.join(other, name))

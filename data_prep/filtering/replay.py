@@ -1,9 +1,9 @@
-"""Decides anew by other limits what a finished folder has decided, without reading its input.
+"""Replays the decisions of a finished folder with other limits, without reading its input.
 
-Decisions hold what the steps have measured of every pair. The steps decide from these columns
-again, in order, by the same `decide` as in the filter. A pair for which more would have to be
-known, such as the text in the picture of a pair whose caption was not good enough then, is counted
-as not known. Nothing is guessed: of all other pairs the filter itself would decide the same.
+The files of decisions hold the measurements of every step. The steps decide again from these
+columns, in order, with the same `decide` as in the filter. A pair whose outcome needs a missing
+measurement is counted as not known. For example, the text in an image was never read if the caption
+was dropped first. All other outcomes are exactly those of the filter.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from data_prep.steps import registry
 from data_prep.steps.base import Columns
 from diht_jax.storage import files
 
-DROPPED_FILE = "dropped.tsv"  # a line for each dropped pair: its key, and "stage/reason"
+DROPPED_FILE = "dropped.tsv"  # one line per dropped pair: its key, and "stage/reason"
 NOT_KNOWN_FILE = "not_known.txt"  # keys of the pairs that would have to be filtered
 QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 
@@ -51,10 +51,10 @@ class Result:
     """Outcomes of a replay.
 
     Attributes:
-        funnel: of the pairs that are known; `read` counts all.
-        not_known: step at which it is not known how the pair ends -> pairs.
+        funnel: counts of the pairs whose outcome is known; `read` counts all pairs.
+        not_known: step at which the outcome is not known -> number of pairs.
         changes: the settings that differ from those of the folder.
-        scores: name -> its quantiles at `QUANTILES`, of all pairs that have the score.
+        scores: name -> its quantiles at `QUANTILES` over all pairs that have the score.
     """
 
     funnel: Funnel
@@ -63,7 +63,7 @@ class Result:
     scores: dict[str, list[float]]
 
     def format_table(self) -> str:
-        """The changes, the funnel and what is not known, for people."""
+        """Formats the changes, the funnel and the unknown outcomes as text."""
         lines = [f"settings: {', '.join(self.changes) or 'those of the folder'}"]
         lines.append(format_funnel(self.funnel.rows()))
         if total := self.not_known.total():
@@ -78,10 +78,10 @@ class Result:
 
 
 class Replay:
-    """A finished folder, and the limits by which its pairs are decided anew."""
+    """Decides about the pairs of a finished folder with other limits."""
 
     def __init__(self, folder: str, config: ml_collections.ConfigDict | None = None):
-        """Finds the decisions of a folder, whose own config counts where none is given.
+        """Finds the decisions of a folder; `config` defaults to the config of the folder.
 
         Raises:
             ValueError: the folder is not finished.
@@ -102,10 +102,10 @@ class Replay:
         """Decides about all pairs.
 
         Args:
-            folder: for the lists of kept, dropped and unknown pairs; None writes none.
+            folder: where to write lists of kept, dropped and unknown pairs; None writes none.
 
         Raises:
-            ValueError: files are missing or damaged, or the lists would replace those of a filter.
+            ValueError: files are missing or damaged, or `folder` has the lists of a filter.
         """
         if folder is not None and files.exists(files.join(folder, shards.MERGED_STATS)):
             raise ValueError(
@@ -152,14 +152,14 @@ class Replay:
         )
 
     def decide(self, rows: pyarrow.RecordBatch) -> list[Outcome]:
-        """Outcomes of some pairs: stage and reason, or "not known" and the step."""
+        """Returns the outcome of each row: stage and reason, or "not known" and the step."""
         codes, names = self._decide(rows).tolist(), list(self._codes)
         return [names[code] for code in codes]
 
     def _decide(self, rows: pyarrow.RecordBatch) -> np.ndarray:
-        """The outcomes of some rows as numbers of `_codes`, int64 [n]."""
+        """Returns the outcomes of some rows as indices into `_codes`, int64 [n]."""
         columns = Columns(dict(zip(rows.schema.names, rows.columns, strict=True)), len(rows))
-        rank = np.zeros(len(rows), np.int64)  # of the stage at which each pair ended then
+        rank = np.zeros(len(rows), np.int64)  # of the stage at which the filter ended each pair
         for stage, holds in columns.texts("outcome").items():
             if stage not in self._rank:
                 raise ValueError(f"the folder was filtered with a step '{stage}' that is not here")
@@ -210,7 +210,7 @@ class Replay:
 
 
 def _restore_config(settings: dict[str, Any]) -> ml_collections.ConfigDict:
-    """The config by which a folder was filtered; keys that it did not record have defaults."""
+    """Restores the config of a folder; keys that were not recorded get their defaults."""
 
     def as_tuple(value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value

@@ -1,13 +1,13 @@
-"""Re-shards: the parts, one for each input shard, become output shards of equal size.
+"""Resharding: writes the parts of all input shards as output shards of equal size.
 
-It is planned when all parts are done, and every output shard is a task. The order of the records is
-that of the input, and sizes differ by one record at most. A task reads a run of consecutive records
-from one or several parts and holds one record at a time; what is done already, from the same parts,
-is not done again.
+The plan is made after all parts are done, and every output shard is a task. Records keep the order
+of the input, and shard sizes differ by at most one record. A task reads consecutive records from
+one or several parts, one record at a time. Output shards that were already written from the same
+parts are kept.
 
-A complete job removes the records of its parts. When an input is added or removed, or the output is
-to have other shards, the parts that are needed are written again from the output shards that are
-there, before these are replaced: nothing is filtered again.
+A complete job removes the records of its parts. When an input is added or removed, or the output
+shards change, the required parts are restored from the existing output shards before these are
+replaced. Nothing is filtered again.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ PARTS = "parts"
 
 Part = tuple[shards.ShardTask, Mapping[str, Any]]  # with its statistics
 
-_OF_RECORDS = ("", CONCEPTS_SUFFIX, INDEX_SUFFIX)  # endings of the files of a part's records
-# Of a tar the records do not come out as they went in.
+_OF_RECORDS = ("", CONCEPTS_SUFFIX, INDEX_SUFFIX)  # suffixes of the files with a part's records
+# Formats that return records unchanged; webdataset does not.
 _COPIED_FORMATS = ("tfrecord", "array_record")
 
 
 class Slice(NamedTuple):
-    """Consecutive records of a file: those from `start` on, before `stop`.
+    """Consecutive records of a file, from `start` up to but excluding `stop`.
 
     Attributes:
-        path: of a part, or of an output shard where a part is restored.
-        start, stop: numbers of the records.
-        part_hash: of what the part's records are.
+        path: path of a part, or of an output shard from which a part is restored.
+        start, stop: record numbers in the file.
+        part_hash: hash of the records of the part.
     """
 
     path: str
@@ -70,8 +70,8 @@ class BalancedShard:
     """One output shard.
 
     Attributes:
-        slices: what it is made of, in order; parts of which it takes nothing are left out.
-        plan_hash: of the parts' contents and of the slices.
+        slices: the non-empty slices of parts that it consists of, in order.
+        plan_hash: hash of the slices and of the contents of their parts.
         with_concepts: whether the parts have files of concepts.
     """
 
@@ -82,16 +82,16 @@ class BalancedShard:
 
     @property
     def source(self) -> str:
-        """Name of its contents, for messages."""
+        """A name for messages."""
         return f"records for {os.path.basename(self.output)}"
 
 
 def plan_shards(
     parts: Sequence[Part], folder: str, config: ml_collections.ConfigDict
 ) -> list[BalancedShard]:
-    """Divides the records of all parts, in order, among one output shard at least.
+    """Divides the records of all parts, in order, among at least one output shard.
 
-    The number of shards is that of all records divided by `examples_per_shard`, rounded up.
+    The number of shards is the number of records divided by `examples_per_shard`, rounded up.
     """
     records, with_concepts = np.zeros(len(parts), np.int64), True
     for i, (_, stats) in enumerate(parts):
@@ -127,7 +127,7 @@ def plan_shards(
 
 
 def _identify(stats: Mapping[str, Any]) -> dict[str, Any]:
-    """Identity of the records of a part, wherever they were read from."""
+    """Returns the identity of the records of a part, independent of its location."""
     output = stats["output"]
     found = {"config": stats["config_hash"], "records": output["records"]}
     return found | {"digest": output["digest"]}
@@ -164,15 +164,15 @@ def write_shard(shard: BalancedShard, report: Report) -> None:
 
 
 def restore_part(part: BalancedShard, report: Report) -> None:
-    """Writes a part of `plan_restoring` again; a task of `run_pending`."""
+    """Restores a part planned by `plan_restoring`; a task of `run_pending`."""
     copy_records(part, report)
 
 
 def copy_records(shard: BalancedShard, report: Report) -> tuple[int, ConceptLog]:
-    """Writes the records of the slices of a shard, or of a part that is restored.
+    """Writes the records of the slices of a shard or of a restored part.
 
     Returns:
-        How many records there are, and the concepts that their captions name.
+        The number of records, and the concepts named in their captions.
     """
     concepts = ConceptLog()
     is_tar = kind_of(shard.output) == "webdataset"
@@ -189,7 +189,7 @@ def copy_records(shard: BalancedShard, report: Report) -> tuple[int, ConceptLog]
 
 
 def _read_slice(piece: Slice) -> Iterator[bytes]:
-    """The records of a slice; from a store by requests of about a block."""
+    """Yields the records of a slice; from a store in requests of about one block."""
     if not is_remote(piece.path) or kind_of(piece.path) == "array_record":
         with local_copy(piece.path) as path:
             source = open_source(path)
@@ -204,7 +204,7 @@ def _read_slice(piece: Slice) -> Iterator[bytes]:
 
 
 def _copy_mentions(piece: Slice, concepts: ConceptLog) -> None:
-    """Adds the concepts that the captions of the records name, record by record."""
+    """Adds the concepts named in the captions of each record of a slice."""
     rows = {}
     for kind in KINDS:
         names, lengths, ids = read_mentions(piece.path, kind)
@@ -218,18 +218,18 @@ def _copy_mentions(piece: Slice, concepts: ConceptLog) -> None:
 
 
 def with_common_image(data: bytes) -> bytes:
-    """A record as tars need it: an image that webdataset does not know becomes PNG."""
+    """Returns a record for a tar: an image format unknown to webdataset is converted to PNG."""
     record = schema.decode_record(data)
     if image_extension(record.image) is not None:
         return data
-    # The filter has let it through, however many pixels it has.
+    # The filter has already accepted the number of pixels.
     image = transforms.decode_rgb(record.image, max_pixels=sys.maxsize)
     png = transforms.encode(image, "PNG")
     return schema.encode_record(dataclasses.replace(record, image=png))
 
 
 def load_written(planned: Sequence[BalancedShard]) -> Iterator[dict[str, Any]]:
-    """Statistics of each output shard that was written from the same parts; empty for others."""
+    """Yields the statistics of each shard already written from the same parts, else `{}`."""
     if not planned:
         return
     sizes = open_sizes(planned[0].output.rpartition("/")[0])
@@ -245,11 +245,11 @@ def load_written(planned: Sequence[BalancedShard]) -> Iterator[dict[str, Any]]:
 def plan_restoring(
     parts: Sequence[Part], unwritten: Sequence[BalancedShard], folder: str
 ) -> tuple[list[BalancedShard], set[str]]:
-    """Finds where the records are that new output shards need, and that no part has.
+    """Finds old output shards with the records that new shards need and damaged parts lack.
 
     Returns:
-        The parts that can be written again, as slices of old output shards; and the outputs of
-        those some of whose records are nowhere.
+        The parts that can be restored, as slices of old output shards; and the output paths of the
+        parts that cannot be restored completely.
     """
     needed = {piece.path for shard in unwritten for piece in shard.slices}
     lost = damaged_outputs([part for part in parts if part[0].output in needed])
@@ -275,7 +275,7 @@ def plan_restoring(
 
 
 def _index_old_shards(parts: Sequence[Part], folder: str) -> dict[str, list[tuple[int, Slice]]]:
-    """Output of a part -> its records in whole old output shards: number of the first, where."""
+    """Maps each part's output to its slices in undamaged old shards, each with its first record."""
     known = {os.path.basename(task.output): (task.output, stats) for task, stats in parts}
     found: dict[str, list[tuple[int, Slice]]] = collections.defaultdict(list)
     for name in files.list_names(folder, STATS_SUFFIX):
@@ -289,7 +289,7 @@ def _index_old_shards(parts: Sequence[Part], folder: str) -> dict[str, list[tupl
         first = 0
         for name, start, stop, part_hash in rows:
             output, stats = known.get(name, ("", {}))
-            # The part may have been made anew since.
+            # The part may have been rewritten since.
             if output and _hash_part(stats) == part_hash:
                 found[output].append((start, Slice(path, first, first + stop - start)))
             first += stop - start
@@ -297,19 +297,19 @@ def _index_old_shards(parts: Sequence[Part], folder: str) -> dict[str, list[tupl
 
 
 def name_prefix(config: ml_collections.ConfigDict) -> str:
-    """The beginning of the names of all shards of a config, parts and output."""
+    """Returns the common prefix of the names of all shards of a config, parts and output."""
     return shard_name(config.dataset_name, config.split, 0, 1, "").removesuffix("00000")
 
 
 def find_foreign(folder: str, config: ml_collections.ConfigDict) -> list[str]:
-    """Names of the shards in a folder that training would read, and no filter has written."""
+    """Returns the names of shards in a folder that training would read but no filter wrote."""
     names = sources.read_shards(folder, config.output_format)
     if not names:
         return []
     present = set(files.list_names(folder))
     paths = [files.join(folder, name) for name in names]
     is_ours = dict(zip(names, files.map_many(_is_ours, paths, folder), strict=True))
-    # Ours too, if it was killed between the shard and its statistics, or these are damaged.
+    # A shard is also ours if a killed run left no statistics for it, or they are damaged.
     is_begun = SETTINGS in present or files.exists(files.join(folder, PARTS, SETTINGS))
     prefix = name_prefix(config)
 
@@ -320,7 +320,7 @@ def find_foreign(folder: str, config: ml_collections.ConfigDict) -> list[str]:
 
 
 def _is_ours(path: str) -> bool | None:
-    """True if the filter has written a shard, by its statistics; None where there are none."""
+    """Returns True if the statistics say that a filter wrote the shard; None if there are none."""
     stats = files.read_object(path + STATS_SUFFIX)
     if stats is None:
         return None
@@ -329,7 +329,7 @@ def _is_ours(path: str) -> bool | None:
 
 
 def remove_stale_shards(folder: str, planned: Sequence[BalancedShard], output_format: str) -> None:
-    """Removes output shards of an earlier plan, in any format, that this one does not replace."""
+    """Removes output shards of an earlier plan, in any format, that are not in this plan."""
     wanted = {os.path.basename(shard.output) for shard in planned}
     read = set(sources.read_shards(folder, output_format))
     others = [name for name in files.list_names(folder) if kind_of(name) and name not in wanted]
@@ -340,12 +340,12 @@ def remove_stale_shards(folder: str, planned: Sequence[BalancedShard], output_fo
 def remove_outputs(folder: str, names: Collection[str]) -> None:
     """Removes shards with all files that belong to them."""
     shards.remove_outputs(folder, names)
-    for name in names:  # decisions about a table are elsewhere
+    for name in names:  # decisions about a table are in another folder
         files.remove(decisions_path(files.join(folder, name)))
 
 
 def remove_records(folder: str, tasks: Sequence[shards.ShardTask]) -> None:
-    """Removes the records of parts; the statistics of how they were done stay."""
+    """Removes the records of parts; their statistics stay."""
     wanted = {os.path.basename(task.output) + end for task in tasks for end in _OF_RECORDS}
     for name in files.list_names(folder, wanted=wanted.__contains__):
         files.remove(files.join(folder, name))

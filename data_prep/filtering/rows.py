@@ -1,8 +1,8 @@
-"""Filtering of tables without their images: rows in, the kept rows out as they came.
+"""Filtering of tables of captions without their images; kept rows are written unchanged.
 
-C and A need no images, so that a list of URLs can be filtered before anybody downloads them (DiHT,
-arXiv 2301.02280, "Complexity, Action, and Text-spotting"; the order is ours). Rows are written as
-they came: the same columns and types in parquet, the same bytes in jsonl.
+C and A need no images, so a list of URLs can be filtered before the download (DiHT, arXiv
+2301.02280, "Complexity, Action, and Text-spotting"; the order is ours). Parquet keeps its columns
+and types, jsonl the bytes of each line.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from diht_jax.storage import files
 from diht_jax.storage.files import parse_json
 from diht_jax.storage.stores import is_remote, open_file
 
-PARQUET = "parquet"  # the kind of its units
+PARQUET = "parquet"  # kind of the units of a parquet file
 JSONL_SUFFIX = ".jsonl"
 
 _BATCH_ROWS = 2048
-_WRITTEN_ROWS = 2**16  # of a row group, of which no more than these bytes are held
-_WRITTEN_BYTES = 2**28  # reached where a table has its images in it
-# Least bytes of a unit of a parquet file in a store: every unit reads the footer, too.
+_WRITTEN_ROWS = 2**16  # rows per row group of the output; fewer if they reach these bytes
+_WRITTEN_BYTES = 2**28  # only reached by tables that contain images
+# Minimum size of a unit of a remote parquet file, because every unit reads the footer again.
 _STORE_UNIT_BYTES = 2**26
 
-_Row = dict[str, Any] | str  # a text explains why the row could not be read
-_Select = Callable[[Sequence[_Row]], list[bool]]  # rows -> whether each is kept
+_Row = dict[str, Any] | str  # a str is the reason why the row could not be read
+_Select = Callable[[Sequence[_Row]], list[bool]]  # rows -> one flag per row, True if it is kept
 
 
 def filter_rows(
@@ -59,14 +59,14 @@ def filter_rows(
     config: ml_collections.ConfigDict,
     steps: Sequence[type[Step]],
 ) -> dict[str, Any]:
-    """Does one task: filters the rows of one unit, and returns its statistics.
+    """Filters the rows of one unit, and returns its statistics.
 
     Raises:
         ValueError: the input is damaged.
     """
     described = shards.begin_task(task)
     log, source, kept = ShardLog(config), task.source, set[int]()
-    # A table that states options of its own has them in its units.
+    # The units of a table with options of its own state these options.
     caption, key = (
         source.options.get(name, config.source[name]) for name in ("caption_column", "key_column")
     )
@@ -110,7 +110,7 @@ def filter_rows(
 def _make_pair(
     row: _Row, captions: Sequence[str | None], keys: Sequence[str | None], default_key: str
 ) -> Pair | Skipped:
-    """The pair of a row, without a picture; a text explains why a row could not be read."""
+    """Makes the pair of a row, without an image; an unreadable row becomes `Skipped`."""
     if isinstance(row, str):
         return Skipped(default_key, "bad_row", row)
     values = (row.get(name) for name in keys if name is not None)
@@ -127,7 +127,7 @@ def _make_pair(
 def _filter_parquet(
     source: SourceShard, path: pathlib.Path, select: _Select, columns: Collection[str | None] | None
 ) -> None:
-    """Writes the selected rows; `columns` are those that decide, None for all."""
+    """Writes the selected rows; reads `columns` to decide about them, all columns if None."""
     import pyarrow
     import pyarrow.parquet
 
@@ -135,7 +135,7 @@ def _filter_parquet(
     schema, metadata = file.schema_arrow, file.metadata
     wanted = [name for name in schema.names if columns is None or name in columns]
     compression = "snappy"
-    if metadata.num_row_groups and metadata.num_columns:  # hardly one for each column
+    if metadata.num_row_groups and metadata.num_columns:  # columns rarely differ in compression
         compression = metadata.row_group(0).column(0).compression.lower()
     with pyarrow.parquet.ParquetWriter(
         path,
@@ -158,7 +158,7 @@ def _filter_parquet(
 
 
 def _read_lines(source: SourceShard) -> Iterator[bytes]:
-    """The lines of a range that are not blank, each with a line break."""
+    """Yields the non-blank lines of a byte range, each with a line break."""
     with open_file(source.path) as file:
         file.seek(source.start)
         while file.tell() < source.end and (line := file.readline()):
@@ -176,11 +176,10 @@ def _parse(line: bytes) -> _Row:
 def list_units(pairs: str | None, source: ml_collections.ConfigDict) -> list[SourceShard]:
     """Divides the tables of `config.input` into units of about `rows_per_shard` rows.
 
-    Units of a jsonl file are ranges of its bytes, those of a parquet file of its row groups.
+    A unit is a range of bytes of a jsonl file, or a range of row groups of a parquet file.
 
     Raises:
-        ValueError: nothing is found, another kind of file is named, or the column of captions is
-            missing.
+        ValueError: nothing was found, a file is of another kind, or the caption column is missing.
     """
     if not pairs:
         raise ValueError("config.input is not set: expected parquet or jsonl files with captions")
@@ -191,7 +190,7 @@ def list_units(pairs: str | None, source: ml_collections.ConfigDict) -> list[Sou
             if unit.kind == PARQUET:
                 units += _list_row_groups(unit, source)
             elif unit.kind == "table" and unit.path.lower().endswith(JSONL_SUFFIX):
-                # Outputs of earlier runs name the column that the config has.
+                # Earlier runs recorded the image column of the config in their outputs.
                 own = {**unit.options, "image_column": source.image_column}
                 units.append(dataclasses.replace(unit, options=own, reads_linked=False))
             else:
@@ -203,7 +202,7 @@ def list_units(pairs: str | None, source: ml_collections.ConfigDict) -> list[Sou
 
 
 def name_outputs(units: Sequence[SourceShard]) -> list[str]:
-    """File names of the outputs: those of the inputs, with a number for each of several units."""
+    """Returns output names: those of the inputs, numbered where an input has several units."""
     of_path = collections.Counter(unit.path for unit in units)
     number_of: collections.Counter[str] = collections.Counter()
     names = []
@@ -227,7 +226,7 @@ def _list_row_groups(
     path, stated = table.path, table.options
     try:
         file = open_parquet(path, is_footer_enough=True)
-    except (FileNotFoundError, ValueError):  # its task fails of it; the others do not
+    except (FileNotFoundError, ValueError):  # only the task of this file will fail
         yield SourceShard(PARQUET, path)
         return
     names = file.schema_arrow.names
@@ -243,7 +242,7 @@ def _list_row_groups(
     for number in range(file.metadata.num_row_groups):
         group = file.metadata.row_group(number)
         rows += group.num_rows
-        if least_bytes:  # of a damaged footer pyarrow does not survive the sizes of columns
+        if least_bytes:  # pyarrow crashes on the column sizes of a damaged footer
             columns = map(group.column, range(group.num_columns))
             num_bytes += sum(column.total_compressed_size for column in columns)
         is_last = number + 1 == file.metadata.num_row_groups

@@ -1,7 +1,7 @@
-"""CAT filtering of one shard: pairs go through the steps; those that remain are written.
+"""CAT filtering of one shard: applies the steps to its pairs and writes those that remain.
 
-Method: DiHT, arXiv 2301.02280, "Complexity, Action, and Text-spotting (CAT)". What is recorded of a
-pair belongs in `data_prep.decisions.log`.
+Method: DiHT, arXiv 2301.02280, "Complexity, Action, and Text-spotting (CAT)". Everything that is
+recorded about a pair belongs in `data_prep.decisions.log`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from diht_jax.records.schema import Pair
 from diht_jax.records.shard_files import RecordWriter, kind_of
 from diht_jax.records.tars import DamagedTarError
 
-_CHUNK_BYTES = 2**28  # of pairs that are held at once; an ordinary batch takes a tenth of it
+_CHUNK_BYTES = 2**28  # of pairs in memory at a time; an ordinary batch takes a tenth of it
 
 
 def filter_shard(
@@ -44,12 +44,12 @@ def filter_shard(
     config: ml_collections.ConfigDict,
     steps: Sequence[type[Step]],
 ) -> dict[str, Any]:
-    """Does one task of the filter by the active steps, and returns the shard's statistics.
+    """Filters one input shard with the active steps, and returns its statistics.
 
     Raises:
         ValueError: the source is damaged.
     """
-    # A death that led to no pair may have been that of a dropped picture, shown in the report.
+    # An unexplained death may have been caused by a dropped image that the report would show.
     is_unexplained = task.search is not None and task.search.unexplained > 0
     log = ShardLog(config, pictures=0 if is_unexplained else None)
 
@@ -79,10 +79,9 @@ def filter_shard(
 def _read_chunks(
     source: SourceShard, config: ml_collections.ConfigDict, log: ShardLog, facts: dict[str, Any]
 ) -> Iterator[list[Pair | Skipped]]:
-    """The entries, some at a time; fewer where they would take much memory together.
+    """Yields batches of entries, smaller ones where the entries are large.
 
-    Where `config.keep_before_damage` is set, damage of an archive is one of the facts, and no
-    error.
+    With `config.keep_before_damage`, a damaged archive is recorded in `facts` instead of raised.
     """
     entries = _read_entries(source, config)
     while True:
@@ -108,10 +107,10 @@ def _read_chunks(
 def _read_entries(
     source: SourceShard, config: ml_collections.ConfigDict
 ) -> Iterator[Pair | Skipped]:
-    """The pairs with the captions in columns of their metadata, and the kinds of all of them.
+    """Yields the pairs with captions from metadata columns added, and the kind of every caption.
 
-    Those of a tar without metadata take it from img2dataset's parquet file, if there is one: the
-    tars of img2dataset have the same in their json members, unless somebody left those out.
+    Pairs of a tar without metadata take it from img2dataset's parquet file, if there is one. The
+    tars of img2dataset contain the same metadata in json members, unless these were left out.
     """
     columns = samples.parse_columns(config.caption_columns, "config.caption_columns")
     is_usual = not columns and config.caption_kind == samples.USUAL_KIND
@@ -134,7 +133,7 @@ def _read_entries(
 
 
 def _encode(candidate: Candidate, log: ShardLog, config: ml_collections.ConfigDict) -> bytes | None:
-    """The record of a pair, which is logged; None if its image turns out to be damaged."""
+    """Logs and encodes a kept pair; returns None, and logs a drop, if its image is damaged."""
     pair, image_format, c = candidate.pair, candidate.values["format"], config.image
     good = candidate.captions
     if len(good) < len(samples.all_captions(pair)):
@@ -157,12 +156,12 @@ def _encode(candidate: Candidate, log: ShardLog, config: ml_collections.ConfigDi
     return schema.encode_record(dataclasses.replace(pair, metadata=metadata))
 
 
-# Makes of a pair that no step has dropped what is written, and logs it; None writes nothing.
+# Logs a pair that passed all steps and returns what is written for it; None writes nothing.
 Encode = Callable[[Candidate, ShardLog], Any]
 
 
 class Chain:
-    """The steps of one shard, at work on its entries."""
+    """Applies the steps to the entries of one shard."""
 
     def __init__(
         self,
@@ -174,7 +173,7 @@ class Chain:
         write: Callable[[Any], object],
         report: Callable[[int], None] = lambda pairs: None,
     ):
-        """Loads the steps; `log` gets what happens to every entry, `write` what `encode` makes."""
+        """Loads the steps; every outcome goes to `log`, the results of `encode` go to `write`."""
         self._config, self._log, self._encode, self._write = config, log, encode, write
         self._report = report
         self._first = 0
@@ -195,7 +194,7 @@ class Chain:
         self._advance(candidates, self._steps)
 
     def try_one(self, pair: Pair) -> None:
-        """Does to a pair alone what `run` does, to no effect; this process may die of it."""
+        """Processes one pair like `run`, without any effect; may kill this process."""
         self._trial._advance([Candidate.of(pair)], self._trial._steps)
 
     @functools.cached_property
@@ -203,16 +202,16 @@ class Chain:
         return self._open_trial(log=ShardLog(self._config), write=lambda encoded: None)
 
     def close(self) -> dict[str, object]:
-        """Ends the shard; returns the facts that the steps state about it."""
+        """Ends the shard; returns the facts that the steps report about it."""
         facts: dict[str, object] = {}
         for step in self._steps:
             facts |= step.close()
         return facts
 
     def _advance(self, candidates: list[Candidate], steps: Sequence[Step]) -> None:
-        """Takes candidates through the steps that are left, and writes those that remain.
+        """Applies the remaining steps to candidates, and writes the pairs that pass.
 
-        From a step with a batch size on they go in groups, so that a slow step shows its progress.
+        Steps with a batch size get smaller groups, which makes the progress of slow steps visible.
         """
         for number, step in enumerate(steps):
             size = step.batch_size(self._config)
@@ -236,10 +235,10 @@ class Chain:
 def apply_step(
     step: Step, batch: Sequence[Candidate], config: ml_collections.ConfigDict, log: ShardLog
 ) -> list[Candidate]:
-    """Measures pairs that have come through the same steps, one at least, and decides about them.
+    """Measures a non-empty batch of pairs that passed the same steps, and drops the bad ones.
 
     Returns:
-        Those that are not dropped, with their good captions.
+        The remaining pairs, with their good captions.
     """
     measured = dict(step.measure(batch))
     evidence = measured.pop(EVIDENCE, None) or [None] * len(batch)
@@ -250,7 +249,7 @@ def apply_step(
     if IMAGE_ERROR in measured and not isinstance(step, ImageStep):
         deciding.insert(0, ImageStep)
         for candidate in batch:
-            if candidate.values[IMAGE_ERROR] is not None:  # the size is that of a header that lied
+            if candidate.values[IMAGE_ERROR] is not None:  # the header stated a wrong size
                 candidate.values |= {"width": None, "height": None}
     known = {}
     for name in batch[0].values:
@@ -272,7 +271,7 @@ def apply_step(
 
 
 def _narrow(step: Step, batch: Sequence[Candidate], config: ml_collections.ConfigDict) -> None:
-    """Drops those of several captions about each of which the step decides that it is not good."""
+    """Removes the captions that fail the step from pairs that have several."""
     several = [c for c in batch if c.of_captions and len(c.captions) > 1]
     if several:
         names = several[0].of_captions

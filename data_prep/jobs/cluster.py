@@ -1,9 +1,9 @@
-"""Tasks on a Ray cluster: in actors that keep the models they have loaded, or that share some.
+"""Runs tasks on a Ray cluster, in actors that keep their models loaded or share model actors.
 
-The nodes must see the same paths, and have the same packages and this repository, installed or
-under the same path. Ray is imported only when it is asked for. An actor dies with its node or its
-process; its task may pass at another try, and another actor is started wherever the cluster has
-room. Models that are shared are in actors of their own (`models.py`).
+All nodes must see the same paths and have the same packages and this repository, installed or at
+the same path. Ray is imported only when it is used. An actor dies with its node or process; its
+task may be retried, and a new actor starts wherever the cluster has room. Shared models run in
+separate actors (`models.py`).
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from data_prep.jobs.workers import (
 
 _WAITING_SECS = 60.0
 
-_now = time.monotonic  # of the limit of a task; tests put their own clock here
+_now = time.monotonic  # measures the time limit of tasks; replaced by tests
 
 
 @contextlib.contextmanager
 def _connect(address: str) -> Generator[Any]:
-    """Gives the module, connected."""
+    """Connects to a cluster, and yields the module `ray`."""
     try:
         import ray
     except ImportError as error:
         raise ValueError("--engine=ray needs Ray; run: pip install ray") from error
-    if ray.is_initialized():  # by the program that calls us; it is theirs to end
+    if ray.is_initialized():  # by the calling program, which also shuts it down
         yield ray
         return
-    # So that the workers find this very code, where it is not installed as a package.
+    # Lets the workers find this code where it is not installed as a package.
     paths = [str(pathlib.Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
@@ -72,16 +72,16 @@ def _connect(address: str) -> Generator[Any]:
 
 @dataclasses.dataclass(eq=False)
 class _Worker:
-    """An actor; since when it is at work, and whether it was stopped for taking too long."""
+    """An actor, when its current task began, and whether it was killed at the time limit."""
 
     actor: Any
-    started: Any  # reference that is ready when the process has started
+    started: Any  # reference that is ready once the process has started
     began_secs: float | None = None
     is_overdue: bool = False
 
 
 class RayPool:
-    """Actors on a cluster, one task at a time in each; see `workers.ThisProcess`."""
+    """Pool of Ray actors, each with one task at a time; same methods as `workers.ThisProcess`."""
 
     def __init__(self, function: Function, config: ml_collections.ConfigDict, add_pairs: Report):
         """Connects to the cluster.
@@ -103,7 +103,7 @@ class RayPool:
 
     @property
     def room(self) -> int:
-        """Actors that the cluster has room for now; with nodes that join, where none are asked."""
+        """Number of actors that fit the cluster now; fixed if `config.num_workers` is set."""
         if self._num_workers is not None:
             return max(1, self._num_workers)
         has, s = self._ray.cluster_resources(), self._settings
@@ -128,8 +128,8 @@ class RayPool:
         return future
 
     def poll(self) -> None:
-        """Stops tasks that take too long since their actor has started; warns where none starts."""
-        while self._idle:  # no task is left for them
+        """Kills actors whose task exceeds the time limit; warns if no actor starts."""
+        while self._idle:  # no tasks are left for them
             self._ray.kill(self._idle.pop().actor)
         for worker in self._busy.values():
             if worker.began_secs is None:
@@ -164,7 +164,7 @@ class RayPool:
         try:
             outcome, pairs = future.result()
         except known.RayTaskError as error:
-            # The function's own errors come as outcomes: this one is in packing or unpacking.
+            # Errors of the function itself are returned as outcomes; this one is from (un)pickling.
             outcome, pairs = Outcome(error=describe_error(error)), 0
         except known.RayError as error:
             return self._died(worker, error)
@@ -181,14 +181,14 @@ class RayPool:
         self._connection.close()
 
     def _died(self, worker: _Worker, error: Exception) -> Outcome:
-        with contextlib.suppress(Exception):  # it has most likely ended
+        with contextlib.suppress(Exception):  # it has probably ended already
             self._ray.kill(worker.actor)
         reason = " ".join(str(error).split())
         if getattr(error, "actor_init_failed", False):
             raise ValueError(f"no Ray worker could start: {reason}")
-        # The task is not to blame for the loss of its node, or for memory that others took. A node
-        # that does not answer is called unavailable until Ray gives it up, and its actors are ended
-        # by whoever has started them.
+        # A task is not blamed for the loss of its node, or for memory that others used up. Ray
+        # calls a silent node unavailable until it gives the node up; its actors are then killed by
+        # the process that started them.
         known = self._ray.exceptions
         lost = known.NodeDiedError | known.ActorUnavailableError | known.ObjectLostError
         is_lost = isinstance(error, lost | known.OutOfMemoryError)
@@ -200,7 +200,7 @@ class RayPool:
 
 
 class _WorkerActor(ClusterActor):
-    """Does tasks."""
+    """Actor that runs tasks."""
 
     def __init__(self, folder: str, models: Sequence[Any]):
         super().__init__(folder)
@@ -208,7 +208,7 @@ class _WorkerActor(ClusterActor):
             share_models(functools.partial(SharedModel, actors=ModelActors(models)))
 
     def work(self, function: Function, task: Any) -> tuple[Outcome, int]:
-        """Does one task; returns the outcome and the number of pairs."""
+        """Runs one task; returns the outcome and the number of pairs."""
         pairs: list[int] = []
         outcome = call_function(function, task, pairs.append)
         if outcome.error is not None:

@@ -1,14 +1,14 @@
-"""Runs tasks here, in processes or on a Ray cluster, and finds the pairs that end a worker.
+"""Runs tasks locally or on a Ray cluster, and finds input pairs that crash a worker.
 
-What a task does, and whether it has to be done, is not known to the engines. Since a task is a
-function of its input alone, all of them write the same bytes.
+The engines do not know what a task does or whether it has to run. A task is a function of its input
+alone, so all engines write the same bytes.
 
-A crash in a library takes the whole worker with it, and nobody is left to name the pair. So a shard
-whose worker has died is run again, and records in a small file next to its output which batch of
-pairs it works on. When it dies again, the next run takes the pairs of that batch one by one, only
-to see whether it survives them, before it works on the batch. A pair that ends this run as well is
-left out of the next. One death begins the search, and two more find each pair: one in its batch,
-one at itself. Only where they agree a pair is blamed.
+A crash in a library kills the whole worker, and no error names the pair. A shard whose worker died
+is therefore run again and records, in a small file next to its output, the batch of pairs in
+progress. If it dies again, the next run first tries the pairs of that batch one by one, and only
+then processes the batch. A pair that kills this run as well is skipped in the next one. The first
+death starts the search, and two more find each pair: one in its batch, one on the pair itself. A
+pair is blamed only if both agree.
 """
 
 from __future__ import annotations
@@ -51,26 +51,26 @@ from diht_jax.terminal import ProgressBar, print_escaped
 
 ENGINES = ("local", "ray")
 
-CRASHED = "crashed"  # the reason of pairs that are left out
+CRASHED = "crashed"  # reason of skipped pairs
 
-# A task that failed goes behind this many others.
+# A failed task is queued behind this many others.
 _OTHERS_FIRST = 8
-# Before each further attempt of one that its storage has failed: a store that is down, or a file
-# server that is moved, is away for minutes.
+# Delays before the next attempts after a storage failure. A store that is down, or a file server
+# that is being moved, is unavailable for minutes.
 _STORAGE_DELAYS_SECS = (30.0, 120.0, 480.0)
-# How often each cause is forgiven; `retries` for the others. Nodes may be taken away at any time.
+# Retries per cause; `retries` for the others. Cluster nodes may be taken away at any time.
 _LIMITS = {TIMEOUT: 1, STORAGE: len(_STORAGE_DELAYS_SECS), LOST: 10}
 
-BATCH, PAIR = "batch", "pair"  # what a run records: it works on a batch, or tries one pair of it
+BATCH, PAIR = "batch", "pair"  # stage of a run: it processes a batch, or tries one pair of it
 
-_MAX_CRASHED = 20  # pairs of a shard; where there are more, they are not the reason
-_MAX_UNEXPLAINED = 2  # deaths of a shard that lead to no pair
+_MAX_CRASHED = 20  # pairs of a shard; more than these cannot all be the cause
+_MAX_UNEXPLAINED = 2  # deaths per shard that did not lead to a pair
 
 Failed = TypeVar("Failed", bound=Mapping[str, str])
 
 
 def print_failures(failures: Failed) -> Failed:
-    """Lists on stderr what failed, at the end of a job; returns the same dict."""
+    """Lists the failures on stderr at the end of a job; returns the same dict."""
     for source, error in failures.items():
         print_escaped(f"failed: {source}: {error}", file=sys.stderr)
     return failures
@@ -86,20 +86,20 @@ def run_pending(
 ) -> dict[str, str]:
     """Calls `function(task, report)` for every task; a failure does not stop the others.
 
-    A task that may succeed at another try runs again, as often as `_LIMITS` allows.
+    A failed task that may succeed runs again, as often as `_LIMITS` allows.
 
     Args:
         function: importable by its name; its results are files. It calls `report(n)` whenever it
-            has done n more pairs.
+            has processed n more pairs.
         tasks: picklable, each with a `source`.
         config: has `jobs.failures.KEYS`.
 
     Returns:
-        The `source` of each task that failed, with the reason, which is logged.
+        The `source` of each failed task, with the reason, which is also logged.
 
     Raises:
         ValueError: no worker can start, or there is no such cluster.
-        FullError: there is no room for the output of a task.
+        FullError: there is no space for the output of a task.
     """
     failures: dict[str, str] = {}
     if not tasks:
@@ -109,7 +109,7 @@ def run_pending(
         pool = _open_pool(function, len(tasks), config, engine, progress.add)
         try:
             while queue.fill(pool):
-                if not queue.busy:  # the others wait for their time
+                if not queue.busy:  # all others wait for their retry
                     time.sleep(POLL_SECS)
                 done, _ = futures.wait(queue.busy, POLL_SECS, futures.FIRST_COMPLETED)
                 pool.poll()
@@ -123,7 +123,7 @@ def run_pending(
                     if outcome.error is not None:
                         failures[str(attempt.task.source)] = outcome.error
                         logging.error("%s failed: %s", attempt.task.source, outcome.error)
-                progress.add(0)  # also while nothing happens the bar is drawn
+                progress.add(0)  # redraws the bar even if nothing happened
         finally:
             pool.stop()
     return failures
@@ -148,7 +148,7 @@ def _open_pool(
 
 @dataclasses.dataclass(frozen=True)
 class _Attempt:
-    """A task, and how often it has failed before by which cause."""
+    """A task, and the number of its failures by cause."""
 
     task: Any
     failures: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
@@ -156,10 +156,10 @@ class _Attempt:
 
 @dataclasses.dataclass
 class _Queue:
-    """Tasks that wait for a worker, those under way, and those that are to run again.
+    """Tasks that wait for a worker, run now, or will be retried.
 
-    `delayed` has them with the time when they do, `alone` those that want all memory, at the end:
-    only local workers are killed for it.
+    `delayed` holds tasks with the time of their retry. `alone` holds tasks that need all of the
+    memory and run at the end; only local workers are killed for a lack of memory.
     """
 
     ready: collections.deque[_Attempt]
@@ -169,7 +169,7 @@ class _Queue:
     alone: list[_Attempt] = dataclasses.field(default_factory=list)
 
     def fill(self, pool: Any) -> bool:
-        """Gives the pool what it has room for; False at the end."""
+        """Submits tasks until the pool is full; returns False at the end."""
         for when, attempt in list(self.delayed):
             if when <= time.monotonic():
                 self.delayed.remove((when, attempt))
@@ -184,7 +184,7 @@ class _Queue:
         return bool(self.busy or self.delayed)
 
     def retry(self, attempt: _Attempt, outcome: Outcome) -> bool:
-        """Takes a task back that failed and may pass; False where its outcome is final."""
+        """Queues a failed task again if it may succeed; returns False if its outcome is final."""
         cause = outcome.cause
         if cause == NOT_STARTED:
             self.ready.appendleft(attempt)
@@ -196,7 +196,7 @@ class _Queue:
         attempt.failures[counted] += 1
         is_allowed = attempt.failures[counted] <= _LIMITS.get(counted, self.retries)
         if is_searched and cause in (DEATH, KILLED, LOST):
-            # The search ends by itself.
+            # The search has a limit of its own.
             task = _go_on_searching(attempt.task, may_be_blamed=cause == DEATH)
             is_allowed = task is not None and (is_allowed or cause == DEATH)
             attempt = dataclasses.replace(attempt, task=task)
@@ -217,7 +217,7 @@ class _Queue:
 
 
 class _Progress(ProgressBar):
-    """The bar of a job's tasks, which shows the pairs that are done."""
+    """Progress bar over the tasks of a job, with the number of pairs done."""
 
     def __init__(self, num_tasks: int, label: str):
         super().__init__(total=num_tasks, desc=label, unit="shard", dynamic_ncols=True)
@@ -225,7 +225,7 @@ class _Progress(ProgressBar):
         self._start_secs = self._drawn_secs = time.monotonic()
 
     def add(self, pairs: int, tasks: int = 0) -> None:
-        """Counts pairs that are done, and tasks that have ended; draws the bar now and then."""
+        """Counts pairs and finished tasks; refreshes the bar at most once per `POLL_SECS`."""
         self._pairs += pairs
         now = time.monotonic()
         rate = self._pairs / max(now - self._start_secs, 1e-9)
@@ -238,12 +238,12 @@ class _Progress(ProgressBar):
 
 @dataclasses.dataclass(frozen=True)
 class CrashSearch:
-    """Knowledge after deaths of a worker; entries are numbered from 0, skipped ones too.
+    """State of the search for pairs that kill a worker; entry numbers include skipped entries.
 
     Attributes:
-        crashed: entries that end their worker, and are left out.
-        suspects: first and last (exclusive) of the batch whose pairs are tried one by one.
-        unexplained: deaths that led to no pair.
+        crashed: numbers, from 0, of the entries that kill their worker and are skipped.
+        suspects: first and last (exclusive) number of the batch to be tried one by one.
+        unexplained: number of deaths that did not lead to a pair.
     """
 
     crashed: tuple[int, ...] = ()
@@ -251,10 +251,10 @@ class CrashSearch:
     unexplained: int = 0
 
     def after(self, record: dict[str, Any] | None) -> CrashSearch | None:
-        """Adds one more death; None where the search is given up.
+        """Returns the state after one more death; None to give up the search.
 
         Args:
-            record: the last one of the run; None where it had not begun a batch.
+            record: the last record of the run; None if the run had not begun a batch.
         """
         if record is not None:
             stage, batch = record["stage"], (record["first"], record["last"])
@@ -262,7 +262,7 @@ class CrashSearch:
                 return CrashSearch((*self.crashed, batch[0]), None, self.unexplained)
             if stage == BATCH and self.suspects != batch:
                 return dataclasses.replace(self, suspects=batch)
-        # Outside of all pairs, or of a batch although each of its pairs alone did no harm.
+        # Either outside of all pairs, or in a batch whose pairs were harmless one by one.
         if self.unexplained < _MAX_UNEXPLAINED:
             return dataclasses.replace(self, unexplained=self.unexplained + 1)
         return None
@@ -270,22 +270,22 @@ class CrashSearch:
 
 @dataclasses.dataclass
 class WorkRecord(contextlib.AbstractContextManager["WorkRecord"]):
-    """The file in which a run records what it works on, once a worker has died of the shard."""
+    """File in which a run records its progress once a worker has died of the shard."""
 
     output: str  # the file is next to it
-    search: CrashSearch | None  # None where no worker has died: nothing is recorded
+    search: CrashSearch | None  # None before the first death: nothing is recorded
     first: int = 0  # number of the next entry
 
     def begin(self, entries: Sequence[Any], try_one: Callable[[Any], object]) -> list[Any]:
-        """Records that a run works on the next entries of its source.
+        """Records that a run begins the next entries of its source.
 
         Args:
-            entries: `Skipped`, or something with a `key`.
-            try_one: does to one of them what will be done to all, to no effect; called for each
-                suspect, and may end this process.
+            entries: `Skipped`, or objects with a `key`.
+            try_one: processes one entry like the run will, without any effect; called for each
+                suspect, and may kill this process.
 
         Returns:
-            The entries; those that ended their worker before are skipped.
+            The entries, with those that killed their worker replaced by `Skipped`.
         """
         found = list(entries)
         if self.search is None:
@@ -309,14 +309,14 @@ class WorkRecord(contextlib.AbstractContextManager["WorkRecord"]):
         files.write_bytes(_record_path(self.output), json.dumps(record).encode())
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Removes the file at the end of a run, unless that is a death."""
+        """Removes the file at the end of a run, unless the run ends with `ProcessDeath`."""
         is_death = kind is not None and issubclass(kind, ProcessDeath)
         if self.search is not None and not is_death:
             files.remove(_record_path(self.output))
 
 
 def _go_on_searching(task: Any, *, may_be_blamed: bool) -> Any:
-    """The `ShardTask` to run in place of one whose worker has died; None ends the attempts."""
+    """Returns the `ShardTask` to run after its worker died; None to stop retrying."""
     path = _record_path(task.output)
     record = None
     with contextlib.suppress(OSError):
@@ -334,6 +334,6 @@ def _go_on_searching(task: Any, *, may_be_blamed: bool) -> Any:
 
 
 def _record_path(output: str) -> str:
-    # Named as a temporary file of the output, so that a later run removes what a killed one left.
+    # Named like a temporary file of the output, which makes a later run remove a leftover.
     folder, name = os.path.split(output)
     return files.join(folder, f".{name}.work.0-00000000.tmp")

@@ -1,7 +1,7 @@
-"""Keys of all jobs; tasks that are done and whole, failed within a limit or beyond it, or waiting.
+"""Config keys of all jobs, the state of their tasks, and the limits on failed and changed inputs.
 
-Why a shard has failed stands next to its output (`FAILED_SUFFIX`) until it is made, so that another
-job of an array knows that nobody works on it. A later run tries it again.
+The reason of a failure is stored next to the output of the shard (`FAILED_SUFFIX`) until it
+succeeds. It tells other jobs of an array that nobody works on the shard. A later run retries it.
 """
 
 from __future__ import annotations
@@ -28,45 +28,45 @@ from diht_jax.storage import files
 from diht_jax.storage.stores import is_remote
 from diht_jax.terminal import print_escaped
 
-# Keys of all commands that do shard jobs.
+# Keys of all commands that run shard jobs.
 KEYS: dict[str, Any] = {
-    # Failed inputs that the output is written without: a share below 1 (0: none; else one at
-    # least), or a number.
+    # Failed inputs that the output may be written without: a share below 1 (0: none; else at least
+    # one), or a number.
     "max_failed_shards": Key(0.01, NOT_NEGATIVE),
-    # Inputs of before that may be gone or replaced, counted in the same way. What was made of them
-    # is removed or made again; where they are more, nothing of it is touched.
+    # Earlier inputs that may be missing or replaced, counted in the same way: their results are
+    # removed or made again. If there are more, the job stops before it changes anything.
     "max_changed_shards": Key(0.01, NOT_NEGATIVE),
-    "num_workers": Key(int, NOT_NEGATIVE),  # processes; None: one per core, 0: no other process
-    # How often a shard is run again when its worker died; 0: after no failure but the first at its
-    # time limit, not even of its storage or its node, which have limits of their own.
+    "num_workers": Key(int, NOT_NEGATIVE),  # processes; None: one per core, 0: only this process
+    # Retries of a shard whose worker died. 0 also disables the retries after failures of storage or
+    # nodes, which have limits of their own, but not the one retry after a timeout.
     "retries": Key(1, NOT_NEGATIVE),
-    # Seconds after which the worker of a shard is stopped; the second time the shard has failed.
+    # Time limit of a shard: its worker is stopped, and the shard fails at the second timeout.
     "shard_timeout_secs": Key(float, POSITIVE),
     # "auto" for the running cluster (or $RAY_ADDRESS), "local" to start one on this machine for the
-    # time of the job, else HOST:PORT.
+    # job, else HOST:PORT.
     "ray.address": "auto",
-    "ray.cpus_per_worker": Key(1.0, NOT_NEGATIVE),  # cores that a worker reserves
-    # GPUs, or a part of one, that a worker reserves and sees.
+    "ray.cpus_per_worker": Key(1.0, NOT_NEGATIVE),  # cores reserved for each worker
+    # GPUs, or a fraction of one, that each worker reserves and sees.
     "ray.gpus_per_worker": Key(0.0, NOT_NEGATIVE),
-    # Actors at most that hold the networks for all workers, as many as the GPUs have room for; 0
-    # for none: each worker has its own.
+    # Maximum number of actors that hold the networks for all workers, limited by the GPUs; 0: each
+    # worker has its own networks.
     "ray.model_actors": Key(0, NOT_NEGATIVE),
-    # GPUs, or a part of one, that such an actor reserves and sees.
+    # GPUs, or a fraction of one, that each model actor reserves and sees.
     "ray.gpus_per_model_actor": Key(1.0, NOT_NEGATIVE),
 }
 
-# Status with which a command ends whose output is there, without the shards that failed.
+# Exit status of a command whose output was written without the failed shards.
 INCOMPLETE_STATUS = 3
 
-# Path -> bytes, None where the file is missing.
+# Path -> size in bytes; None if the file is missing.
 Sizes = Callable[[str], int | None]
 
 
 class Failures(dict[str, str]):
-    """Sources that failed, with the reason.
+    """Failed sources, with the reason.
 
     Attributes:
-        output_written: whether the output is there nevertheless, without them.
+        output_written: whether the output was written without the failed sources.
         made: output -> statistics of the shards that `run_noting_failures` has made.
     """
 
@@ -75,7 +75,7 @@ class Failures(dict[str, str]):
 
     @property
     def exit_status(self) -> int:
-        """Exit status of a command that ends with them: 0 where there are none."""
+        """Exit status of a command with these failures; 0 if there are none."""
         if not self:
             return 0
         return INCOMPLETE_STATUS if self.output_written else 1
@@ -85,11 +85,11 @@ class Survey(NamedTuple, Generic[Task]):
     """State of the tasks of all jobs.
 
     Attributes:
-        parts: tasks that are done, with their statistics (not read while others are waited for).
-        failed: "source" and "error" of each task that failed when it was last tried.
-        waiting: tasks that are neither, as far as their files tell.
-        failed_tasks: those of `failed`.
-        changed: those of `waiting` that were done, and whose input is another one since.
+        parts: finished tasks with their statistics (not read while other tasks are waiting).
+        failed: "source" and "error" of each task that failed in its last run.
+        waiting: all other tasks.
+        failed_tasks: the tasks of `failed`.
+        changed: waiting tasks that were finished, but whose input has changed since.
     """
 
     parts: Sequence[tuple[Task, Mapping[str, Any]]]
@@ -99,14 +99,14 @@ class Survey(NamedTuple, Generic[Task]):
     changed: Sequence[ShardTask]
 
     def explain_changed(self) -> dict[str, str]:
-        """Source -> what to do, of each task of `changed`."""
+        """Returns source -> what to do, for each task in `changed`."""
         text = "it has changed since another job of the array had read it: run that job again once "
         text += "nothing writes to it any more, or the command without --num_tasks"
         return {str(task.source): text for task in self.changed}
 
 
 def check_job(config: ml_collections.ConfigDict) -> None:
-    """Raises ValueError where one of `KEYS` is out of its range, or two contradict each other."""
+    """Raises ValueError if one of `KEYS` is out of its range, or two contradict each other."""
     check_ranges(config, KEYS)
     if config.num_workers == 0 and config.shard_timeout_secs is not None:
         raise ValueError(
@@ -121,10 +121,10 @@ def check_job(config: ml_collections.ConfigDict) -> None:
 
 
 def allowed_number(limit: float, total: int, *, one_of_a_few: bool = True) -> int:
-    """The number of shards that a limit allows: a number, or a share (below 1) of them.
+    """Returns the number of shards that a limit allows: a number, or a share (below 1) of `total`.
 
-    A share above 0 allows one of several at least, unless `one_of_a_few` is false: one percent of
-    fewer than 100 shards is none, and one bad tar would hold up all others.
+    A share above 0 allows at least one of several shards, unless `one_of_a_few` is false. One
+    percent of fewer than 100 shards would be none, and one bad tar would block all others.
     """
     least = 1 if one_of_a_few and limit > 0 and total > 1 else 0
     return max(least, int(limit * total + 1e-9)) if limit < 1 else int(limit)
@@ -133,14 +133,14 @@ def allowed_number(limit: float, total: int, *, one_of_a_few: bool = True) -> in
 def survey(
     tasks: Sequence[Task], known: Mapping[str, Mapping[str, Any]] | None = None
 ) -> Survey[Task]:
-    """Looks which tasks are done, by this config on this input, and which have failed.
+    """Finds the tasks that are finished, with this config and this input, and those that failed.
 
-    The statistics are held without the counts, so that the memory does not grow with them. While
-    some tasks are waited for, by the names in the folder, none of the others' is read.
+    Statistics are held without counts, which bounds the memory. They are not read at all if the
+    names of the files show that some tasks are waiting.
 
     Args:
-        tasks: of one folder, in order.
-        known: output -> such statistics that were read before, and need not be read again.
+        tasks: tasks of one folder, in order.
+        known: output -> statistics that were already read.
     """
     known = dict(known or {})
     folder = tasks[0].output.rpartition("/")[0] if tasks else ""
@@ -167,7 +167,7 @@ def survey(
 
 
 def find_finished(tasks: Sequence[ShardTask]) -> dict[str, dict[str, Any]]:
-    """Output -> `trim_stats`, of the tasks of one folder that are done and whole."""
+    """Returns output -> `trim_stats`, for finished and undamaged tasks of one folder."""
     if not tasks:
         return {}
     folder = tasks[0].output.rpartition("/")[0]
@@ -183,13 +183,13 @@ def find_finished(tasks: Sequence[ShardTask]) -> dict[str, dict[str, Any]]:
 
 
 def has_output(path: str, stats: Mapping[str, Any], size_of: Sizes) -> bool:
-    """Tells whether an output and its other files have the sizes that its statistics name."""
+    """Returns whether an output and its other files have the sizes given in its statistics."""
     sizes = {"": stats["output"]["bytes"], **stats["output"]["companions"]}
     return all(size == size_of(path + suffix) for suffix, size in sizes.items())
 
 
 def open_sizes(folder: str) -> Sizes:
-    """Bytes of the files of a folder by their path; those of a store are listed at once."""
+    """Returns a function from path to size; the files of a store are listed in one request."""
     if not is_remote(folder):
         return files.size
     listed = files.list_sizes(folder, lambda name: not name.endswith(STATS_SUFFIX))
@@ -197,7 +197,7 @@ def open_sizes(folder: str) -> Sizes:
 
 
 def damaged_outputs(parts: Sequence[tuple[ShardTask, Mapping[str, Any]]]) -> set[str]:
-    """The outputs, all of one folder, for which `has_output` is false."""
+    """Returns the outputs, all in one folder, for which `has_output` is false."""
     if not parts:
         return set()
     sizes = open_sizes(parts[0][0].output.rpartition("/")[0])
@@ -212,10 +212,10 @@ def run_noting_failures(
     *,
     label: str,
 ) -> Failures:
-    """Like `run_pending`, and notes what failed next to the outputs, until it succeeds.
+    """Like `run_pending`; also records failures next to the outputs, until they succeed.
 
-    A shard whose input has changed since it was read is made again. One whose input changes once
-    more has failed.
+    A shard whose input changes while it is read is run again. If the input changes once more, the
+    shard has failed.
     """
     if not pending:
         return Failures()
@@ -249,7 +249,7 @@ def run_noting_failures(
             note = {"source": str(task.source), "error": error}
             try:
                 files.write_object(task.output + FAILED_SUFFIX, note)
-            except OSError as refused:  # without it, other jobs take the shard for waiting
+            except OSError as refused:  # other jobs will then treat the shard as waiting
                 logging.error("that %s failed could not be noted: %s", task.source, refused)
     return failures
 
@@ -262,12 +262,12 @@ def is_unfinished(
     *,
     has_other_jobs: bool = True,
 ) -> bool:
-    """Tells whether no output can be written yet; prints why, or which shards are left out.
+    """Returns whether the output cannot be written yet; prints the reason, or what is left out.
 
     Args:
-        limit: `config.max_failed_shards`, of all input shards, which are `total`.
+        limit: `config.max_failed_shards`, for `total` input shards.
         participle: what the stage does to a shard.
-        has_other_jobs: whether other jobs may make what is missing.
+        has_other_jobs: whether other jobs may make the missing shards.
     """
     num_done, failed = len(found.parts), len(found.failed)
     allowed = allowed_number(limit, total) if failed else 0
@@ -295,7 +295,7 @@ def is_unfinished(
 
 
 def with_output(failures: Mapping[str, str], failed: Sequence[Mapping[str, str]]) -> Failures:
-    """The failures of all jobs of an array, where the output was written without them."""
+    """Merges the failures of all jobs of an array, for an output written without them."""
     result = Failures({**failures, **{found["source"]: found["error"] for found in failed}})
     result.output_written = True
     return result

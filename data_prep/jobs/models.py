@@ -1,14 +1,14 @@
-"""Models that a task uses: in the worker's own process, or in actors that share the GPUs.
+"""Models used by tasks: in the worker's own process, or in actors that share the GPUs.
 
-A task asks for a model with `open_model` and need not know which of the two it gets.
+A task opens a model with `open_model`, and works with either of the two.
 
-On a Ray cluster models are in actors of their own, several a GPU, shared by all workers. Ray starts
-them wherever the cluster has room, also on nodes that join, and restarts those that die. A worker
-sends batches to several of them at a time, and no more than a few, so that a slow GPU holds up the
-reading instead of filling the memory. When a model actor dies, whoever waits for it sends its batch
-to another one: a call depends on its arguments alone.
+On a Ray cluster, models run in separate actors, several per GPU, shared by all workers. Ray starts
+them wherever the cluster has room, including nodes that join later, and restarts them after a
+death. A worker has at most `_MAX_UNDER_WAY` batches in flight, so a slow GPU delays reading
+instead of filling the memory. When a model actor dies, each waiting worker sends its batch to
+another one, because a call depends on its arguments only.
 
-Ray is imported only where it is in use. What a model computes is not known here.
+Ray is imported only when it is used. This module does not know what the models compute.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from absl import logging
 
 from data_prep.jobs.workers import POLL_SECS, ProcessDeath
 
-# Batches that a worker has under way: one computes, the others travel or wait.
+# Batches in flight per worker: one is computed, the others are transferred or wait.
 _MAX_UNDER_WAY = 4
-# Model actors that may die of a batch before the batch is taken to be the reason.
+# Number of model actors that may die of a batch before the batch is blamed.
 _MAX_DEATHS = 3
 _WAITING_SECS = 60.0
 
-# Makes a model ready, once per process however often it is called; picklable.
+# Returns a model that is loaded once per process, however often it is called; picklable.
 Load = Callable[[], Any]
 
 
 class LocalModel:
-    """A model in this process; `SharedModel` is one that runs elsewhere, with the same method."""
+    """Model in this process; `SharedModel` has the same method for a model in model actors."""
 
     def __init__(self, load: Load):
         self._load = load
@@ -46,8 +46,8 @@ class LocalModel:
         """Calls a method many times, and yields the results in the order of the calls.
 
         Args:
-            method: of what `load` returns; a function of its arguments alone.
-            calls: the arguments of each call, taken as they are needed.
+            method: name of a method of the model; its result depends on its arguments only.
+            calls: the arguments of each call, consumed lazily.
         """
         function = getattr(self._load(), method)
         for arguments in calls:
@@ -58,26 +58,26 @@ _open: Callable[[Load], Any] = LocalModel
 
 
 def open_model(load: Load) -> LocalModel | SharedModel:
-    """The model that a task should use."""
+    """Returns the model that a task should use."""
     return _open(load)
 
 
 def is_shared() -> bool:
-    """Tells whether models run in other processes than this one."""
+    """Returns whether models run in other processes than this one."""
     return _open is not LocalModel
 
 
 def share_models(opened: Callable[[Load], SharedModel]) -> None:
-    """Lets all later tasks of this process use models that run elsewhere."""
+    """Makes all later tasks of this process use models in other processes."""
     global _open
     _open = opened
 
 
 class ClusterActor:
-    """A process of the cluster, in the folder of the job where there is one."""
+    """Actor that runs in the folder of the job, if its node has that folder."""
 
     def __init__(self, folder: str):
-        self.hint = ""  # for errors of tasks and models
+        self.hint = ""  # appended to errors of tasks and models
         try:
             os.chdir(folder)
         except OSError as error:
@@ -87,15 +87,15 @@ class ClusterActor:
             )
 
     def start(self) -> bool:
-        """Answers when the process has started."""
+        """Returns once the process has started."""
         return True
 
 
 class _ModelActor(ClusterActor):
-    """Holds models."""
+    """Actor that holds models."""
 
     def call(self, load: Load, method: str, arguments: tuple[Any, ...]) -> Any:
-        """Calls a method of the model that `load` gives."""
+        """Calls a method of the model returned by `load`."""
         try:
             model = load()
         except ValueError as error:
@@ -104,22 +104,22 @@ class _ModelActor(ClusterActor):
 
 
 def start_models(ray: Any, count: int, gpus_each: float) -> list[Any]:
-    """Asks for the model actors; each starts as soon as the cluster has room for it."""
+    """Requests the model actors; each starts as soon as the cluster has room for it."""
     options: dict[str, Any] = {}
     if gpus_each:
-        # Else JAX takes three quarters of a GPU's memory at once, which the other actors of the
-        # GPU need, and in the same actor the text spotter, whose networks are of torch.
+        # By default JAX takes three quarters of a GPU's memory, which is needed by other actors on
+        # the GPU and by the torch networks of the text spotter in the same actor.
         memory = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         if gpus_each < 1:
             memory["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 * gpus_each:.2f}"
         options["runtime_env"] = {"env_vars": memory}
-    # Without CPUs: the GPUs limit them, and workers cannot take their room.
+    # No CPUs: the GPUs limit the number of actors, and workers cannot take their place.
     remote = ray.remote(num_cpus=0, num_gpus=gpus_each, max_restarts=-1, **options)(_ModelActor)
     return [remote.remote(os.getcwd()) for _ in range(count)]
 
 
 class ModelActors:
-    """The model actors as a worker sees them: those that answer, and those that were asked to."""
+    """Model actors from the view of a worker: those that are ready, and those not yet started."""
 
     def __init__(self, actors: Sequence[Any]):
         import ray
@@ -129,15 +129,15 @@ class ModelActors:
         self._asked: dict[Any, Any] = {actor.start.remote(): actor for actor in actors}
 
     def ask_again(self) -> None:
-        """Trusts none before it has answered anew: a lost node takes several at once."""
+        """Marks all actors as not ready until they answer again; a lost node may take several."""
         self._asked |= {actor.start.remote(): actor for actor in self._ready}
         self._ready = []
 
     def choose(self, busy: Iterable[Any]) -> Any:
-        """Chooses the ready actor with the fewest calls under way; waits until one is ready.
+        """Returns the ready actor with the fewest calls in flight; waits until one is ready.
 
         Raises:
-            ValueError: none can start.
+            ValueError: no actor can start.
         """
         began_secs = time.monotonic()
         self._take_answers(timeout_secs=0)
@@ -164,7 +164,7 @@ class ModelActors:
             try:
                 self._ray.get(reference)
                 self._ready.append(actor)
-            except known.ActorUnavailableError:  # until Ray has restarted it
+            except known.ActorUnavailableError:  # while Ray restarts it
                 time.sleep(POLL_SECS)
                 self._asked[actor.start.remote()] = actor
             except known.RayError as error:
@@ -174,7 +174,7 @@ class ModelActors:
 
 @dataclasses.dataclass(eq=False)
 class _Call:
-    """A call that is under way."""
+    """A call in flight."""
 
     arguments: Any
     actor: Any = None
@@ -182,7 +182,7 @@ class _Call:
 
 
 class SharedModel:
-    """Stands in a worker for a model that the model actors hold."""
+    """Proxy in a worker for a model that runs in the model actors."""
 
     def __init__(self, load: Load, actors: ModelActors):
         import ray
@@ -195,7 +195,7 @@ class SharedModel:
         """Like `LocalModel.map`.
 
         Raises:
-            ProcessDeath: several model actors have died of one call.
+            ProcessDeath: several model actors died of one call.
         """
         under_way: collections.deque[_Call] = collections.deque()
         for arguments in calls:
@@ -212,13 +212,13 @@ class SharedModel:
         call.result = call.actor.call.remote(self._load, method, call.arguments)
 
     def _receive(self, method: str, under_way: collections.deque[_Call]) -> Any:
-        """The result of the first call."""
+        """Returns the result of the oldest call; sends it again if its actor died."""
         call = under_way.popleft()
         for deaths in range(1, _MAX_DEATHS + 1):
             try:
                 return self._ray.get(call.result)
             except self._ray.exceptions.RayTaskError as error:
-                raise error.cause from error  # of the model itself, as if it had run here
+                raise error.cause from error  # raised by the model itself, as in a local call
             except self._ray.exceptions.RayError as error:
                 if deaths == _MAX_DEATHS:
                     reason = " ".join(str(error).split())

@@ -1,19 +1,19 @@
-"""Shard tasks: what is done for which input, one output and its statistics each, written once.
+"""Shard tasks: each writes one output shard and its statistics, once.
 
-A shard counts as done when its statistics file exists, which is written last, and when that file
-names the same config, the same input and an output of the size that it has. What is done to
-the records is not known here; `engine.py` runs the tasks.
+A shard is done when its statistics file, which is written last, exists and names the same config,
+the same input, and the present size of the output. This module does not know how records are
+processed; `engine.py` runs the tasks.
 
-Of every input two things are kept next to the output: its contents, as part, options and size, in
-the statistics; and its location (path, size and time of change), in a file of its own, since that
-differs from one machine to the next. What counts as the same is one of `IDENTITIES`:
+Two descriptions of each input are stored next to the output. Its contents (part, options, size) are
+in the statistics. Its location (path, size, modification time) has a separate file, because it
+differs between machines. `IDENTITIES` lists the ways to decide whether an input is the same:
 
-    time   size and time of change, or the version that an object store states; nothing is read
-    hash   like "time"; and a file that was touched or copied is known by a hash of every byte,
-           which costs a reading of its own
-    size   size alone, after a copy that has lost the times
+    time   by size and modification time, or the version that an object store states; no reads
+    hash   like "time"; a file that was touched or copied is compared by a hash of all its bytes,
+           which reads the file once more
+    size   by size only, for copies that lost their modification times
 
-The files that a table names are part of it, and are compared in the same way.
+Files that a table names belong to the table, and are compared in the same way.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from diht_jax.storage.stores import input_size, is_remote, open_file
 
 STATS_SUFFIX = dataset_info.STATS_SUFFIX
 MERGED_STATS = "stats.json"
-# What describes the whole folder of an output.
+# Files that describe the whole output folder.
 MERGED_FILES = (MERGED_STATS, INDEX_NAME, *dataset_info.FILES, dataset_info.SIZES)
-FAILED_SUFFIX = ".failed.json"  # next to an output that could not be made: why
+FAILED_SUFFIX = ".failed.json"  # next to an output that could not be made: the reason
 
-LOCATION_SUFFIX = ".place.json"  # of the files with locations
+LOCATION_SUFFIX = ".place.json"  # of the files with locations of inputs
 
 IDENTITIES = ("time", "hash", "size")
 
@@ -60,11 +60,11 @@ class ShardTask:
     """A unit of offline work.
 
     Attributes:
-        source: what is read.
-        output: path of the shard that is written.
-        config_hash: of everything that decides what is written.
-        identity: what counts as the same input, one of `IDENTITIES`.
-        search: for pairs that end their worker, once one has died of this task.
+        source: the input.
+        output: path of the shard to write.
+        config_hash: hash of all settings that determine the output.
+        identity: how inputs are compared, one of `IDENTITIES`.
+        search: search for pairs that kill their worker, after a first death.
     """
 
     source: SourceShard
@@ -75,7 +75,7 @@ class ShardTask:
 
     @property
     def stats_path(self) -> str:
-        """Path of the statistics."""
+        """Path of the statistics file."""
         return self.output + STATS_SUFFIX
 
 
@@ -83,17 +83,17 @@ Task = TypeVar("Task", bound=ShardTask)
 
 
 def hash_config(config: dict[str, Any]) -> str:
-    """A short fingerprint of JSON-able settings; the order of keys does not matter."""
+    """Returns a short hash of JSON-able settings, independent of the order of keys."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Description(NamedTuple):
-    """Description of an input, JSON-able.
+    """JSON-able description of an input.
 
     Attributes:
-        contents: what it holds, independent of where it is: part, options, size, and the hash of
-            every byte where it was asked for.
-        location: path, size and time of change.
+        contents: independent of the location: part, options, size, and the hash of all bytes if
+            requested.
+        location: path, size and modification time.
     """
 
     contents: dict[str, Any]
@@ -105,11 +105,11 @@ def run_task(
     process: Callable[[SourceShard, RecordWriter], dict[str, Any]],
     companions: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Does one task; nothing of it is visible until it is complete. Returns its statistics.
+    """Runs one task and returns its statistics; no output is visible until it is complete.
 
     Args:
-        process: reads the source, writes records, returns JSON-able counts.
-        companions: endings of further files that `process` writes, such as ".more" for OUTPUT.more.
+        process: reads the source, writes records, and returns JSON-able counts.
+        companions: suffixes of other files that `process` writes, such as ".more" for OUTPUT.more.
 
     Raises:
         ValueError: the source is damaged.
@@ -122,8 +122,8 @@ def run_task(
 
 
 def begin_task(task: ShardTask) -> Description:
-    """Removes what an earlier attempt has left; describes the input before it is read."""
-    if task.search is not None:  # workers have died of it, and left half-written files
+    """Removes the leftovers of an earlier attempt, and describes the input before it is read."""
+    if task.search is not None:  # workers died of it and left half-written files
         folder, name = os.path.split(task.output)
         remove_temporary_files(folder, [name])
     files.remove(task.stats_path)
@@ -138,7 +138,7 @@ def finish_task(
     companions: Sequence[str] = (),
     digest: str | None = None,
 ) -> dict[str, Any]:
-    """Writes the statistics, which makes the task done: what it read, what it wrote, counts."""
+    """Writes the statistics of the input, the output and the counts; the task is then done."""
     output = describe_output(task.output, records, companions)
     if digest is not None:
         output["digest"] = digest
@@ -154,7 +154,7 @@ def finish_task(
 
 
 def describe_output(path: str, records: int, companions: Sequence[str] = ()) -> dict[str, Any]:
-    """Statistics of an output that is written; see `finish_task`."""
+    """Returns the statistics of an output file; see `finish_task`."""
     return {
         "file": os.path.basename(path),
         "records": records,
@@ -164,14 +164,14 @@ def describe_output(path: str, records: int, companions: Sequence[str] = ()) -> 
 
 
 def trim_stats(stats: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of statistics that a driver holds: nothing that grows with the records."""
+    """Returns the statistics kept by a driver, whose size is independent of the records."""
     return {name: stats[name] for name in ("config_hash", "output") if name in stats}
 
 
 def check_all(tasks: Sequence[Task]) -> Iterator[tuple[Task, dict[str, Any] | None, str | None]]:
-    """Every task, its statistics, and what has changed since: config or input, None for nothing.
+    """Yields every task, its statistics, and the changed config or input (None if unchanged).
 
-    From a store they are read by many requests at once; the counts are held of a few only.
+    Reads many files of a store concurrently, and holds the counts of only a few.
     """
     if tasks:
         yield from files.map_many(_check, tasks, tasks[0].output)
@@ -195,16 +195,16 @@ def _check(task: Task) -> tuple[Task, dict[str, Any] | None, str | None]:
 
 
 def remove_temporary_files(folder: str, names: Iterable[str]) -> None:
-    """Removes the half-written files that a killed run has left of outputs and their companions.
+    """Removes the half-written files of outputs and their companions that a killed run left.
 
-    No other process may be writing these outputs now.
+    No other process may be writing these outputs at the same time.
     """
     wanted = frozenset(names)
     files.remove_temporary_files(folder, lambda name: bool(names_below([name], wanted)))
 
 
 def remove_merged(folder: str, names: Iterable[str] = MERGED_FILES) -> None:
-    """Removes what describes the whole folder, before a shard of it changes."""
+    """Removes the files that describe the whole folder, before one of its shards changes."""
     for name in names:
         files.remove(files.join(folder, name))
 
@@ -212,7 +212,7 @@ def remove_merged(folder: str, names: Iterable[str] = MERGED_FILES) -> None:
 def remove_outputs(folder: str, outputs: Collection[str]) -> None:
     """Removes outputs with all files that belong to them.
 
-    Their statistics go first: without them an output is not done.
+    The statistics are removed first, because an output without statistics is not done.
     """
     below = names_below(files.list_names(folder), outputs)
     for name in sorted(below, key=lambda name: not name.endswith(STATS_SUFFIX)):
@@ -220,7 +220,7 @@ def remove_outputs(folder: str, outputs: Collection[str]) -> None:
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON object in a file; a ValueError where it is missing or damaged."""
+    """Reads a JSON object from a file; raises ValueError if it is missing or damaged."""
     found = files.read_object(os.fspath(path))
     if found is None:
         raise ValueError(f"{os.fspath(path)}: missing, or damaged")
@@ -228,7 +228,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def names_below(names: Iterable[str], outputs: Collection[str]) -> list[str]:
-    """The file names that belong to outputs: their own, and those with more behind a dot."""
+    """Returns the file names of outputs: OUTPUT itself, and OUTPUT.suffix with any suffix."""
     wanted = frozenset(outputs)
 
     def belongs(name: str) -> bool:
@@ -239,10 +239,10 @@ def names_below(names: Iterable[str], outputs: Collection[str]) -> list[str]:
 
 
 def describe_input(source: SourceShard, identity: str = "time") -> Description:
-    """Describes an input; reads it only where it is hashed.
+    """Describes an input; reads it only if it is hashed.
 
     Raises:
-        FileNotFoundError: it is gone.
+        FileNotFoundError: the input is gone.
     """
     contents, location = _look_at(source)
     if identity == "hash":
@@ -255,10 +255,10 @@ def describe_input(source: SourceShard, identity: str = "time") -> Description:
 def is_same_input(
     source: SourceShard, contents: Mapping[str, Any], location_path: str, identity: str = "time"
 ) -> bool:
-    """Compares an input with the contents of before, and the location in a file, if it is there.
+    """Compares an input with its earlier contents, and with its stored location if there is one.
 
-    An input that was touched or copied is compared by its bytes where they were hashed; if they are
-    the same, its new location is written down, so that the next run need not read it.
+    An input that was touched or copied is compared by its hash, if it was hashed. If the hashes are
+    equal, the new location is stored, and the next run need not read the input.
 
     Raises:
         FileNotFoundError: the input is gone.
@@ -268,7 +268,7 @@ def is_same_input(
         if name != "files" and contents.get(name) != value:
             return False
     before = files.read_object(location_path)
-    # The path is no part of it: what was moved is the same file.
+    # The path is ignored: a moved file is still the same file.
     if before is not None and before | {"path": location["path"]} == location:
         return True
     if "digest" in contents:
@@ -283,7 +283,7 @@ def is_same_input(
 
 
 def _look_at(source: SourceShard) -> Description:
-    """The description of an input, of which nothing is read."""
+    """Describes an input without reading it."""
     found = source.identity()
     location = {"path": found["path"], "size_bytes": found["size_bytes"]}
     location["changed"] = found["changed_ns"]
@@ -301,7 +301,7 @@ def _look_at(source: SourceShard) -> Description:
 
 
 def _hash_all(source: SourceShard) -> str:
-    """The hash of every byte of a file, or of a folder's files with their names."""
+    """Returns the hash of all bytes of a file, or of a folder's files with their names."""
     digest = _new_hash()
     found = [("", source.path)]
     if not is_remote(source.path) and os.path.isdir(source.path):
@@ -315,16 +315,16 @@ def _hash_all(source: SourceShard) -> str:
     return digest.hexdigest()
 
 
-# For each of several parts of a file the whole is hashed, but read once in a process.
+# Several parts of one file hash the whole file; the cache reads it once per process.
 @functools.lru_cache(maxsize=1024)
 def _hash_file(path: str, version: int | str | None) -> bytes:
-    """Hash of a file; the version makes the calls before and after a change differ."""
+    """Returns the hash of a file; `version` keeps the cache from outliving a change."""
     with open_file(path) as file:
         return hashlib.file_digest(file, _new_hash).digest()
 
 
 def _hash_linked(source: SourceShard) -> str:
-    """Hash of every byte of the files that a table names, in the order of its rows."""
+    """Returns the hash of all files that a table names, in the order of its rows."""
     digest = _new_hash()
     for root, name in list_linked_files(source):
         image = read_image(os.path.realpath(root), name, name)

@@ -1,8 +1,8 @@
-"""Workers: this process, or processes of pebble's pool.
+"""Pools of workers: the current process, or processes managed by pebble.
 
-pebble stops tasks at their time limit, and the death of a worker is an error of its task alone.
-Workers are spawned, since the parent may have threads. They count their pairs through one pipe,
-whose short messages are written as a whole; no lock is shared that a dead worker could hold.
+pebble stops tasks at their time limit, and reports the death of a worker as an error of its task
+only. Workers are spawned because the parent may have threads. They report pair counts through one
+pipe with atomic, short messages, so a dead worker cannot hold a lock.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from typing import Any
 
 from diht_jax.storage.stores import FullError, is_outage
 
-Report = Callable[[int], None]  # called with a number of pairs that are done
+Report = Callable[[int], None]  # called with the number of pairs done since the last call
 Function = Callable[[Any, Report], Any]
 
 POLL_SECS = 0.5
 
-# Why a task failed, where that says what to do next.
-STORAGE = "storage"  # a disk, a network or a store has failed for longer than a read was tried
-DEATH = "death"  # the worker process ended while it was at work
-KILLED = "killed"  # from outside while others were at work: memory ran out
+# Causes of failures that decide whether and when a task is retried.
+STORAGE = "storage"  # a disk, network or store failed for longer than reads are retried
+DEATH = "death"  # the worker process died while it ran the task
+KILLED = "killed"  # killed from outside while other workers ran, because memory ran out
 LOST = "lost"  # the node of the worker is gone
-TIMEOUT = "timeout"  # the task took longer than it may
-FULL = "full"  # there is no room for the output: other tasks would fail of it as well
-NOT_STARTED = "not started"  # the worker has ended before it had the task
+TIMEOUT = "timeout"  # the task exceeded its time limit
+FULL = "full"  # no space for the output: other tasks would fail as well
+NOT_STARTED = "not started"  # the worker ended before it received the task
 
 _STOP_SECS = 5.0
-_MAX_FAILED_STARTS = 3  # in a row
-# The libraries under spaCy and NumPy would start a thread per core in every worker.
+_MAX_FAILED_STARTS = 3  # consecutive ones
+# Otherwise the libraries under spaCy and NumPy start one thread per core in every worker.
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-_EXITED = 256  # stands for exit code 0, which pebble takes for no death and waits on
+_EXITED = 256  # replaces exit code 0, which pebble does not treat as a death and would wait on
 
 
 class ProcessDeath(OSError):
-    """A process that a task needed has died of what it was given to do, as a worker may."""
+    """Raised when the input of a task killed a process that it uses; counts as a worker's death."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +54,9 @@ class Outcome:
     """How one task has ended.
 
     Attributes:
-        error: what went wrong; None after success.
-        cause: why the error may pass when the task is run again, one of the above; None where it
-            will not: the input is damaged, or the code has a defect.
+        error: error message; None after success.
+        cause: one of the causes above if the task may succeed in another run; None if it will not
+            (the input is damaged, or the code has a defect).
     """
 
     error: str | None = None
@@ -64,7 +64,7 @@ class Outcome:
 
     @classmethod
     def of_error(cls, error: Exception) -> Outcome:
-        """The outcome of a task that raised; an outage of a disk or a store may pass later."""
+        """Returns the outcome of a task that raised; storage outages may pass later."""
         cause = STORAGE if is_outage(error) else None
         if isinstance(error, FullError | ProcessDeath):
             cause = FULL if isinstance(error, FullError) else DEATH
@@ -72,13 +72,13 @@ class Outcome:
 
     @classmethod
     def timed_out(cls, limit_secs: float) -> Outcome:
-        """The outcome of a task that was stopped after some time."""
+        """Returns the outcome of a task that was stopped at its time limit."""
         error = f"stopped after config.shard_timeout_secs={limit_secs:g} seconds"
         return cls(error=error, cause=TIMEOUT)
 
 
 def call_function(function: Function, task: Any, report: Report) -> Outcome:
-    """Does one task in this process; an exception becomes the error of the outcome."""
+    """Runs one task in this process; an exception becomes the error of the outcome."""
     try:
         function(task, report)
         return Outcome()
@@ -87,39 +87,39 @@ def call_function(function: Function, task: Any, report: Report) -> Outcome:
 
 
 def describe_error(error: Exception) -> str:
-    """The error for the person who reads the log: a defect with its traceback."""
-    if isinstance(error, ValueError | OSError):  # whose messages are written for people
+    """Formats an error for the log: defects with their traceback."""
+    if isinstance(error, ValueError | OSError):  # their messages are written for users
         return str(error)
     return "".join(traceback.format_exception(error))
 
 
 @dataclasses.dataclass
 class ThisProcess:
-    """The pool that runs tasks here, one after the other; the others have the same methods."""
+    """Pool that runs tasks in this process, one at a time; defines the methods of all pools."""
 
     function: Function
     add_pairs: Report
-    room = 1  # tasks that may be under way
+    room = 1  # number of tasks that may run at a time
 
     def submit(self, task: Any) -> futures.Future:
-        """Starts a task, which has ended when its future is done."""
+        """Starts a task; its future is done when the task has ended."""
         future: futures.Future[Outcome] = futures.Future()
         future.set_result(call_function(self.function, task, self.add_pairs))
         return future
 
     def poll(self) -> None:
-        """Looks after the tasks that are under way, and counts the pairs that are done."""
+        """Checks on running tasks, and counts the pairs that are done."""
 
     def read(self, future: futures.Future) -> Outcome:
-        """The outcome of a task that has ended."""
+        """Returns the outcome of a task that has ended."""
         return future.result()
 
     def stop(self) -> None:
-        """Ends all workers, at work or not."""
+        """Ends all workers, busy or idle."""
 
 
 class _Process(multiprocessing.context.SpawnProcess):
-    """A worker; it ends only with the pool, so that any other end of it is a death."""
+    """Worker process; must run until the pool ends, so any earlier exit counts as a death."""
 
     @property
     def exitcode(self) -> int | None:
@@ -131,12 +131,12 @@ class _Context(multiprocessing.context.SpawnContext):
 
 
 class LocalPool:
-    """Worker processes; see `ThisProcess`."""
+    """Pool of worker processes; same methods as `ThisProcess`."""
 
     def __init__(
         self, function: Function, num_workers: int, timeout_secs: float | None, add_pairs: Report
     ):
-        """Starts no worker before there is a task."""
+        """Creates the pool; workers start with the first task."""
         try:
             import pebble
         except ImportError as error:
@@ -152,9 +152,9 @@ class LocalPool:
         self._pool: Any = None  # a pebble.ProcessPool
         self._failed_starts = 0
         self._context = _Context()
-        self._receiver, self._sender = self._context.Pipe(duplex=False)  # of numbers of pairs
+        self._receiver, self._sender = self._context.Pipe(duplex=False)  # for numbers of pairs
         self._added = [name for name in _ONE_THREAD if name not in os.environ]
-        os.environ.update(dict.fromkeys(self._added, "1"))  # which workers inherit
+        os.environ.update(dict.fromkeys(self._added, "1"))  # inherited by workers
 
     def submit(self, task: Any) -> futures.Future[Outcome]:
         """Starts a task."""
@@ -175,13 +175,13 @@ class LocalPool:
             self._add_pairs(int.from_bytes(self._receiver.recv_bytes(), "little"))
 
     def read(self, future: futures.Future[Outcome]) -> Outcome:
-        """The outcome of a task that has ended.
+        """Returns the outcome of a task that has ended.
 
         Raises:
             ValueError: no worker can start.
         """
         error = future.exception()
-        if isinstance(error, BrokenProcessPool):  # of all tasks of the pool
+        if isinstance(error, BrokenProcessPool):  # raised for all tasks of the pool
             if self._pool is not None and not self._pool.active:
                 self._stop_workers()
                 self._failed_starts += 1
@@ -205,7 +205,7 @@ class LocalPool:
             end = f"signal {-code}"
             with contextlib.suppress(ValueError):
                 end += f", {signal.Signals(-code).name}"
-        # The kernel kills the largest process when the memory of all of them runs out.
+        # The kernel kills the largest process when memory runs out.
         is_shared = code == -signal.SIGKILL and self.room > 1
         return Outcome(
             error=f"the worker process died at work ({end}): either memory ran out, and fewer "
@@ -214,12 +214,12 @@ class LocalPool:
         )
 
     def narrow(self) -> None:
-        """Goes on with one worker; the others end, and give their memory back."""
+        """Continues with one worker; the others end and release their memory."""
         self.room = 1
         self._stop_workers()
 
     def stop(self) -> None:
-        """Ends all workers, at work or not."""
+        """Ends all workers, busy or idle."""
         self._stop_workers()
         for name in self._added:
             os.environ.pop(name, None)
@@ -229,13 +229,13 @@ class LocalPool:
         if pool is None:
             return
         pool.stop()
-        for process in multiprocessing.active_children():  # at once, not one after the other
+        for process in multiprocessing.active_children():  # all at once instead of one by one
             if process.name == self._pebble.pool.process.WORKERS_NAME:
                 process.terminate()
         pool.join()
 
 
-_sender: connection.Connection | None = None  # of this process, if it is a worker
+_sender: connection.Connection | None = None  # set in worker processes only
 
 
 def _begin(sender: connection.Connection) -> None:
@@ -247,13 +247,13 @@ def _begin(sender: connection.Connection) -> None:
 
 
 def _leave(*_: Any) -> None:
-    """Ends a worker by an exception, so that half-written files are removed."""
+    """Exits a worker with an exception, which removes half-written files."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(1)
 
 
 def _end_with_parent() -> None:
-    """Ends this process when the parent was killed: another run may begin."""
+    """Ends this process if the parent is killed, because another run may begin."""
     if (parent := multiprocessing.parent_process()) is not None:
         connection.wait([parent.sentinel])
         os.kill(os.getpid(), signal.SIGTERM)
@@ -262,11 +262,11 @@ def _end_with_parent() -> None:
 
 
 def _work(function: Function, task: Any) -> Outcome:
-    """Does one task in a worker process."""
+    """Runs one task in a worker process."""
     pairs, sent_secs = 0, time.monotonic()
 
     def report(count: int, *, is_end: bool = False) -> None:
-        """Tells the parent how many pairs are done, but not too often."""
+        """Reports the number of pairs to the parent, at most once per `POLL_SECS`."""
         nonlocal pairs, sent_secs
         pairs += count
         if pairs and _sender is not None and (is_end or time.monotonic() - sent_secs >= POLL_SECS):
@@ -275,7 +275,7 @@ def _work(function: Function, task: Any) -> Outcome:
 
     try:
         outcome = call_function(function, task, report)
-    except SystemExit:  # which pebble would take for an error of the task
+    except SystemExit:  # pebble would treat it as an error of the task
         os._exit(1)
     report(0, is_end=True)
     return outcome

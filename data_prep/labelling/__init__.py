@@ -1,1 +1,1 @@
-"""Concept labels: vocabularies, embeddings, heads trained on them, labelled shards."""
+"""Concept labels: vocabularies, teacher embeddings, linear heads, and labelled shards."""

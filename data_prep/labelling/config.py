@@ -1,6 +1,6 @@
-"""The config of `data_prep.label`: every key with its default, and the checks of their ranges.
+"""Config of `data_prep.label`: every key with its default, and checks of the values.
 
-The sections of the teachers are next to their code, in `data_prep.teachers`.
+The sections of the teachers are defined next to their code, in `data_prep.teachers`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from diht_jax.config.keys import (
 from diht_jax.records.formats import check_format
 from diht_jax.records.schema import MAX_CONCEPT_ID, MAX_CONCEPTS
 
-# Those that have room for concepts.
+# Formats that can store concepts in their records.
 _OUTPUT_FORMATS = ("tfrecord", "array_record")
 
-# Ours: what captions speak of, but no picture shows, or every picture does.
+# Our choice: words in captions that no image shows, or that every image shows.
 _STOP_OBJECTS = (
     "array", "assortment", "background", "bit", "close-up", "collection", "copy", "credit", "day",
     "detail", "example", "file", "illustration", "image", "item", "kind", "letter", "lot", "one",
@@ -47,47 +47,47 @@ _STOP_ATTRIBUTES = (
 
 
 KEYS: dict[str, Any] = failures.KEYS | {
-    "input": str,  # folder (or several, with commas) of data_prep.filter
+    "input": str,  # output folder of data_prep.filter, or several separated by commas
     "output": str,  # folder of the labels
-    # Whether the output gets shards with labels in every record, rather than files of labels alone.
-    # A folder that has such shards goes on to.
+    # Write new shards with labels in every record, instead of separate files of labels. A folder
+    # that already has such shards continues with them.
     "merge": False,
-    "output_format": "tfrecord",  # or "array_record": of merged shards
-    "dataset_name": "pairs",  # with the split it makes the names of merged shards
-    "split": "train",  # the second part of these names
-    "concepts": True,  # whether there are to be concept labels; False: CLIP embeddings alone
-    "vocabulary.min_count": Key(10, COUNT),  # pairs that must mention a concept
+    "output_format": "tfrecord",  # format of merged shards; or "array_record"
+    "dataset_name": "pairs",  # first part of the names of merged shards, before the split
+    "split": "train",  # second part of these names
+    "concepts": True,  # make concept labels; False: only CLIP embeddings
+    "vocabulary.min_count": Key(10, COUNT),  # minimum number of pairs that mention a concept
     "vocabulary.max_objects": Key(10_000, Range(0, MAX_CONCEPT_ID + 1)),  # the most frequent ones
-    "vocabulary.max_attributes": Key(2_000, Range(0, MAX_CONCEPT_ID + 1)),  # likewise
-    "vocabulary.stop_objects": _STOP_OBJECTS,  # never concepts
-    "vocabulary.stop_attributes": _STOP_ATTRIBUTES,  # never concepts
-    "heads.load": str,  # folder whose heads are taken over
-    "heads.steps": Key(2000, COUNT),  # at most
-    "heads.batch_size": Key(1024, COUNT),  # images drawn for each step
-    "heads.learning_rate": 1e-3,  # peak; falls to zero by a cosine
-    # An L2 penalty, as a prior: the deviation of logits that is expected before any image is seen;
-    # a large one is no penalty. It matters where images are few; for 1,280 dimensions 2.5 was the
-    # best of those tried.
+    "vocabulary.max_attributes": Key(2_000, Range(0, MAX_CONCEPT_ID + 1)),  # the most frequent ones
+    "vocabulary.stop_objects": _STOP_OBJECTS,  # excluded from the vocabulary
+    "vocabulary.stop_attributes": _STOP_ATTRIBUTES,  # excluded from the vocabulary
+    "heads.load": str,  # folder whose heads are used instead of new ones
+    "heads.steps": Key(2000, COUNT),  # maximum; training may stop early
+    "heads.batch_size": Key(1024, COUNT),  # images per step
+    "heads.learning_rate": 1e-3,  # peak; cosine decay to zero
+    # L2 penalty, given as a prior: expected standard deviation of the logits before any training;
+    # large values disable the penalty. It matters if images are few; 2.5 was the best of the values
+    # tried for 1,280 dimensions.
     "heads.prior_logit_std": Key(2.5, POSITIVE),
-    # Share of the images above which a concept is not up-sampled; 1: all are, by 1 / sqrt(share).
+    # Concepts in a smaller share of the images are up-sampled by sqrt(threshold / share); 1: all.
     "heads.repeat_threshold": Key(1.0, SHARE_NOT_0),
-    # Share of the images, chosen by their keys.
+    # Share of the images that are held out, chosen by their keys.
     "heads.held_out": Key(0.1, Range(0, 1, excludes_low=True, excludes_high=True)),
-    "heads.max_examples": Key(2_000_000, COUNT),  # images that are trained on; more are sampled
-    "heads.max_held_out": Key(20_000, COUNT),  # images that metrics are measured on
-    # The heads stay while at most this many shards changed since they were made: a share below 1,
-    # or a number. Above, they are trained again, and every shard is labelled again.
+    "heads.max_examples": Key(2_000_000, COUNT),  # for training; sampled if there are more images
+    "heads.max_held_out": Key(20_000, COUNT),  # maximum number of images for metrics
+    # Keep the heads while at most this many shards changed since the training: a share below 1, or
+    # a number. Otherwise, heads are trained again, and every shard is labelled again.
     "heads.max_changed_shards": Key(0.01, NOT_NEGATIVE),
-    "embedding_dtype": Key("float16", OneOf(DTYPES)),  # of the kept embeddings; or "float32"
-    "top_k": Key(10, Range(1, MAX_CONCEPTS)),  # objects, and attributes, kept of each image
-    # GB on the local disk for embeddings that go to a store and are read again in the same run.
+    "embedding_dtype": Key("float16", OneOf(DTYPES)),  # of the stored embeddings; or "float32"
+    "top_k": Key(10, Range(1, MAX_CONCEPTS)),  # objects, and attributes, stored per image
+    # GB of local disk for embeddings that are written to a store and read again in the same run.
     "scratch_gb": Key(8.0, NOT_NEGATIVE),
-    "report_images": Key(36, NOT_NEGATIVE),  # in report.html
-    # Of the held-out images, the order of training and the report's images.
+    "report_images": Key(36, NOT_NEGATIVE),  # images in report.html
+    # Seed of the held-out split, the order of training and the images of the report.
     "seed": Key(0, NOT_NEGATIVE),
 }
 
-OPTIONAL_KEYS = ("teacher.swag.architecture",)  # they may be None, which is not their default
+OPTIONAL_KEYS = ("teacher.swag.architecture",)  # may be None, which is not their default
 
 # Prefix of keys -> files whose comments describe them.
 COMMENT_FILES = {
@@ -102,15 +102,15 @@ COMMENT_FILES = {
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """Every key of a labelling config, with its default."""
+    """Returns a labelling config with every key at its default."""
     c = build_config(KEYS)
-    c.clip_teachers = clip.default_config()  # CLIPs whose embeddings are kept for training
+    c.clip_teachers = clip.default_config()  # CLIP models whose embeddings are stored for training
     c.teacher = default_teacher()
     return c
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
-    """Checks the ranges of values.
+    """Checks the values of a config.
 
     Raises:
         ValueError: a value is out of its range.

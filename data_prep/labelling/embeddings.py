@@ -1,11 +1,11 @@
-"""A teacher's embeddings of shards, kept so that they are computed only once.
+"""Embeddings of a teacher for every shard, stored to be computed only once.
 
-`embeddings/NAME.tfrecord` has one record for each record of the shard NAME, in its order: a
+`embeddings/NAME.tfrecord` has one record for each record of the shard NAME, in the same order: a
 `tf.train.Example` with the features
 
-    key                of the record
+    key                key of the record
     embedding_float16  [d], little-endian; or `embedding_float32`
-    missing            why the teacher gave no embedding, in place of it
+    missing            the reason if there is no embedding, in place of it
 
 The models are in `data_prep.teachers`.
 """
@@ -46,13 +46,13 @@ _KEY, _EMBEDDING, _MISSING = "key", "embedding_", "missing"
 
 
 class ShardEmbeddings(NamedTuple):
-    """The embeddings of a shard.
+    """Embeddings of a shard.
 
     Attributes:
-        keys: of all n records.
+        keys: keys of all n records.
         rows: int64 [m], positions of the m records that have an embedding, ascending.
-        embeddings: [m, d], theirs.
-        missing: reason -> records that have none because of it.
+        embeddings: [m, d], the embeddings of these records.
+        missing: reason -> number of records without an embedding.
     """
 
     keys: list[str]
@@ -63,15 +63,15 @@ class ShardEmbeddings(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LocalCopies:
-    """Copies on the local disk of what is read again soon from a store.
+    """Copies on the local disk of remote files that are read again soon.
 
-    Workers on this machine leave here the embeddings that the heads learn from, which the labels
-    take too, and where labels are merged the records.
+    Workers on this machine copy the embeddings used for training the heads, which labelling reads
+    again, and the records if labels are merged.
 
     Attributes:
-        folder: of the copies; None keeps nothing.
-        max_bytes: once they are larger, no more is kept (by a file for each worker at most).
-        with_records: whether records are kept, and not embeddings alone.
+        folder: folder of the copies; None disables copies.
+        max_bytes: no file is added above this size (each worker may exceed it by one file).
+        with_records: whether records are copied in addition to embeddings.
     """
 
     folder: str | None = None
@@ -81,17 +81,16 @@ class LocalCopies:
     @classmethod
     @contextlib.contextmanager
     def open(cls, max_bytes: float, with_records: bool) -> Generator[LocalCopies]:
-        """Copies in a temporary folder, which is removed at the end."""
+        """Makes a temporary folder for copies, which is removed at the end."""
         with tempfile.TemporaryDirectory(prefix="diht_label_") as folder:
             yield cls(folder, max_bytes, with_records)
 
     @contextlib.contextmanager
     def write(self, path: str) -> Generator[Callable[[bytes], None] | None]:
-        """Opens the copy of a file of records.
+        """Opens the copy of a file of records for writing.
 
         Yields:
-            A function that takes the records one by one; None where the file is local, or there is
-            no room.
+            A function that writes one record; None if the file is local, or if there is no space.
         """
         copy = self._copy_of(path)
         if copy is None or self._num_bytes() >= self.max_bytes:
@@ -101,7 +100,7 @@ class LocalCopies:
             yield writer.write
 
     def find(self, path: str) -> str | None:
-        """The copy of a file; None where there is none."""
+        """Returns the path of a file's copy; None if there is none."""
         found = self._copy_of(path)
         return found if found and os.path.exists(found) else None
 
@@ -125,7 +124,7 @@ def load_embeddings(task: shards.ShardTask, copies: LocalCopies = NO_COPIES) -> 
     """Reads the embeddings of one shard.
 
     Raises:
-        ValueError: the file is missing, damaged, or not the one that was written.
+        ValueError: the file is missing or damaged, or differs from the one that was written.
     """
     path = copies.find(task.output) or task.output
     keys, rows, vectors, dtype = [], [], [], DTYPES[0]
@@ -149,7 +148,7 @@ def load_embeddings(task: shards.ShardTask, copies: LocalCopies = NO_COPIES) -> 
         return ShardEmbeddings(
             keys, np.array(rows, np.int64), embeddings, dict(sorted(missing.items()))
         )
-    except StorageError:  # the file may be good
+    except StorageError:  # the file itself may be good
         raise
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -159,7 +158,7 @@ def load_embeddings(task: shards.ShardTask, copies: LocalCopies = NO_COPIES) -> 
 
 
 def hash_embeddings(identity: dict[str, Any], dtype: str) -> str:
-    """The fingerprint of all that decides the embeddings of a shard."""
+    """Hashes all settings that determine the embeddings of a shard."""
     settings = {"format_version": _FORMAT_VERSION, "teacher": identity, "dtype": dtype}
     return shards.hash_config(settings)
 
@@ -171,11 +170,11 @@ def embed_shard(
     config: ml_collections.ConfigDict,
     copies: LocalCopies = NO_COPIES,
 ) -> None:
-    """Embeds one shard, writes its file, and leaves copies of what is read again.
+    """Embeds one shard, writes the embeddings, and makes local copies of files read again soon.
 
     Raises:
-        ValueError: a damaged shard, a teacher that gives no proper embeddings, or values that
-            float16 cannot hold.
+        ValueError: the shard is damaged, the teacher returns invalid embeddings, or their values
+            exceed the range of float16.
     """
     made = dataclasses.replace(task.embedding, search=task.search)
 
@@ -206,7 +205,7 @@ def embed_shard(
 
 
 def _encode(key: str, result: Embedded, dtype: str, source: SourceShard) -> bytes:
-    """One record of the file of embeddings; ValueError where the dtype cannot hold them."""
+    """Encodes one record; raises ValueError if the embedding exceeds the range of the dtype."""
     if isinstance(result, str):
         return encode_features({_KEY: encode_key(key), _MISSING: result.encode()})
     stored = result.astype(np.dtype(dtype).newbyteorder("<"))
@@ -220,9 +219,9 @@ def _encode(key: str, result: Embedded, dtype: str, source: SourceShard) -> byte
 def embed_records(
     task: LabelTask, report: Report, teacher: Teacher, batch_size: int
 ) -> Iterator[tuple[Record, Embedded]]:
-    """Yields each record of a shard, with its embedding or why it has none.
+    """Yields each record of a shard with its embedding, or the reason why it has none.
 
-    Once a worker has died of the task, it looks for the record that ends it.
+    After a worker has died of the task, it searches for the record that kills the worker.
     """
     waiting: collections.deque[Record] = collections.deque()
 
@@ -246,7 +245,7 @@ def embed_records(
 def _embed_surviving(
     records: Iterator[Record], teacher: Teacher, batch_size: int, work: WorkRecord
 ) -> Iterator[list[Embedded]]:
-    """Like `Teacher.embed`, without the records that have ended their worker."""
+    """Like `Teacher.embed`, but skips the records that killed their worker."""
     while batch := list(itertools.islice(records, batch_size)):
         entries = work.begin(batch, lambda record: teacher.embed_all([record]))
         found = iter(teacher.embed_all([entry for entry in entries if isinstance(entry, Record)]))
@@ -254,10 +253,10 @@ def _embed_surviving(
 
 
 def read_shard(source: SourceShard) -> Iterator[Record]:
-    """The records of a shard of any format.
+    """Yields the records of a shard of any format.
 
     Raises:
-        ValueError: a damaged shard or record; names it.
+        ValueError: the shard or a record is damaged; the message names it.
     """
     for number, entry in enumerate(read_pairs(source)):
         if isinstance(entry, Skipped):
@@ -271,15 +270,15 @@ def read_shard(source: SourceShard) -> Iterator[Record]:
 
 
 def hash_keys(keys: Iterable[str]) -> np.ndarray:
-    """uint64 [n]: 64 bits that belong to each key."""
+    """Returns 64-bit hashes of keys, uint64 [n]."""
     digests = (hashlib.blake2b(encode_key(key), digest_size=8).digest() for key in keys)
     return np.frombuffer(b"".join(digests), "<u8")
 
 
 def key_ranks(key_hashes: np.ndarray, seed: int) -> np.ndarray:
-    """A number in [0, 1) for each key: the same in any shard, order and run.
+    """Returns a pseudo-random number in [0, 1) per key, independent of shard, order and run.
 
-    Another seed gives independent numbers.
+    Different seeds give independent numbers.
     """
     # The finaliser of splitmix64 (Steele et al. 2014).
     x = key_hashes + np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)

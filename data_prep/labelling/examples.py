@@ -1,12 +1,12 @@
-"""Examples to train and measure the heads on: embeddings, and the concepts that captions name.
+"""Training and held-out examples of the heads: embeddings, and the concepts named in captions.
 
-Method: DiHT, arXiv 2301.02280, "Concept Distillation". Vocabularies come from the counts of the
-filter, and targets from the mentions that it stored next to the shards; no caption is parsed here.
-The files of vocabularies are defined in `diht_jax.records.vocabulary`. The keys of the records
-decide which images are held out, and which are sampled where there are more than the config wants.
+Method: DiHT, arXiv 2301.02280, "Concept Distillation". Vocabularies are built from the counts of
+the filter, and targets from the mentions that it stored next to the shards; captions are not parsed
+again. `diht_jax.records.vocabulary` defines the vocabulary files. Hashes of the record keys decide
+which images are held out, and which are sampled if there are more than the config allows.
 
-Targets are the concepts of records, of one kind: int32 [n, m], ids of a vocabulary, and -1 behind
-those of a record that has fewer than m. NumPy only.
+Targets are the concepts of one kind in each record: int32 [n, m], ids of a vocabulary, padded with
+-1 to the m concepts of the longest record. NumPy only.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from data_prep.labelling.embeddings import (
 from diht_jax.records.vocabulary import KINDS, STATS_SUFFIX, ConceptList, Vocabulary
 from diht_jax.storage import files
 
-# Concepts of a kind that are held at once, some 100 MB; the web's captions name ever new ones.
+# Concepts of a kind in memory, some 100 MB; the captions of the web keep naming new concepts.
 _MAX_HELD = 2**20
 
 
 def read_counts(shards: Sequence[str]) -> tuple[dict[str, collections.Counter[str]], list[int]]:
-    """Adds up what the filter counted; of very many concepts the rarest so far are let go.
+    """Sums the filter's counts of concepts; drops the rarest so far if there are too many.
 
     Returns:
         Kind -> concept -> pairs that mention it, and the number of records of each shard.
 
     Raises:
-        ValueError: a shard without statistics, or one whose captions were not parsed.
+        ValueError: a shard has no statistics, or its captions were not parsed.
     """
     counts = {kind: collections.Counter() for kind in KINDS}
     records: list[int] = []
@@ -52,7 +52,7 @@ def read_counts(shards: Sequence[str]) -> tuple[dict[str, collections.Counter[st
     names = {os.path.basename(shard) for shard in shards}
     for shard, path, stats in zip(shards, paths, everything, strict=True):
         try:
-            stats = stats or {}  # a missing or damaged file
+            stats = stats or {}  # the file is missing or damaged
             found = [stats["counts"]["concepts"][kind] for kind in KINDS]
             owner, number = stats["output"]["file"], stats["output"]["records"]
         except (KeyError, TypeError) as error:
@@ -73,10 +73,10 @@ def read_counts(shards: Sequence[str]) -> tuple[dict[str, collections.Counter[st
 def build_vocabulary(
     counts: Mapping[str, Mapping[str, int]], config: ml_collections.ConfigDict
 ) -> Vocabulary:
-    """Chooses concepts and gives them ids, the most frequent first.
+    """Selects the concepts and numbers them, the most frequent first.
 
     Returns:
-        Both vocabularies; equal counts are ordered by name. One of them may be empty.
+        Both vocabularies; concepts with equal counts are ordered by name. One of them may be empty.
 
     Raises:
         ValueError: both are empty.
@@ -101,7 +101,7 @@ def build_vocabulary(
 
 
 def read_targets(shard: str, concepts: ConceptList) -> np.ndarray:
-    """The concepts of a vocabulary that the captions of each record of a shard name, as targets.
+    """Reads the targets of a shard: the concepts of a vocabulary that each record's captions name.
 
     Raises:
         ValueError: the shard's concept file is missing or damaged.
@@ -114,34 +114,34 @@ def read_targets(shard: str, concepts: ConceptList) -> np.ndarray:
 
 
 def make_targets(lengths: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Targets of n records, of which `lengths` [n] says how many of the `ids` each has."""
+    """Makes the targets of n records from their concatenated `ids` and `lengths` [n]."""
     targets = np.full((len(lengths), int(lengths.max(initial=0))), -1, np.int32)
     targets[np.arange(targets.shape[1]) < lengths[:, None]] = ids
     return targets
 
 
 def concatenate(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """The targets of several shards as one."""
+    """Concatenates the targets of several shards."""
     width = max((part.shape[1] for part in parts), default=0)
     padded = (np.pad(p, ((0, 0), (0, width - p.shape[1])), constant_values=-1) for p in parts)
     return np.concatenate([np.zeros((0, width), np.int32), *padded])
 
 
 def count_concepts(targets: np.ndarray, num_concepts: int) -> np.ndarray:
-    """int64 [num_concepts], records that have each."""
+    """Counts the records that have each concept; int64 [num_concepts]."""
     return np.bincount(targets[targets >= 0], minlength=num_concepts)
 
 
 def concept_factors(counts: np.ndarray, num_records: int, threshold: float) -> np.ndarray:
-    """The factor by which each concept should be seen more often than it occurs.
+    """Computes how much more often than it occurs each concept should be seen.
 
     A concept in a share f of the records has the factor max(1, sqrt(threshold / f)), the square
     root of its inverse frequency (recalled of DiHT, arXiv 2301.02280; the form with a threshold is
-    that of Mahajan et al. 2018, arXiv 1805.00932).
+    from Mahajan et al. 2018, arXiv 1805.00932).
 
     Args:
-        counts: int [v], records that have each; a concept that none has counts as one of one.
-        threshold: share of the records above which a concept is not rare; 1 repeats all of them.
+        counts: int [v], records that have each concept; 0 is treated as 1.
+        threshold: share of the records up to which a concept is up-sampled; 1 up-samples all.
 
     Returns:
         float64 [v].
@@ -151,21 +151,21 @@ def concept_factors(counts: np.ndarray, num_records: int, threshold: float) -> n
 
 
 def repeat_factors(targets: np.ndarray, factors: np.ndarray) -> np.ndarray:
-    """The weight of each record in a draw: its concepts' largest factor, or 0; float64 [n]."""
+    """Returns the sampling weight of each record: the largest factor of its concepts, or 0; [n]."""
     return np.append(factors, 0.0)[targets].max(axis=1, initial=0)
 
 
-# Seeds of independent choices by key.
+# Seed offsets that make the two choices by key independent.
 _SPLIT, _SAMPLE = 0, 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Examples of training, or held out.
+    """Training or held-out examples of one kind of concepts.
 
     Attributes:
         embeddings: float [n, d].
-        targets: of the n images, see the module; each has at least one concept.
+        targets: targets of the n images (module docstring), at least one concept each.
     """
 
     embeddings: np.ndarray
@@ -174,18 +174,18 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Embeddings with their targets, of training or held out.
+    """Training or held-out embeddings with the targets of both kinds of concepts.
 
     Attributes:
         embeddings: [n, d].
-        targets: kind -> targets of the n images, also of those without a concept.
+        targets: kind -> targets of the n images, including those without a concept.
     """
 
     embeddings: np.ndarray
     targets: Mapping[str, np.ndarray]
 
     def of_kind(self, kind: str) -> Split:
-        """Those that have a concept of the kind."""
+        """Returns the examples with at least one concept of a kind."""
         lengths = (self.targets[kind] >= 0).sum(axis=1)
         with_concept = np.flatnonzero(lengths)
         targets = self.targets[kind][with_concept, : lengths.max(initial=0)]
@@ -193,16 +193,16 @@ class Examples:
 
 
 def is_held_out(key_hashes: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Marks a share of the images, by a hash of their keys, that are never trained on: bool [n]."""
+    """Marks a share of the images as held out, by a hash of their keys; bool [n]."""
     return key_ranks(key_hashes, 2 * seed + _SPLIT) < share
 
 
 def choose_shards(
     records: Sequence[int], names: Sequence[str], config: ml_collections.ConfigDict
 ) -> list[int]:
-    """The shards that the heads learn from: as many as have the images that the config wants.
+    """Selects enough shards to provide the number of images that the config allows.
 
-    A hash of its name decides about a shard, so that it does not depend on the others.
+    A shard is selected by a hash of its name, which makes the choice independent of other shards.
     """
     share = config.heads.held_out
     wanted = max(config.heads.max_examples / (1 - share), config.heads.max_held_out / share)
@@ -217,10 +217,10 @@ def gather_examples(
     embedded: Sequence[shards.ShardTask],
     copies: LocalCopies = NO_COPIES,
 ) -> tuple[Examples, Examples]:
-    """Training and held-out examples; a sample by key, where there are more than the config wants.
+    """Loads the training and held-out examples, sampled by key down to the limits of the config.
 
     Raises:
-        ValueError: a file is damaged, or embeddings and mentions are not of the same records.
+        ValueError: a file is damaged, or embeddings and mentions belong to different records.
     """
     settings = config.heads
     done = find_finished(embedded)
@@ -244,7 +244,7 @@ def gather_examples(
             vectors[number].append(found.embeddings[chosen[found.rows]])
             for kind, shard_targets in of_shard.items():
                 targets[number][kind].append(shard_targets[chosen])
-    # A shard without any embedding does not know their size.
+    # A shard without any embedding has no embedding size.
     train, held_out = (
         Examples(
             np.concatenate(

@@ -1,8 +1,8 @@
-"""The files of the linear heads of a labelled folder, and how heads are applied.
+"""Files of the linear heads of a labelled folder, and prediction with the heads.
 
-`heads.npz` has the weights. `heads.json` describes them: their vocabulary and teacher, the curves
-and metrics of the training, and the shards that they were made for. NumPy only, so that labelling
-workers start fast.
+`heads.npz` stores the weights. `heads.json` describes them: vocabulary, teacher, training curves
+and metrics, and the shards that the heads were made for. NumPy only, which makes labelling workers
+start fast.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ class Head:
     bias: np.ndarray
 
     def predict(self, embeddings: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The likeliest concepts.
+        """Predicts the most likely concepts.
 
         Args:
             embeddings: float [n, d].
-            top_k: how many; all where there are fewer.
+            top_k: number of concepts k, at most the size of the vocabulary.
 
         Returns:
-            ids: int32 [n, k], likeliest first.
-            probs: float32 [n, k], softmax probabilities, renormalised over the k.
+            ids: int32 [n, k], most likely first.
+            probs: float32 [n, k], softmax probabilities, renormalised over the k concepts.
         """
         k = min(top_k, len(self.bias))
         ids = np.zeros((len(embeddings), k), np.int32)
@@ -57,7 +57,7 @@ class Head:
             part = slice(start, start + _ROWS_AT_ONCE)
             logits = embeddings[part].astype(np.float32) @ self.kernel + self.bias
             best = np.argpartition(-logits, k - 1, axis=1)[:, :k]
-            best.sort(axis=1)  # so that equal logits stand in the order of their ids
+            best.sort(axis=1)  # orders equal logits by their ids
             values = np.take_along_axis(logits, best, axis=1)
             order = np.argsort(-values, axis=1, kind="stable")
             values = np.take_along_axis(values, order, axis=1)
@@ -79,12 +79,12 @@ def write_heads(folder: str, heads: Mapping[str, Head]) -> None:
 
 @functools.lru_cache(maxsize=1)
 def load_heads(folder: str, weights_hash: str) -> dict[str, Head]:
-    """The heads of a labelled folder: kind -> head, none for an empty vocabulary.
+    """Loads the heads of a labelled folder: kind -> head, without kinds with an empty vocabulary.
 
-    A worker reads them once, and not for every shard. `weights_hash` is that of `hash_heads`.
+    Cached: a worker reads the file once for all shards. `weights_hash` comes from `hash_heads`.
 
     Raises:
-        ValueError: the file is missing or damaged, or the heads there are others.
+        ValueError: the file is missing or damaged, or contains other heads.
     """
     path = files.join(folder, WEIGHTS)
     try:
@@ -105,7 +105,7 @@ def load_heads(folder: str, weights_hash: str) -> dict[str, Head]:
 
 
 def hash_heads(folder: str) -> str | None:
-    """The fingerprint of what `write_heads` wrote; None where there is no file."""
+    """Returns the fingerprint of the file of `write_heads`; None if there is no file."""
     path = files.join(folder, WEIGHTS)
     return _hash_weights(files.read_bytes(path)) if files.exists(path) else None
 
@@ -115,23 +115,23 @@ def _hash_weights(data: bytes) -> str:
 
 
 def read_description(folder: str) -> dict[str, Any] | None:
-    """The contents of `heads.json`; None where it is missing, damaged or of another `heads.npz`."""
+    """Reads `heads.json`; returns None if it is missing, damaged or of another `heads.npz`."""
     description = files.read_object(files.join(folder, DESCRIPTION)) or {}
     is_whole = {"recipe", "weights_hash", "heads"} <= description.keys()
     return description if is_whole and description["weights_hash"] == hash_heads(folder) else None
 
 
 def load_trained(folder: str, teacher: TeacherInfo) -> tuple[dict[str, Head], dict[str, Any]]:
-    """The heads that another run has trained, with their curves and metrics.
+    """Loads the heads of another run, with their curves and metrics.
 
-    The folder, `config.heads.load`, is of that run, and the teacher of this one.
+    The heads are in the folder `config.heads.load`; `teacher` is the teacher of this run.
 
     Returns:
-        Kind -> head, and kind -> result, as `heads.json` has it.
+        Kind -> head, and kind -> result, as in `heads.json`.
 
     Raises:
-        ValueError: there are no heads, the files of the folder do not belong together, or the heads
-            are of another teacher.
+        ValueError: there are no heads, the files in the folder are inconsistent, or the heads
+            belong to another teacher.
     """
     description = read_description(folder)
     if description is None:
@@ -141,8 +141,8 @@ def load_trained(folder: str, teacher: TeacherInfo) -> tuple[dict[str, Head], di
         )
     expected = read_vocabulary(folder).describe()
     check_vocabulary(description["vocabulary"], expected, f"{folder}/{DESCRIPTION}", folder)
-    # The identity as it comes back from JSON, without what belongs to one data set. The size of the
-    # embeddings is checked when the heads are applied.
+    # Compares identities after a JSON round trip, without parts that depend on the data set. The
+    # size of the embeddings is checked when the heads are applied.
     theirs, ours = (
         {k: v for k, v in json.loads(json.dumps(identity)).items() if k not in teacher.data_keys}
         for identity in (description["teacher"], teacher.identity)

@@ -1,7 +1,7 @@
-"""The heads of a labelling job: those that are there, those of another folder, or new ones.
+"""Heads of a labelling job: existing ones, loaded ones, or newly trained ones.
 
-Heads and vocabulary stay while few of the shards are others than those they were made for
-(`config.heads.max_changed_shards`), since new ones mean that every shard is labelled again.
+Heads and vocabulary are kept while few shards have changed since the training
+(`config.heads.max_changed_shards`), because new heads require labelling every shard again.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _HEADS_VERSION = 1
 
 
 class Heads:
-    """The heads of an output folder: those that are there, or what they are to be made of.
+    """The existing heads of an output folder, or the inputs needed to make new ones.
 
     Attributes:
-        vocabulary: v of each head.
-        sample: the embedding tasks of the shards that new heads learn from; empty where no head is
+        vocabulary: the concepts of each head.
+        sample: embedding tasks of the shards that new heads are trained on; empty if no head is
             trained.
-        description: contents of `heads.json`; None until there are heads.
+        description: contents of `heads.json`; None until the heads exist.
     """
 
     vocabulary: Vocabulary
@@ -50,10 +50,10 @@ class Heads:
         embedded: Sequence[LabelTask],
         embeddings_hash: str,
     ):
-        """Decides whether the heads stay.
+        """Decides whether existing heads can be kept.
 
         Raises:
-            ValueError: a shard without counts of concepts, or no concept is frequent enough.
+            ValueError: a shard has no counts of concepts, or no concept is frequent enough.
         """
         self._config, self._folder = config, config.output
         self._embedded, self._embeddings_hash = embedded, embeddings_hash
@@ -70,17 +70,17 @@ class Heads:
         self.sample = [embedded[number] for number in chosen]
 
     def _find(self) -> dict[str, Any] | None:
-        """The description of the heads that are there; None where others are to be made."""
+        """Returns the description of the existing heads; None if new ones are needed."""
         found = head_files.read_description(self._folder)
         if found is None or found["recipe"] != self._hash_recipe():
             return None
-        if self._config.heads.load:  # these stay for any shards
+        if self._config.heads.load:  # loaded heads are valid for any shards
             if found["vocabulary"] != self.vocabulary.describe():
                 return None
         elif not self._are_few_changed(found["inputs"]):
             return None
         vocabulary = read_vocabulary(self._folder)
-        if found["vocabulary"] != vocabulary.describe():  # a killed run was about to change both
+        if found["vocabulary"] != vocabulary.describe():  # a killed run replaced only one file
             return None
         self.vocabulary = vocabulary
         return found
@@ -88,12 +88,12 @@ class Heads:
     def obtain(
         self, failed: Collection[str], teacher: TeacherInfo, copies: LocalCopies
     ) -> dict[str, Any]:
-        """Makes the heads that are not there, and writes them with their vocabulary.
+        """Makes missing heads, and writes them with their vocabulary.
 
-        One job makes them; others that come meanwhile wait, and take these.
+        Only one job makes them; other jobs wait in the meantime, and use the result.
 
         Returns:
-            Their description.
+            The description of the heads.
         """
         if self.description is None:
             with locks.leader_lock(self._folder):
@@ -112,9 +112,9 @@ class Heads:
         if config.heads.load:
             heads, results = head_files.load_trained(config.heads.load, teacher)
         else:
-            # Workers hold the teacher on the same device, and come back after the training.
+            # Workers hold the teacher on the same device, and resume after the training.
             os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-            # It needs JAX, for which a job that trains nothing should not wait.
+            # Imported here because only training needs JAX, which is slow to import.
             from data_prep.labelling.train_heads import train_and_measure
 
             sample = [task for task in self.sample if str(task.source) not in failed]
@@ -124,7 +124,7 @@ class Heads:
                 heads[part.kind], results[part.kind] = train_and_measure(
                     config, part, train, held_out
                 )
-        # Here, so that a run that failed before leaves folder and labels as they were.
+        # Written last, so a failed run leaves folder and labels unchanged.
         write_vocabulary(self._folder, self.vocabulary)
         head_files.write_heads(self._folder, heads)
         missing = {task.name: None for task in self._embedded if str(task.source) in failed}
@@ -143,9 +143,9 @@ class Heads:
         return description
 
     def _are_few_changed(self, before: dict[str, str | None]) -> bool:
-        """Compares the shards with those that heads were made for, by `_hash_inputs` of these."""
+        """Returns whether few shards differ from `before`, the `_hash_inputs` of the training."""
         now = _hash_inputs(self._embedded)
-        # A shard that had failed at that time (None) may come.
+        # A shard that had failed at that time (None) does not count as changed.
         changed = sum(
             before.get(name, "") not in (None, now.get(name, "")) for name in before | now
         )
@@ -161,10 +161,10 @@ class Heads:
         return changed <= allowed
 
     def _hash_recipe(self) -> str:
-        """A hash of all that decides vocabulary and heads but the shards."""
+        """Hashes all settings that determine vocabulary and heads, except for the shards."""
         config = self._config
         heads = config.heads.to_dict()
-        heads.pop("max_changed_shards")  # it does not decide what they become
+        heads.pop("max_changed_shards")  # does not affect the result
         settings = {
             "format_version": _HEADS_VERSION,
             "heads": heads,
@@ -176,5 +176,5 @@ class Heads:
 
 
 def _hash_inputs(tasks: Sequence[LabelTask]) -> dict[str, str]:
-    """Name of each output -> a hash by which the records of its input are known."""
+    """Maps the name of each output to a hash that identifies the records of its input."""
     return {task.name: shards.hash_config({"shard": task.shard}) for task in tasks}

@@ -1,24 +1,24 @@
-"""A whole labelling job: embeddings of all shards, the two heads, the labels, the report.
+"""Labelling job: computes embeddings, trains two heads, and writes labels and a report.
 
-The folder of the output:
+The output folder contains:
 
-    embeddings/             the teacher's embeddings of every shard
+    embeddings/             embeddings of the teacher for every shard
     vocabulary_*.tsv        the concepts and their ids
     heads.npz, heads.json   the trained heads, their curves and metrics
-    labels/                 the labels of every shard (`diht_jax.records.labels`)
-    clip_embeddings/        with `config.clip_teachers.models`: likewise
+    labels/                 labels of every shard (`diht_jax.records.labels`)
+    clip_embeddings/        embeddings of `config.clip_teachers.models`, if set
     stats.json, report.html, curves.png
 
-With `config.merge`, instead of `labels/`:
+With `config.merge`, it has these files instead of `labels/`:
 
-    *.tfrecord              the input's records with concepts, and their statistics; or
-                            *.array_record, as config.output_format has it
-    dataset.index           where the records of all shards begin (`diht_jax.data.index`)
+    *.tfrecord              records of the input with concepts, and their statistics; or
+                            *.array_record, as set by config.output_format
+    dataset.index           offsets of the records in all shards (`diht_jax.data.index`)
     dataset_info.json, features.json
 
-Every stage does only what is not done yet. The input is read once: the shards that new heads learn
-from for the embeddings, and each of the others for embeddings and labels in one pass. To be merged,
-the records of the former are read again, from a copy where there is room for it.
+Every stage skips finished work. The input is read once: shards selected for training the heads are
+read to embed them, and all others to embed and label them in one pass. Merging reads the former
+shards again, from a local copy if there is space for it.
 """
 
 from __future__ import annotations
@@ -74,15 +74,15 @@ def run_label(
     *,
     engine: str = "local",
 ) -> Failures:
-    """Does what is not done yet: embeds, trains the heads, labels, and writes the report.
+    """Runs all unfinished stages: embeds, trains the heads, labels, and writes the report.
 
     Returns:
-        Shards that failed, with the reason, and whether the labels were written without them; the
-        other shards are complete.
+        Failed shards with the reason, and whether the labels were written without them; the other
+        shards are complete.
 
     Raises:
-        ValueError: a wrong config, nothing to read, nowhere to write, no concept, or a teacher that
-            is missing.
+        ValueError: the config is wrong, the input is missing, the output cannot be written, no
+            concept was found, or a teacher is missing.
     """
     validate_config(config, label_config.default_config())
     label_config.check_config(config)
@@ -117,16 +117,16 @@ class _Job:
     engine: str
     inputs: Sequence[SourceShard]
     identities: Sequence[ShardIdentity | None]
-    share: slice  # of this job in an array, of the tasks of a stage
+    share: slice  # selects the tasks of this job of a job array, in each stage
 
     def label(self, failures: Failures, teacher: TeacherInfo, copies: LocalCopies) -> Failures:
-        """Makes the concept labels; returns the failures of before, and what failed."""
+        """Makes the concept labels; returns the earlier failures together with new ones."""
         config, folder = self.config, self.config.output
-        failures = Failures(failures)  # not yet `output_written`
+        failures = Failures(failures)  # resets `output_written`
         embeddings_hash = embeddings.hash_embeddings(teacher.identity, config.embedding_dtype)
         embedding_tasks = self._plan(embeddings.FOLDER, embeddings_hash)
         heads = Heads(config, embedding_tasks, embeddings_hash)
-        # Merged shards are numbered, so that none may be missing.
+        # Merged shards are numbered consecutively, so none may be missing.
         limit, total = 0 if config.merge else config.max_failed_shards, len(self.inputs)
         function = functools.partial(embeddings.embed_shard, config=config, copies=copies)
         pending = _unfinished(heads.sample[self.share], "embed")
@@ -140,7 +140,7 @@ class _Job:
         described = heads.obtain(failed, teacher, copies)
         planned = self._plan_labels(described, embeddings_hash, embedding_tasks)
         for task in planned:
-            if note := failed.get(str(task.source)):  # it could not be embedded
+            if note := failed.get(str(task.source)):  # its embedding failed
                 files.remove(task.stats_path)
                 files.write_object(task.output + FAILED_SUFFIX, note)
         wanted = [task for task in planned if str(task.source) not in failed]
@@ -156,14 +156,14 @@ class _Job:
                 tasks.refuse_changed(self.inputs, self.identities)
                 if not heads.sample:
                     _check_embedded(config, [task.embedding for task, _ in found.parts])
-                # Numbered shards are those of the inputs that are there.
+                # Numbered shards match the current inputs.
                 for each in (embedding_tasks,) if config.merge else (planned, embedding_tasks):
                     tasks.remove_gone(each, config.max_changed_shards)
                 summary.summarize(config, found, heads.vocabulary, described, teacher)
         return with_output(failures, found.failed)
 
     def embed_by_clips(self) -> tuple[Failures, bool]:
-        """Embeddings of the CLIP teachers; what failed, and whether all are there."""
+        """Embeds all shards with CLIP teachers; returns failures, and whether it is complete."""
         config = self.config
         load = functools.partial(load_clip_teachers, config.clip_teachers)
         teachers = load()
@@ -191,7 +191,7 @@ class _Job:
     def _plan_labels(
         self, heads: dict[str, Any], embeddings_hash: str, embedding_tasks: Sequence[LabelTask]
     ) -> list[LabelTask]:
-        """The labelling task of every shard; `heads` is what `heads.json` holds."""
+        """Returns the labelling task of every shard; `heads` has the contents of `heads.json`."""
         config = self.config
         settings_hash = shards.hash_config(
             {
@@ -220,9 +220,9 @@ class _Job:
         teacher: TeacherInfo,
         copies: LocalCopies,
     ) -> Failures:
-        """Labels shards, those without embeddings after embedding them; returns what failed."""
+        """Labels shards, after embedding them if necessary; returns the failures."""
         if pending:
-            # What describes the whole folder goes before a shard of it changes.
+            # Remove the files that describe the whole folder before a shard changes.
             shards.remove_merged(self.config.output)
             files.remove(files.join(self.config.output, LABELS, INDEX_NAME))
         there = find_finished([task.embedding for task in pending])
@@ -244,19 +244,19 @@ class _Job:
         teacher: TeacherInfo | None = None,
         load: Callable[[], Teacher] | None = None,
     ) -> Failures:
-        """Runs tasks; what fails is noted next to their outputs.
+        """Runs tasks; records failures next to their outputs.
 
-        `teacher` is what the function needs, if any; `load` makes it ready (`load_teacher`).
+        `teacher` is the teacher that the function uses, if any; `load` loads it (`load_teacher`).
         """
         config = self.config.copy_and_resolve_references()
-        if teacher is None:  # no network: workers need no GPU
+        if teacher is None:  # without a network, workers need no GPU
             own = {"cpus_per_worker": config.ray.cpus_per_worker or 1.0, "gpus_per_worker": 0.0}
             config.ray.update(own, model_actors=0)
         elif teacher.in_this_process and self.engine == "local":
-            # A process that can be stopped must be another one than this.
+            # Only a separate process can be stopped at a time limit.
             is_limited = config.shard_timeout_secs is not None
             config.num_workers = int(is_limited)
-            if pending and not is_limited:  # an error in it is raised once, not by shard
+            if pending and not is_limited:  # fails once instead of once per shard
                 load() if load else load_teacher(config.teacher)
         return run_noting_failures(function, pending, config, self.engine, label=label)
 
@@ -268,7 +268,7 @@ def _unfinished(planned: Sequence[LabelTask], label: str) -> list[LabelTask]:
 
 
 def _check_embedded(config: ml_collections.ConfigDict, planned: Sequence[LabelTask]) -> None:
-    """Raises ValueError where no record at all has an embedding."""
+    """Raises ValueError if no record has an embedding."""
     counts = [stats["counts"] for _, stats, _ in shards.check_all(planned) if stats is not None]
     reasons = sum(
         (collections.Counter(count["missing"]) for count in counts), collections.Counter()

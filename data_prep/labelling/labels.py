@@ -1,10 +1,10 @@
-"""The labels of one shard: concepts, or embeddings of CLIP teachers, next to it or in its records.
+"""Labels of one shard: concepts, or embeddings of CLIP teachers.
 
-For concepts next to the shard no record is read: the embeddings are enough. In merged shards, keys,
-order and everything else of the records stay as they are.
+Labels go into a separate file or into merged records. Separate concept labels are made from the
+embeddings alone, without reading records. Merged shards keep keys, order and all other fields.
 
-The functions of tasks take a `task`, a shard and where its labels go, and `report`, which is called
-with the number of records that are done.
+Functions that run as tasks take a `task` with a shard and the output path of its labels, and
+`report`, which is called with the number of finished records.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _Predicted = list[list[Concepts]]
 def embed_and_label(
     task: LabelTask, report: Report, *, config: ml_collections.ConfigDict, heads: Mapping[str, Any]
 ) -> None:
-    """Embeds one shard and labels it; the embeddings are kept, and a store is read once.
+    """Embeds and labels one shard in one pass over its records; also writes the embeddings.
 
     Raises:
         ValueError: see `embed_shard` and `label_shard`.
@@ -78,12 +78,12 @@ def label_shard(
     heads: Mapping[str, Any],
     copies: LocalCopies,
 ) -> None:
-    """Labels one shard, from its embeddings; of these, and of the records, there may be copies.
+    """Labels one shard from its embeddings; embeddings and records may come from local copies.
 
-    `heads` has the "weights_hash" and the "vocabulary" of the heads of the output.
+    `heads` has the "weights_hash" and the "vocabulary" of the heads in the output folder.
 
     Raises:
-        ValueError: the embeddings are of other records, or of another size than the heads take.
+        ValueError: the embeddings belong to other records, or have the wrong size for the heads.
     """
     found = load_embeddings(task.embedding, copies)
     loaded = load_heads(config.output, heads["weights_hash"])
@@ -131,10 +131,10 @@ def _of_others(task: LabelTask, difference: str) -> ValueError:
 
 
 def _predict(found: ShardEmbeddings, heads: dict[str, Head], top_k: int, path: str) -> _Predicted:
-    """Objects and attributes of every record; none where it has no embedding, or the kind no head.
+    """Predicts objects and attributes of every record; empty without an embedding or a head.
 
     Raises:
-        ValueError: embeddings of another size than the heads take; names their path.
+        ValueError: the embeddings in `path` have the wrong size for the heads.
     """
     predicted = [[NO_CONCEPTS] * len(KINDS) for _ in found.keys]
     for kind, head in heads.items() if len(found.rows) else ():
@@ -157,7 +157,7 @@ def _with_concepts(record: Record, concepts: list[Concepts] | None) -> Record:
 
 
 def _image_formats(source: SourceShard) -> dict[str, int]:
-    """Counts of the filter, which decide how the data set describes its images."""
+    """Returns the filter's counts of image formats, which TFDS metadata depends on."""
     path = source.path + shards.STATS_SUFFIX
     try:
         return shards.read_json(path)["counts"]["image_formats"]
@@ -168,10 +168,10 @@ def _image_formats(source: SourceShard) -> dict[str, int]:
 def embed_by_clips(
     task: LabelTask, report: Report, *, teachers: ml_collections.ConfigDict, facts: ClipFacts
 ) -> None:
-    """Writes the embeddings that CLIP teachers give of the views and captions of one shard.
+    """Writes the embeddings of CLIP teachers for the views and captions of one shard.
 
     Raises:
-        ValueError: a damaged shard, or values that are not finite.
+        ValueError: the shard is damaged, or embeddings are not finite.
     """
 
     def process(source: SourceShard, writer: RecordWriter) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def write_labels_index(
     vocabulary: Mapping[str, Any] | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> int:
-    """Writes the index of a folder of labels; shards that have failed get labels that are empty.
+    """Writes the index of a folder of labels; failed shards get empty labels.
 
     Returns:
         The number of labels.
@@ -216,17 +216,17 @@ def write_labels_index(
             listed.append(_write_no_labels(task))
         except ValueError as error:
             logging.warning("%s: it cannot be trained on (%s)", task.source, error)
-    if failed:  # sizes of their shards may be as before
+    if failed:  # their shards may have new sizes
         files.remove(files.join(folder, INDEX_NAME))
     update_index(folder, vocabulary=vocabulary, labels=describe_labels(listed, inputs, facts))
     return sum(shard.source[1] for shard in listed)
 
 
 def _write_no_labels(task: LabelTask) -> LabelShard:
-    """Writes labels that are empty, until the shard can be labelled; its task stays undone.
+    """Writes empty labels for a failed shard; its task remains unfinished.
 
     Raises:
-        ValueError: the shard cannot be looked at.
+        ValueError: the shard cannot be read.
     """
     shard = task.identify()
     with open_writer(task.output) as writer:

@@ -1,8 +1,7 @@
-"""The files that describe a whole folder of labels, once all of them are there.
+"""Index, statistics and report of a complete folder of labels.
 
-The index, `stats.json`, and the report: `report.html`, one file without links to others, the
-training curves as a picture, the metrics as text. Numbers come from `heads.json`, images from the
-labelled shards.
+The report consists of `report.html`, a single file without links, the training curves as an image,
+and the metrics as text. Its numbers come from `heads.json`, its images from the labelled shards.
 """
 
 from __future__ import annotations
@@ -43,10 +42,10 @@ from diht_jax.terminal import format_table, print_escaped
 PAGE = "report.html"
 CURVES = "curves.png"
 _THUMBNAIL = 192  # px
-_FEW_HELD_OUT = 100  # images; of fewer the page says so
-_SHOWN = 6  # concepts of a kind under an image
-_LISTED = 40  # concepts at the head and at the tail of a vocabulary
-_MAX_TRIES = 20  # records looked at for each image of the page, until enough are held out
+_FEW_HELD_OUT = 100  # images; the report warns if there are fewer
+_SHOWN = 6  # concepts per kind and image
+_LISTED = 40  # concepts from the head and from the tail of a vocabulary
+_MAX_TRIES = 20  # records read per image of the report until enough are held out
 _WORD = re.compile(r"[^\W_]+(?:-[^\W_]+)*")
 
 
@@ -59,7 +58,7 @@ def summarize(
 ) -> None:
     """Writes the files that describe the whole folder, and prints the metrics.
 
-    `found` are the labelling tasks that are done, and `heads` is what `heads.json` holds.
+    `found` contains the finished labelling tasks, and `heads` the contents of `heads.json`.
     """
     folder = config.output
     tasks, done = _read_done(found)
@@ -122,7 +121,7 @@ def summarize(
 def summarize_clips(
     config: ml_collections.ConfigDict, found: Survey[LabelTask], facts: ClipFacts
 ) -> None:
-    """Writes the index of the embeddings of CLIP teachers, and prints what they are."""
+    """Writes the index of the CLIP embeddings, and prints a summary."""
     _, done = _read_done(found)
     where = files.join(config.output, CLIP_EMBEDDINGS)
     records = write_labels_index(
@@ -137,7 +136,7 @@ def summarize_clips(
 
 
 def _read_done(found: Survey[LabelTask]) -> tuple[list[LabelTask], list[dict[str, Any]]]:
-    """The tasks that are done, and their statistics."""
+    """Returns the finished tasks and their statistics."""
     tasks = [task for task, _ in found.parts]
     return tasks, [stats for _, stats, _ in shards.check_all(tasks) if stats is not None]
 
@@ -159,7 +158,7 @@ def write_report(
 ) -> None:
     """Writes `report.html` and `curves.png`.
 
-    `summary` is what `stats.json` of the folder holds, and `heads` what `heads.json` holds.
+    `summary` has the contents of the folder's `stats.json`, and `heads` those of `heads.json`.
     """
     curves = draw_curves(heads)
     if curves:
@@ -192,9 +191,9 @@ def write_report(
 
 
 def find_warnings(heads: dict[str, Any]) -> list[str]:
-    """Limits of the recalls: sentences for the page and the log.
+    """Returns reasons to doubt the recalls, as sentences for the page and the log.
 
-    `heads` is what `heads.json` holds.
+    `heads` has the contents of `heads.json`.
     """
     if heads["loaded_from"]:
         return [
@@ -222,14 +221,14 @@ def find_warnings(heads: dict[str, Any]) -> list[str]:
 
 
 def format_metrics(heads: dict[str, Any]) -> str:
-    """Recalls of the heads and of the frequency baseline, in percent, as a table."""
+    """Formats the recalls of the heads and the frequency baseline, in percent, as a table."""
     header = ("", "", "own concepts: R@1", "R@5", "R@10", "per concept: R@1", "R@5", "R@10")
     title = f"{_describe_heads(heads)}\n" if heads["loaded_from"] else ""
     return title + format_table(header, _metric_rows(heads), "llrrrrrr", rule=False)
 
 
 def draw_curves(heads: dict[str, Any]) -> bytes | None:
-    """A PNG with loss and recall of each head; None where none was trained."""
+    """Draws loss and recall of each head as a PNG; returns None if no head was trained."""
     results = _results(heads)
     if not results:
         return None
@@ -263,12 +262,12 @@ def draw_curves(heads: dict[str, Any]) -> bytes | None:
 
 
 def _results(heads: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Kind and result of each head, objects first."""
+    """Returns kind and result of each head, objects first."""
     return [(kind, heads["heads"][kind]) for kind in KINDS if kind in heads["heads"]]
 
 
 def _metric_rows(heads: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Kind, name and recalls in percent of each head, and of its baseline."""
+    """Returns rows of kind, name and recalls in percent, for each head and its baseline."""
     names = [f"{prefix}recall_at_{k}" for prefix in ("", "concept_") for k in (1, 5, 10)]
     return [
         (shown, name, *(f"{100 * result[key][each]:.1f}" for each in names))
@@ -303,7 +302,7 @@ def _describe_heads(heads: dict[str, Any]) -> str:
 def _choose_records(
     folder: str, config: dict[str, Any], labelled: Sequence[LabelTask]
 ) -> list[Record]:
-    """Random records, held-out ones first, in the order of the shards."""
+    """Selects random records, held-out ones first, in the order of the shards."""
     if config["merge"]:
         source, labels = open_source(folder), None
     else:
@@ -324,11 +323,11 @@ def _choose_records(
 
 
 def describe_card(record: Record, vocabulary: Vocabulary) -> dict[str, Any]:
-    """The card of an image on the page: picture, caption, and its concepts.
+    """Describes an image of the page: the picture, its caption and its concepts.
 
-    A concept comes with its probability, and whether the caption names it.
+    Each concept has its probability, and whether the caption names it.
     """
-    # Words between spaces, so that a concept of several words is found as well.
+    # Pads the words with spaces, which also finds concepts of several words.
     words = f" {' '.join(_WORD.findall(record.caption.lower()))} "
     concepts = [
         [

@@ -1,4 +1,4 @@
-"""The units of a labelling job: its inputs, the names of their outputs, and which outputs count."""
+"""Tasks of a labelling job: its inputs, the names of their outputs, and stale outputs."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from diht_jax.storage.stores import StorageError
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LabelTask(shards.ShardTask):
-    """A task that makes labels or embeddings of a record shard, or writes it again with labels.
+    """Task that writes labels, embeddings, or a labelled copy of a record shard.
 
     Attributes:
-        shard: name, records, bytes and digest of the record shard; None of a damaged one.
-        embeddings: the task of its embeddings; None of a task that makes them.
+        shard: name, records, bytes and digest of the record shard; None if it is damaged.
+        embeddings: the task that makes the embeddings; None if this task does.
     """
 
     shard: ShardIdentity | None = None
@@ -39,16 +39,16 @@ class LabelTask(shards.ShardTask):
 
     @property
     def name(self) -> str:
-        """The file name of the output."""
+        """File name of the output."""
         return os.path.basename(self.output)
 
     @property
     def embedding(self) -> LabelTask:
-        """The task that makes the embeddings: another one, or this."""
+        """The task that makes the embeddings, which may be this one."""
         return self.embeddings or self
 
     def identify(self) -> ShardIdentity:
-        """Name, records, bytes and digest of the record shard.
+        """Returns name, records, bytes and digest of the record shard.
 
         Raises:
             ValueError: the shard is damaged.
@@ -57,10 +57,10 @@ class LabelTask(shards.ShardTask):
 
 
 def find_inputs(text: str | None) -> list[SourceShard]:
-    """The shards that `config.input` names.
+    """Returns the shards that `config.input` names.
 
     Raises:
-        ValueError: it is not set, or there are none.
+        ValueError: the key is not set, or there are no shards.
     """
     if not text:
         raise ValueError(
@@ -72,10 +72,10 @@ def find_inputs(text: str | None) -> list[SourceShard]:
 
 
 def identify_inputs(inputs: Sequence[SourceShard]) -> list[ShardIdentity | None]:
-    """The identity of every shard, which does not depend on its time; None for damaged ones.
+    """Returns identities of the shards, independent of modification times; None if damaged.
 
     Raises:
-        ValueError: all are damaged, or an index of theirs is out of date.
+        ValueError: all are damaged, or an index of the input is out of date.
     """
     try:
         return list(_identify(inputs))
@@ -90,10 +90,10 @@ def identify_inputs(inputs: Sequence[SourceShard]) -> list[ShardIdentity | None]
 
 
 def refuse_changed(inputs: Sequence[SourceShard], before: Sequence[ShardIdentity | None]) -> None:
-    """Compares the inputs with what `identify_inputs` gave of them before.
+    """Raises if an input differs from the result of `identify_inputs` before.
 
     Raises:
-        ValueError: one is another, damaged or gone; names it.
+        ValueError: a shard has changed, is damaged or is gone; the message names it.
     """
     for source, old, new in zip(inputs, before, identify_inputs(inputs), strict=True):
         if old != new:
@@ -123,13 +123,13 @@ def plan_outputs(
     identities: Sequence[ShardIdentity | None],
     merged: ml_collections.ConfigDict | None = None,
 ) -> list[LabelTask]:
-    """The task of every input; makes the folder.
+    """Returns the task of every input, and makes the folder.
 
-    An output is called as its shard is, so that inputs that are added or removed change nothing for
-    the others. Shards that are written again with labels are numbered, as TFDS wants them.
+    Outputs are named after their shards, so adding or removing inputs does not affect the others.
+    Merged shards are numbered instead, as TFDS requires.
 
     Raises:
-        ValueError: the folder holds shards that do not belong to these.
+        ValueError: the folder contains shards that do not belong to this plan.
     """
     files.make_folder(folder)
     if merged is None:
@@ -140,7 +140,7 @@ def plan_outputs(
         names = [numbered(number, count, suffix) for number in range(count)]
         present = sources.read_shards(folder, merged.output_format)
         sources.refuse_foreign(folder, sorted(set(present) - set(names)))
-    # The records count, and not the time of a file: a shard that was touched or copied stays.
+    # Compared by records and not by time: a touched or copied shard counts as unchanged.
     return [
         LabelTask(
             source,
@@ -154,7 +154,7 @@ def plan_outputs(
 
 
 def _name_outputs(inputs: Sequence[SourceShard]) -> list[str]:
-    """File names of labels; the second one of a name has a hash of its folder in front."""
+    """Names the files of labels; repeated shard names get a hash of their folder as prefix."""
     seen: collections.Counter[str] = collections.Counter()
     names = []
     for source in inputs:
@@ -167,7 +167,7 @@ def _name_outputs(inputs: Sequence[SourceShard]) -> list[str]:
 
 
 def remove_gone(tasks: Sequence[LabelTask], limit: float) -> None:
-    """Removes outputs of shards that are gone, while they are few; else it is a warning."""
+    """Removes outputs of shards that are gone, or warns if they are too many."""
     folder = os.path.dirname(tasks[0].output)
     present = files.list_names(folder)
     endings = (shards.STATS_SUFFIX, shards.FAILED_SUFFIX)

@@ -1,15 +1,15 @@
-"""Trains the linear concept classifiers (heads) on the embeddings of a teacher, and measures them.
+"""Trains linear concept classifiers (heads) on the embeddings of a teacher, and evaluates them.
 
 Method: DiHT, arXiv 2301.02280, "Concept Distillation": one head for objects and one for
-attributes. Arrays in, arrays out; their files are in `head_files.py`.
+attributes. All functions work on arrays; `head_files.py` reads and writes the files.
 
-Recall is measured against the concepts that an image's own caption names: the share of them among
-the first k predictions, mean over images or over concepts.
+Recall is measured against the concepts that the image's caption names: the share of them among the
+top k predictions, averaged over images or over concepts.
 
-Ours: embeddings are standardised for the training (and the head folded back afterwards), so that
-one learning rate and one penalty fit any teacher; the parameters with the lowest held-out loss are
-kept, and training ends when that has not fallen for a quarter of the steps. Few images, or wrong
-captions, are learnt by heart within some dozens of steps, so the first steps are looked at as well.
+Our additions: embeddings are standardised during training (and folded into the head afterwards), so
+one learning rate and one penalty fit any teacher. The parameters with the lowest held-out loss are
+kept, and training stops if this loss has not fallen for a quarter of the steps. A small or wrongly
+captioned set is memorised within some dozens of steps, so early steps are evaluated as well.
 """
 
 from __future__ import annotations
@@ -36,27 +36,27 @@ from data_prep.labelling.head_files import Head
 from diht_jax.records.vocabulary import ConceptList
 from diht_jax.terminal import ProgressBar
 
-RANKS = (1, 5, 10)  # of recalls
+RANKS = (1, 5, 10)  # values of k for the recalls
 
 _NUM_EVALUATIONS = 20
 _PATIENCE = 5  # of these
 _ROWS_AT_ONCE = 512
-# With fewer held-out images a concept is not ranked.
+# Concepts with fewer held-out images are not ranked.
 _MIN_POSITIVES = 5
-_LISTED = 20  # best and worst concepts in the description
+_LISTED = 20  # number of best and of worst concepts in the description
 
 
 def soft_target_loss(logits: jax.Array, ids: jax.Array, probs: jax.Array) -> jax.Array:
     """Softmax cross-entropy with sparse soft targets, one value per row.
 
-    `logsumexp(z) - sum_k p_k z_{id_k}`; targets are never made dense. `diht_jax.losses.concepts`
-    multiplies the first term by the sum of the rounded probabilities, which is 1 up to the last
-    digit. Here it is left out: heads that are trained again must come out equal to the digit, or
-    folders that were labelled before would be labelled again.
+    Computes `logsumexp(z) - sum_k p_k z_{id_k}` without dense targets. `diht_jax.losses.concepts`
+    multiplies the first term by the sum of the rounded probabilities, which is 1 up to rounding.
+    This version must not do so: retrained heads have to be bitwise equal to the heads of folders
+    that were labelled before, or these folders would be labelled again.
 
     Args:
         logits: float32 [b, v].
-        ids: int32 [b, k]; padding may have any id of the vocabulary.
+        ids: int32 [b, k]; padding may have any valid id.
         probs: float32 [b, k], rows sum to 1; 0 for padding.
 
     Returns:
@@ -69,11 +69,11 @@ def soft_target_loss(logits: jax.Array, ids: jax.Array, probs: jax.Array) -> jax
 def train_and_measure(
     config: ml_collections.ConfigDict, part: ConceptList, train: Examples, held_out: Examples
 ) -> tuple[Head, dict[str, Any]]:
-    """Trains the head of one kind of concepts, and measures it on the held-out images.
+    """Trains the head of one kind of concepts, and evaluates it on the held-out images.
 
     Returns:
-        The head, and its result: numbers of images, curve, metrics, those of the frequency
-        baseline, best and worst concepts. JSON-able.
+        The head, and a JSON-able result: numbers of images, curve, metrics, metrics of the
+        frequency baseline, best and worst concepts.
     """
     train_split, held_out_split = train.of_kind(part.kind), held_out.of_kind(part.kind)
     logging.info(
@@ -113,16 +113,16 @@ def train_head(
 
     Args:
         train, held_out: images with at least one concept each.
-        num_concepts: v.
+        num_concepts: size v of the vocabulary.
         config: section `heads`.
-        seed: of the order of examples.
+        seed: seed of the order of examples.
 
     Returns:
-        The head, and its curve: `step`, `train_loss` (of the batches since the entry before),
+        The head, and its curve: `step`, `train_loss` (mean since the entry before),
         `held_out_loss` (both with rare concepts up-sampled) and `recall_at_10`.
 
     Raises:
-        ValueError: one of the two has no image.
+        ValueError: there are no training images or no held-out images.
     """
     for name, part in (("training", train), ("held-out", held_out)):
         if not len(part.targets):
@@ -136,10 +136,10 @@ def train_head(
     factors = concept_factors(counts, len(train.targets), config.repeat_threshold)
     draws = np.cumsum(repeat_factors(train.targets, factors))
     ids, probs = _pad(train.targets)
-    # Of d standardised dimensions, whose weights have the deviation std / sqrt(d).
+    # For d standardised dimensions, the weights have the standard deviation std / sqrt(d).
     precision = train.embeddings.shape[1] / config.prior_logit_std**2
     init, step, measure = _compile(mean, scale, config, 0.5 * precision / len(train.targets))
-    # No opinion about the image: the logarithm of each concept's frequency.
+    # Initial predictions: the logarithm of each concept's frequency.
     frequency = counts + 1.0
     params = {
         "kernel": jnp.zeros((train.embeddings.shape[1], num_concepts), jnp.float32),
@@ -178,7 +178,7 @@ def train_head(
 
 
 def _standardisation(embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and inverse deviation of each dimension; 0 for one that never changes."""
+    """Returns the mean and inverse standard deviation per dimension; 0 for constant dimensions."""
     n, d = embeddings.shape
     total, squares = np.zeros(d), np.zeros(d)
     for start in range(0, n, _ROWS_AT_ONCE):
@@ -193,7 +193,7 @@ def _standardisation(embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pad(targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """int32 [n, m] and float32 [n, m]: ids, and a uniform distribution over each row's own."""
+    """Returns padded ids, int32 [n, m], and a uniform distribution over them, float32 [n, m]."""
     is_own = targets >= 0
     probs = is_own / is_own.sum(axis=1, keepdims=True)
     return np.where(is_own, targets, 0), probs.astype(np.float32)
@@ -202,7 +202,7 @@ def _pad(targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _compile(
     mean: np.ndarray, scale: np.ndarray, config: ml_collections.ConfigDict, penalty: float
 ) -> tuple[Any, Any, Any]:
-    """The optimiser's init, the training step, and losses and best 10 concepts of a batch."""
+    """Returns the optimizer's init, the training step, and a batch's losses and top 10 concepts."""
     optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, max(1, config.steps)))
 
     def classify(params, embeddings):
@@ -235,15 +235,15 @@ def _evaluate(
     weights: np.ndarray,
     params: Any,
 ) -> dict[str, float]:
-    """Held-out loss and recall@10 of parameters that are still being trained.
+    """Computes held-out loss and recall@10 during training.
 
-    The loss is weighted as the training examples are drawn: otherwise the best parameters would be
-    those of the first steps, which know nothing but what is frequent.
+    The loss has the sampling weights of the training examples. An unweighted loss would be lowest
+    after the first steps, when the head predicts only frequent concepts.
     """
     losses, best = [], []
     n = len(weights)
     for start in range(0, n, _ROWS_AT_ONCE):
-        # The last rows once more, where it takes them to fill a batch: one shape, one compile.
+        # Repeats the last row to fill a batch, so there is only one shape to compile.
         rows = np.minimum(np.arange(start, start + _ROWS_AT_ONCE), n - 1)
         loss, ids = measure(params, held_out.embeddings[rows], *(part[rows] for part in padded))
         losses.append(np.asarray(loss)[: n - start])
@@ -256,14 +256,14 @@ def _evaluate(
 
 
 def _fold(params: dict[str, np.ndarray], mean: np.ndarray, scale: np.ndarray) -> Head:
-    """The head for embeddings as they come."""
+    """Folds the standardisation into the head, which then takes raw embeddings."""
     kernel = params["kernel"].astype(np.float64) * scale[:, None].astype(np.float64)
     bias = params["bias"] - mean.astype(np.float64) @ kernel
     return Head(kernel.astype(np.float32), bias.astype(np.float32))
 
 
 def _rank_concepts(ids: np.ndarray, targets: np.ndarray, part: ConceptList) -> dict[str, Any]:
-    """Best and worst concepts, by the recall at the deepest rank that is not trivially high."""
+    """Lists the best and worst concepts by recall@k, with the largest k that is not trivial."""
     k = max(k for k in RANKS if k == 1 or 4 * k <= len(part))
     shares = concept_recall(find_ranks(ids, targets), targets, k, len(part))
     positives = count_concepts(targets, len(part))
@@ -282,21 +282,21 @@ def _rank_concepts(ids: np.ndarray, targets: np.ndarray, part: ConceptList) -> d
 
 
 def find_ranks(ids: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """The rank of each target [n, m] among an image's predictions [n, k], from 0; huge for none."""
+    """Returns the 0-based rank of targets [n, m] in predictions [n, k]; maximum int64 if absent."""
     found = targets[:, :, None] == ids[:, None]
     return np.where(found.any(axis=2), found.argmax(axis=2), np.iinfo(np.int64).max)
 
 
 def recall(ranks: np.ndarray, targets: np.ndarray, k: int) -> float:
-    """Share of an image's own concepts among its first k predictions, mean over images."""
+    """Returns the share of an image's concepts among its top k predictions, mean over images."""
     return float(np.mean((ranks < k).sum(axis=1) / (targets >= 0).sum(axis=1)))
 
 
 def concept_recall(ranks: np.ndarray, targets: np.ndarray, k: int, num_concepts: int) -> np.ndarray:
-    """Share of a concept's images that have it among their first k predictions.
+    """Returns the share of a concept's images that have it among their top k predictions.
 
     Returns:
-        float64 [num_concepts]; NaN for a concept that no image has.
+        float64 [num_concepts]; NaN for a concept without images.
     """
     positives = count_concepts(targets, num_concepts)
     hits = np.bincount(targets[ranks < k], minlength=num_concepts)
@@ -310,7 +310,7 @@ def frequent_concepts(train: np.ndarray, num_images: int, num_concepts: int, k: 
 
 
 def summarize(ids: np.ndarray, targets: np.ndarray, num_concepts: int) -> dict[str, Any]:
-    """Recall and mean recall per concept, at each of `RANKS`; arguments of `find_ranks`."""
+    """Computes recall@k and the mean recall@k per concept, for each k of `RANKS`."""
     ranks = find_ranks(ids, targets)
     per_concept = {k: concept_recall(ranks, targets, k, num_concepts) for k in RANKS}
     return {

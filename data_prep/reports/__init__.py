@@ -1,1 +1,1 @@
-"""HTML pages about the filter and the demo, and the command that shows reports."""
+"""HTML pages of the filter and the demo, and the command that shows reports."""

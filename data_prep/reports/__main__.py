@@ -1,10 +1,10 @@
-"""Command: shows the report of a filter job on the terminal, or merges those of several into one.
+"""Command: shows the report of a filter job on the terminal, or merges several reports into one.
 
     python -m data_prep.reports --input=/data/kept
     python -m data_prep.reports --input=/data/kept_a,/data/kept_b --output=/data/both
 
-It prints the funnel and some pairs of every outcome. The output folder gets `report.json` and
-`report.html`, as those of one job. Several jobs are merged by reading their decisions again.
+Prints the funnel and some pairs of each outcome. With --output, writes `report.json` and
+`report.html` as for one job. Reports are merged by reading the decisions of all jobs again.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from diht_jax import command_line
 from diht_jax.storage import files
 from diht_jax.terminal import escape, print_escaped
 
-_SHOWN_PAIRS = 2  # of each outcome
-_SHOWN_CHARS = 80  # of a caption
+_SHOWN_PAIRS = 2  # per outcome
+_SHOWN_CHARS = 80  # per caption
 
 
 def define_flags() -> None:
-    """Defines this command's flags; not at import, since commands share names."""
+    """Defines this command's flags; not at import, because commands share flag names."""
     flags.DEFINE_list("input", None, "Folders with a report.json each.")
     flags.DEFINE_alias("inputs", "input")
     flags.DEFINE_string("output", None, "Folder for the merged report; unset: only print it.")
 
 
 def main() -> None:
-    """Shows the reports that the flags name as one, and writes it."""
+    """Merges and prints the reports that the flags name, and writes the result if requested."""
     command_line.require_flags("input")
     report = merge_reports(flags.FLAGS.input)
     lines = [
@@ -60,13 +60,13 @@ def main() -> None:
 
 
 def merge_reports(folders: Sequence[str | os.PathLike[str]]) -> Report:
-    """The report of several finished folders as one; of one folder, what it holds."""
+    """Merges the reports of several finished folders. Returns the report itself for one folder."""
     reports = [read_report(folder) for folder in folders]
     if len(reports) == 1:
         return reports[0]
     outputs: list[str] = []
     for folder, report in zip(folders, reports, strict=True):
-        merged = [job["output"] for job in report["jobs"]]  # where this one was merged of others
+        merged = [job["output"] for job in report["jobs"]]  # several if it is a merged report
         for part_of in merged if len(merged) > 1 else [os.fspath(folder)]:
             outputs += find_outputs(part_of, "--input")[0]
     merged = gather(

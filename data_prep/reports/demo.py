@@ -1,10 +1,10 @@
-"""Command: the page of the demo.
+"""Command: writes the HTML page of the demo.
 
     python -m data_prep.reports.demo --input demo_output --output demo_output/index.html
 
-It shows what `run_demo.sh` left in a folder: results with intervals, the funnel, pairs with what
-became of them, the curves of all students, and examples of retrieval. It is one file without links
-to others.
+The page shows the results of `run_demo.sh` in a folder: metrics with intervals, the funnel, sample
+pairs with their outcomes, the learning curves of all students, and retrieval examples. It is a
+single file without links to others.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from diht_jax import command_line
 from diht_jax.evaluation.results import paired_differences, percentile_interval
 from diht_jax.pages.render import data_uri, render
 
-# Folder of a student -> what it is; each changes one thing of the one before.
+# Folder of a student -> its title. Each student changes one thing compared to the one before.
 STUDENTS = {
     "raw_infonce": "raw pairs",
     "filtered_infonce": "+ CAT",
     "filtered_hn_nce": "+ HN",
     "filtered_concepts": "+ CD",
 }
-# (task, metric) -> heading.
+# (task, metric) -> column heading.
 METRICS = {
     ("shape", "top1"): "shape, top-1",
     ("color", "top1"): "colour, top-1",
@@ -39,11 +39,11 @@ METRICS = {
     ("scenes", "i2t_r1"): "image to text, R@1",
     ("scenes", "i2t_r10"): "R@10",
 }
-_SHOWN_PAIRS = 4  # of each outcome
+_SHOWN_PAIRS = 4  # per outcome
 
 
 def define_flags() -> None:
-    """Defines this command's flags; not at import, since commands share names."""
+    """Defines this command's flags; not at import, because commands share flag names."""
     flags.DEFINE_string("input", None, "The folder of run_demo.sh.", required=True)
     flags.DEFINE_string("output", None, "The page (HTML).", required=True)
 
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def render_demo(folder: pathlib.Path, report: Report, path: str | None = None) -> str:
-    """The page of a folder with the runs and results of `STUDENTS`; written when a path is given.
+    """Renders the page of a folder with the results of all `STUDENTS`, and writes it to `path`.
 
     Raises:
         FileNotFoundError: a results file, a page or a picture is missing.
@@ -84,12 +84,12 @@ def render_demo(folder: pathlib.Path, report: Report, path: str | None = None) -
 
 
 def _read_results(path: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """Task -> its result, of a results file of `diht_jax.evaluate`."""
+    """Reads a results file of `diht_jax.evaluate` as task -> result."""
     return {result["task"]: result for result in json.loads(path.read_text())["results"]}
 
 
 def _describe_results(results: Mapping[str, Mapping[str, Any]]) -> list[list[Any]]:
-    """The rows of the first table: values with their intervals."""
+    """Returns the rows of the first table: metrics with their intervals."""
     from markupsafe import Markup
 
     cell = Markup('{:.1f} <span class="note">({:.1f} to {:.1f})</span>')
@@ -104,7 +104,7 @@ def _describe_results(results: Mapping[str, Mapping[str, Any]]) -> list[list[Any
 
 
 def _describe_differences(results: Mapping[str, Mapping[str, Any]]) -> list[list[Any]]:
-    """The rows of the second table: points against the row above."""
+    """Returns the rows of the second table: differences to the student in the row above."""
     rows = []
     for before, after in itertools.pairwise(results):
         pairs = [(results[before][task], results[after][task], name) for task, name in METRICS]

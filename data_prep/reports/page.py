@@ -1,9 +1,9 @@
-"""The report of a filter job for people: funnel, histograms, scores, frequent names, pairs.
+"""HTML report of a filter job: funnel, histograms, scores, frequent names, sample pairs.
 
-Everything that the page shows comes from `decisions.report`; its template is `filter.html` of
-`diht_jax.pages`. The tables of the terminal are made here too. Where pairs carry a label
-(`label_field` of the config), such as in the demo, whose data names for every pair what is wrong
-with it, each filter also has its precision and recall against that known noise.
+All data comes from `decisions.report`; the template is `filter.html` of `diht_jax.pages`. This
+module also formats the tables for the terminal. If pairs have a label (`label_field` of the
+config), the report shows precision and recall of each filter against it. In the demo, for example,
+the label names the noise in each pair.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ _TITLES = {
     "image_side": "Shorter side of the image, px",
 }
 _RECALL = "recall: "
-_LISTED = 25  # names of each list
-_SHOWN_SPOTS = 6  # texts under a picture
-_LABELS = 10  # that fit under a histogram
+_LISTED = 25  # names per list
+_SHOWN_SPOTS = 6  # texts below a picture
+_LABELS = 10  # labels that fit below a histogram
 _MOST_BINS = 40
 
 
 def write_report(folder: str | os.PathLike[str], report: Report) -> None:
-    """Writes `report.json` and `report.html`, of one job or of several, into a folder."""
+    """Writes the report of one or several jobs to `report.json` and `report.html` in a folder."""
     folder = os.fspath(folder)
     files.write_object(files.join(folder, REPORT), report, with_checksum=True)
 
@@ -92,7 +92,7 @@ def write_report(folder: str | os.PathLike[str], report: Report) -> None:
 
 
 def funnel_data(report: Report) -> dict[str, Any]:
-    """The report, with the rows and notes of the macros `funnel` and `noise`."""
+    """Returns the report, extended by the rows and notes of the macros `funnel` and `noise`."""
     counts, labels = report["counts"], report["measures"]["labels"]
     notes = [describe_spotting(counts["text_spotting"])] if counts["text_spotting"] else []
     if d := report["download"]:
@@ -119,17 +119,17 @@ def funnel_data(report: Report) -> dict[str, Any]:
 
 
 def _funnel_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """A row of `Funnel.rows` as texts, for page and terminal."""
+    """Formats a row of `Funnel.rows` as texts, for the page and the terminal."""
     reason = spell_reason(row["stage"], row["reason"])
     return row["stage"], reason, f"{row['pairs']:,}", f"{100 * row['share']:.1f}%"
 
 
 def pairs_to_show(report: Report, most: int | None = None) -> list[tuple[str, list[dict]]]:
-    """The samples of each outcome under their titles, with what their cards show.
+    """Returns (title, samples) for each outcome, with everything that the page shows of a sample.
 
     Args:
-        report: of `decisions.report`.
-        most: samples of each outcome; None for all.
+        report: report from `decisions.report`.
+        most: maximum number of samples per outcome; None for all.
     """
     return [
         (spell_outcome(outcome), list(map(_describe, found[:most])))
@@ -139,7 +139,7 @@ def pairs_to_show(report: Report, most: int | None = None) -> list[tuple[str, li
 
 
 def samples_by_outcome(report: Report) -> dict[str, list[dict[str, Any]]]:
-    """The samples of each outcome: what was kept first, then the order of the funnel."""
+    """Groups samples by outcome: kept ones first, then in the order of the funnel."""
     found: dict[str, list[dict[str, Any]]] = {KEPT: []}
     for row in report["funnel"]:
         found[f"{row['stage']}/{row['reason']}"] = []
@@ -155,10 +155,10 @@ def _describe(sample: Mapping[str, Any]) -> dict[str, Any]:
         described["became"] = spell_outcome(sample["became"])
     if sample["image"] is not None:
         width, height = sample["size"]
-        # Narrow enough for the height of a tall picture to stay in bounds.
+        # Limits the height of tall pictures.
         described["shown_width"] = min(250, round(220 * width / height))
         described["polygons"] = polygons = []
-        for box, text, _ in sample["spots"]:  # of `text_spotting.ocr`
+        for box, text, _ in sample["spots"]:  # see `text_spotting.ocr.Box`
             if len(box) == 4:
                 left, right, top, bottom = box
                 box = (left, top, right, top, right, bottom, left, bottom)
@@ -170,9 +170,9 @@ def _describe(sample: Mapping[str, Any]) -> dict[str, Any]:
 def _plot(
     starts: Sequence[float], outcomes: Mapping[str, Mapping[str, int]]
 ) -> tuple[list[dict[str, Any]], int]:
-    """The bins of a histogram, and the highest count.
+    """Returns the bins of a histogram, and the highest count.
 
-    Of many bins some are joined, so that few are left between the first and the last with pairs.
+    Fine bins are merged, so that few remain between the first and the last one with pairs.
     """
     sides = [[outcomes[side].get(str(start), 0) for start in starts] for side in (KEPT, DROPPED)]
     counts, ends = np.array(sides), [*starts[1:], None]
@@ -204,7 +204,7 @@ def _plot(
 
 
 def _score_sections(report: Report) -> list[dict[str, Any]]:
-    """Sections of the scores: histogram, shares of pairs below some values, both ends."""
+    """Returns a section per score: histogram, shares of pairs below some values, both ends."""
     sections = []
     for name, ends in report.get("scored", {}).items():
         outcomes, plot, shares = report["measures"]["histograms"].get(name), None, []
@@ -236,9 +236,9 @@ def _names(names: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[tuple[s
 
 
 def spell_reason(stage: str, reason: str) -> str:
-    """A reason for people: "no words" for the caption stage's "empty".
+    """Returns a reason as text for people, such as "no words" for "empty" of the caption stage.
 
-    Names become words; a reason that is a phrase, with names of fields in it, stays.
+    For an unknown reason, underscores become spaces; a phrase with names of fields is unchanged.
     """
     if words := stage_reasons().get(stage, {}).get(reason):
         return words
@@ -246,7 +246,7 @@ def spell_reason(stage: str, reason: str) -> str:
 
 
 def spell_outcome(outcome: str) -> str:
-    """An outcome of the samples for people: "Kept", or "Dropped, caption: no words"."""
+    """Returns an outcome as text for people: "Kept", or "Dropped, caption: no words"."""
     if outcome == KEPT:
         return "Kept"
     stage, _, reason = outcome.partition("/")
@@ -254,7 +254,7 @@ def spell_outcome(outcome: str) -> str:
 
 
 def describe_spotting(counts: Mapping[str, Any]) -> str:
-    """A sentence about what was done to find text."""
+    """Returns a sentence about how pictures were searched for text."""
     text = (
         f"text-spotting: {counts.get('read', 0):,} pictures read, "
         f"{counts.get('gated', 0):,} without a trace of text at the first look, "
@@ -269,23 +269,23 @@ def describe_spotting(counts: Mapping[str, Any]) -> str:
 def format_funnel(
     rows: Sequence[Mapping[str, Any]], text_spotting: Mapping[str, int] | None = None
 ) -> str:
-    """The rows of `Funnel.rows` as a table, and how text was found."""
+    """Formats the rows of `Funnel.rows` as a table, with a line about text-spotting."""
     header = ("stage", "reason", "pairs", "share")
     table = format_table(header, list(map(_funnel_cells, rows)), "llrr", rule=False)
     return f"{table}\n{describe_spotting(text_spotting)}" if text_spotting else table
 
 
 def table_rows(labels: Mapping[str, Mapping[str, int]], clean_label: str) -> list[list[str]]:
-    """Scores every filter that dropped something, in their order, and all of them together.
+    """Scores each filter that dropped pairs, in order, and all filters together.
 
     Args:
         labels: outcome -> label -> pairs, as in the measures of a report.
-        clean_label: the label of good pairs; all others are noise, the most frequent first.
+        clean_label: label of good pairs; all other labels are noise, listed by frequency.
 
     Returns:
-        A header, and for each filter its name, the pairs that it dropped, the share of noise among
-        them, and of each label the share that it dropped, of the pairs that came to it ("-" where
-        none came).
+        A header, and for each filter: its name, the number of dropped pairs, the share of noise
+        among them (precision), and for each label the share dropped of the pairs that reached the
+        filter (recall), or "-" if none did.
     """
     total: collections.Counter[str] = collections.Counter()
     for counts in labels.values():
@@ -310,7 +310,7 @@ def table_rows(labels: Mapping[str, Mapping[str, int]], clean_label: str) -> lis
     for row in met.rows()[1:-1]:
         stage, reason = row["stage"], row["reason"]
         name = spell_reason(stage, reason)
-        if name[:2] not in ("C:", "A:", "T:"):  # the filters of the paper, by their letters
+        if name[:2] not in ("C:", "A:", "T:"):  # the paper's filters have letters
             name = f"{stage}: {name}"
         dropped = labels[f"{stage}/{reason}"]
         score(name, dropped, arrived)
@@ -322,7 +322,7 @@ def table_rows(labels: Mapping[str, Mapping[str, int]], clean_label: str) -> lis
 
 
 def format_noise_table(labels: Mapping[str, Mapping[str, int]], clean_label: str) -> str:
-    """The table for a terminal."""
+    """Formats the table of `table_rows` for the terminal."""
     header, *rows = [[escape(cell) for cell in row] for row in table_rows(labels, clean_label)]
     header = [cell.removeprefix(_RECALL) for cell in header]
     title = "against known noise; under each kind of it the recall, of the pairs that came so far:"

@@ -1,1 +1,1 @@
-"""The steps of the filter; `registry` has them all."""
+"""Filter steps. `registry` lists them all."""

@@ -1,8 +1,8 @@
-"""The form of a filter step: its name and reasons, what it measures, and how it decides.
+"""Base class of filter steps: what a step measures, and how it decides.
 
-A step measures a batch of pairs into columns, and decides from columns and config. The columns are
-recorded (`data_prep.decisions`), so that the same `decide` runs while pairs are filtered and when a
-finished folder is replayed with other limits. Steps record and count nothing themselves.
+A step measures batches of pairs into columns, and decides from the columns and the config. The
+columns are recorded (`data_prep.decisions`), so `decide` also runs when a finished folder is
+replayed with other limits. Steps do not record or count anything themselves.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from diht_jax.readers.base import SourceShard
 from diht_jax.records.samples import all_captions
 from diht_jax.records.schema import Pair
 
-EVIDENCE = "evidence"  # column of texts for people: what of the pair decides; shown in the report
-IMAGE_ERROR = "image_error"  # column: why the image cannot be decoded, whichever step finds out
+EVIDENCE = "evidence"  # column of texts for the report: what in the pair decided
+IMAGE_ERROR = "image_error"  # column: why the image cannot be decoded, set by any step
 
 
 @dataclasses.dataclass(slots=True)
 class Candidate:
-    """A pair on its way through the steps.
+    """A pair and what the steps so far have measured of it.
 
     Attributes:
-        pair: as read.
-        captions: those that are still good, at least one.
-        row: number of the pair among the entries of its shard.
-        graphs: parsed captions, parallel to `captions`; empty where captions are not parsed.
-        first_graph: of the pair's first caption, also where that one was not good.
-        spots: the text that was spotted in the image.
-        values: column -> what was measured, None for nothing.
-        of_captions: what the step at work has measured of each of `captions`, column by column; it
-            decides which of several captions stay.
+        pair: the pair as read.
+        captions: the captions that have passed so far, at least one.
+        row: index of the pair among the entries of its shard.
+        graphs: parsed captions, parallel to `captions`; empty if captions are not parsed.
+        first_graph: graph of the pair's first caption, even if that caption was dropped.
+        spots: text spotted in the image.
+        values: column -> measured value, or None.
+        of_captions: column -> the current step's values, one for each of `captions`. They decide
+            which of several captions are kept.
     """
 
     pair: Pair
@@ -55,12 +55,12 @@ class Candidate:
 
     @classmethod
     def of(cls, pair: Pair, row: int = 0) -> Candidate:
-        """A pair before the first step."""
+        """Creates the candidate for a pair, before the first step."""
         captions = all_captions(pair)
         return cls(pair, captions, row, values={"captions": len(captions)})
 
     def keep_captions(self, is_good: Sequence[bool]) -> None:
-        """Drops the captions that are not good."""
+        """Keeps only the captions that are good."""
         if self.graphs:
             self.graphs = [g for g, good in zip(self.graphs, is_good, strict=True) if good]
         self.captions = [c for c, good in zip(self.captions, is_good, strict=True) if good]
@@ -68,12 +68,12 @@ class Candidate:
 
 @dataclasses.dataclass(eq=False)
 class Columns:
-    """The columns of n pairs: what steps have measured, or what decisions have recorded.
+    """Columns of n pairs, measured by steps or read from recorded decisions.
 
-    They are converted when they are asked for.
+    Columns are converted to arrays on first use.
     """
 
-    columns: Mapping[str, pyarrow.Array | Sequence[Any]]  # None or null: not measured
+    columns: Mapping[str, pyarrow.Array | Sequence[Any]]  # missing, None or null: not measured
     length: int  # n
     _arrays: dict[str, pyarrow.Array] = dataclasses.field(default_factory=dict)
     _masks: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
@@ -82,20 +82,20 @@ class Columns:
         return self.length
 
     def numbers(self, name: str) -> np.ndarray:
-        """A column of numbers, float64 [n]; NaN where nothing was measured."""
+        """Returns a numeric column, float64 [n], with NaN for values that were not measured."""
         values = self._array(name).to_numpy(zero_copy_only=False)
         return values.astype(np.float64)
 
     def has(self, name: str) -> np.ndarray:
-        """Mask of the pairs for which a column has a value, bool [n]."""
+        """Returns which pairs have a value in a column, bool [n]."""
         return self._array(name).is_valid().to_numpy(zero_copy_only=False)
 
     def is_text(self, name: str, value: str) -> np.ndarray:
-        """Mask of the pairs for which a column has this text, bool [n]."""
+        """Returns which pairs have the given text in a column, bool [n]."""
         return self.texts(name).get(value, np.zeros(self.length, bool))
 
     def texts(self, name: str) -> dict[str, np.ndarray]:
-        """Each text of a column -> mask of its pairs, bool [n]."""
+        """Returns text -> which pairs have that text in a column, bool [n]."""
         if name not in self._masks:
             array, self._masks[name] = self._array(name), {}
             if not pyarrow.types.is_null(array.type):
@@ -107,10 +107,10 @@ class Columns:
         return self._masks[name]
 
     def reasons(self, stage: str) -> dict[str, np.ndarray]:
-        """Each reason of a stage -> mask of its pairs, bool [n].
+        """Returns reason -> the pairs that a stage drops for that reason, bool [n].
 
-        The reasons are in a column of the stage's name, or else were recorded as those of the
-        stage.
+        Reasons are read from the column named like the stage if there is one, else from the
+        recorded outcome and reason.
         """
         if stage in self.columns:
             return self.texts(stage)
@@ -128,25 +128,25 @@ class Columns:
 
 @dataclasses.dataclass(eq=False)
 class Step:
-    """A filter step. The class describes it and decides; an instance measures one shard.
+    """A filter step. The class describes the step and decides; an instance measures one shard.
 
     Attributes:
-        config, source: of one shard; an own `__init__` loads what the step needs to measure.
-        name: of the stage, in the statistics and the funnel.
-        order: steps run from the lowest to the highest: 5 (conditions on the metadata) to 30
-            (text-spotting), the cheapest first.
-        reads: some of "caption", "image" and "metadata". Only steps that do not read the image run
-            where tables are filtered without images (`config.metadata_only`).
-        reasons: why it drops pairs -> the words for people, in the order in which it asks.
-        scores: columns of numbers that it adds to the decisions -> the words for people.
-        bins: score -> lower ends of the bins of its histogram, at even distances.
-        limits: settings that only `decide` reads; a replay may change them.
-        keys: dotted names of its keys of the config -> a `Key`, or a default without a range.
-        timer: its name among the times; None for `name`.
-        section: its section of the config, if it has one; hashed only where the step is active.
-        not_hashed: keys of the section that do not decide what is written.
-        rules_version: raised whenever the step comes to decide otherwise.
-        switch: the key that turns it on, by all but None, False and (); None: it always runs.
+        config, source: of one shard. A subclass's `__init__` loads what it needs for measuring.
+        name: name of the stage in the statistics and the funnel.
+        order: position: steps run in ascending order, from 5 (conditions on metadata) to 30
+            (text-spotting), cheap ones first.
+        reads: some of "caption", "image" and "metadata". If tables are filtered without images
+            (`config.metadata_only`), only steps that do not read the image run.
+        reasons: reasons for dropping pairs -> their text in reports, in order of precedence.
+        scores: numeric columns that the step adds to the decisions -> their text in reports.
+        bins: score -> lower edges of the histogram's bins, evenly spaced.
+        limits: settings that only `decide` reads, so a replay may change them.
+        keys: dotted names of the step's config keys -> a `Key`, or a default without a range.
+        timer: name of the step's timer; None uses `name`.
+        section: config section of the step, if any; hashed only if the step is active.
+        not_hashed: keys of the section that do not affect the output.
+        rules_version: raise this with every change that may alter a decision.
+        switch: key that enables the step by a value other than None, False or (); None: always on.
     """
 
     config: ml_collections.ConfigDict
@@ -168,57 +168,57 @@ class Step:
 
     @classmethod
     def check(cls, config: ml_collections.ConfigDict) -> None:
-        """Checks what types and ranges cannot tell.
+        """Checks constraints that types and ranges cannot express.
 
         Raises:
-            ValueError: a value does not go with others.
+            ValueError: values contradict each other.
         """
 
     @classmethod
     def is_active(cls, config: ml_collections.ConfigDict) -> bool:
-        """True if the step runs; finished folders stay valid if a new step is off by default."""
+        """Whether the step runs. A new step that is off by default keeps finished folders valid."""
         value = operator.attrgetter(cls.switch)(config) if cls.switch else True
-        return bool(value) or value == ""  # a name that is empty is for the step to refuse
+        return bool(value) or value == ""  # the step itself rejects an empty name
 
     @classmethod
     def describe_rules(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
-        """Versions and contents that decide, besides the config; hashed if the step is active."""
+        """Returns what decisions depend on besides the config; hashed if the step is active."""
         return {f"{cls.name}_rules": cls.rules_version}
 
     @classmethod
     def check_inputs(cls, config: ml_collections.ConfigDict, inputs: Sequence[Input]) -> None:
-        """Warns where the step has nothing to do with these inputs; called once in a job."""
+        """Warns if the step has no effect on these inputs. Called once per job."""
 
     @classmethod
     def package_versions(cls, config: ml_collections.ConfigDict) -> dict[str, str]:
-        """The versions of packages that take part; recorded, not hashed."""
+        """Returns versions of the packages in use, which are recorded but not hashed."""
         return {}
 
     @classmethod
     def batch_size(cls, config: ml_collections.ConfigDict) -> int | None:
-        """Largest batch for `measure`, where the step takes long; None for any."""
+        """Returns the largest batch for a slow `measure`, or None for no limit."""
         return None
 
     def measure(self, batch: Sequence[Candidate]) -> Mapping[str, Sequence[Any]]:
         """Measures pairs.
 
         Args:
-            batch: the pairs; the step may set their `graphs`, `spots` and `of_captions`.
+            batch: pairs. The step may set their `graphs`, `spots` and `of_captions`.
 
         Returns:
-            Columns with a value for each pair: some of `decisions.table.COLUMNS` and of `scores`,
-            `EVIDENCE`, and the step's own name for the reason of a step without `decide`.
+            Columns with one value per pair: some of `decisions.table.COLUMNS` and of `scores`,
+            `EVIDENCE`, and for a step without `decide` the reason, in a column of its name.
         """
         return {}
 
     @classmethod
     def decide(cls, columns: Columns, config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
-        """Decides about n pairs by what is known of them.
+        """Decides about n pairs from their columns.
 
-        Without an own `decide` a step measures the reason itself, in a column of its name.
+        The default is for steps that measure the reason itself, in a column named like the step.
 
         Returns:
-            Reason -> where it holds, bool [n]; the first that holds counts.
+            Reason -> the pairs it holds for, bool [n]. The first reason that holds counts.
         """
         return columns.reasons(cls.name)
 
@@ -226,15 +226,15 @@ class Step:
     def find_unknown(
         cls, columns: Columns, before: ml_collections.ConfigDict, now: ml_collections.ConfigDict
     ) -> np.ndarray:
-        """Finds pairs whose columns do not suffice to decide by another config.
+        """Finds pairs that cannot be decided with another config from the recorded columns.
 
         Args:
-            columns: of n pairs that came to the step then.
-            before: the config with which they were measured; the step was active.
-            now: another one; the step is active.
+            columns: of the n pairs that reached the step under the old config.
+            before: the old config, under which the step was active.
+            now: the new config, under which the step is active.
 
         Returns:
-            bool [n]. By default all pairs, where settings differ that are no limits.
+            bool [n]. Default: all pairs if any setting differs that is not one of `limits`.
         """
         old, new = cls.settings(before), cls.settings(now)
         differ = any(new[name] != old[name] for name in new if name not in cls.limits)
@@ -242,12 +242,12 @@ class Step:
 
     @classmethod
     def settings(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
-        """The step's keys that decide, those of its section without the section's name."""
+        """Returns the settings that decide; keys of the step's section omit the section's name."""
         values = config.to_dict()
         found = {name: values[name] for name in cls.keys if "." not in name}
         section = values[cls.section] if cls.section is not None else {}
         return found | {k: v for k, v in section.items() if k not in cls.not_hashed}
 
     def close(self) -> dict[str, Any]:
-        """Ends the shard: gives warnings, and returns facts for its statistics."""
+        """Finishes the shard: logs warnings, and returns facts for its statistics."""
         return {}

@@ -1,8 +1,8 @@
-"""The steps of CAT: complexity and action of captions, readable pictures, no caption shown as text.
+"""CAT filter steps: complexity and action of captions, readable images, and text-spotting.
 
-Method: DiHT, arXiv 2301.02280, "Complexity, Action, and Text-spotting (CAT)". Of several captions
-of a pair the good ones are kept. How captions are parsed belongs in `data_prep.captions`, how text
-is spotted and matched in `data_prep.text_spotting`.
+Method: DiHT, arXiv 2301.02280, "Complexity, Action, and Text-spotting (CAT)". Of a pair's captions,
+the good ones are kept. Captions are parsed in `data_prep.captions`; text is spotted and matched in
+`data_prep.text_spotting`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from diht_jax.config.keys import COUNT, Key, Range
 from diht_jax.input import transforms
 from diht_jax.readers.base import SourceShard
 
-_MOST = 255  # a larger complexity is recorded, and decided about, as this one
+_MOST = 255  # higher complexities are recorded, and decided about, as this value
 _CAPTION_COLUMNS = ("captions", "gate", "complexity", "actions", "best_complexity")
 _CAPTION_COLUMNS += ("best_active_complexity", "object_names", "action_names")
 
@@ -40,7 +40,7 @@ _TEXT_COLUMNS = ("matches", "looked", "match", "match_chars", "match_confidence"
 
 
 class CaptionStep(Step):
-    """C and A: parses the captions, and drops pairs without one that passes the gates and both."""
+    """C and A of CAT: drops pairs without a caption that passes the gates, C and A."""
 
     name = "caption"
     order = 10
@@ -54,8 +54,8 @@ class CaptionStep(Step):
     }
     limits = ("complexity", "min_complexity", "action")
     keys = {
-        "complexity": True,  # C of CAT: drop captions of a complexity under min_complexity
-        # Attributes and relations of the object that has most.
+        "complexity": True,  # C of CAT: drop captions with a complexity below min_complexity
+        # Number of attributes and relations of the caption's most complex object.
         "min_complexity": Key(1, Range(0, _MOST)),
         "action": True,  # A of CAT: drop captions without an action
     }
@@ -63,7 +63,7 @@ class CaptionStep(Step):
 
     @classmethod
     def is_active(cls, config: ml_collections.ConfigDict) -> bool:
-        """True if anything is asked of the captions; else the parser is not even loaded."""
+        """Whether captions are filtered or described; otherwise the parser is not even loaded."""
         return drops_captions(config) or config.concepts or config.metadata_only
 
     @classmethod
@@ -77,7 +77,7 @@ class CaptionStep(Step):
 
     def __init__(self, config: ml_collections.ConfigDict, source: SourceShard):
         super().__init__(config, source)
-        from data_prep.captions.parse import parse_captions  # spaCy, which no other step needs
+        from data_prep.captions.parse import parse_captions  # loads spaCy, only needed here
 
         self._parse = parse_captions
         self._parse([])  # loads the parser
@@ -124,7 +124,7 @@ class CaptionStep(Step):
 
 
 def caption_limits(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """C and A as arguments of `batches.CaptionFilter` and of `captions.graph.cat_reason`."""
+    """Returns C and A as arguments of `batches.CaptionFilter` and `captions.graph.cat_reason`."""
     return {
         "min_complexity": config.min_complexity if config.complexity else 0,
         "require_action": config.action,
@@ -132,14 +132,14 @@ def caption_limits(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def drops_captions(config: ml_collections.ConfigDict) -> bool:
-    """True if captions are dropped, if only by the gates."""
+    """Returns whether captions are dropped, even if only by the gates."""
     return config.complexity or config.action
 
 
 def compare_captions(
     before: ml_collections.ConfigDict, now: ml_collections.ConfigDict
 ) -> tuple[bool, bool]:
-    """Tells if fewer, and if more of several captions may pass this step now."""
+    """Returns whether fewer, and whether more, captions of a pair may pass with the new config."""
     old, new = (
         tuple(caption_limits(config).values()) if drops_captions(config) else (-1, False)
         for config in (before, now)
@@ -151,7 +151,7 @@ def compare_captions(
 
 
 def _describe(graph: CaptionGraph) -> dict[str, Any]:
-    """The columns of one caption."""
+    """Returns the columns of one caption."""
     if graph.drop_reason is not None:
         return {"captions": 1, "gate": graph.drop_reason, "complexity": None, "actions": None}
     complexity, actions = min(graph.complexity, _MOST), min(len(graph.actions), _MOST)
@@ -159,7 +159,7 @@ def _describe(graph: CaptionGraph) -> dict[str, Any]:
 
 
 class ImageStep(Step):
-    """Drops pairs whose image is no image or has no good size."""
+    """Drops pairs whose image is unreadable, too large or too small."""
 
     name = "image"
     order = 20
@@ -171,19 +171,19 @@ class ImageStep(Step):
         "too_small": "too small",
     }
     keys = {
-        # Width times height; larger ones are not decoded.
+        # Largest width times height of an image; larger ones are dropped without decoding.
         "image.max_pixels": Key(transforms.MAX_PIXELS, COUNT),
-        "image.min_side": Key(1, COUNT),  # px; smaller ones are dropped
-        # px; larger ones are shrunk and written as JPEG; None keeps all bytes
+        "image.min_side": Key(1, COUNT),  # px; images with a shorter side are dropped
+        # px; larger images are shrunk and written as JPEG; None keeps the original bytes
         "image.max_side": Key(int, COUNT),
-        "image.jpeg_quality": Key(90, Range(1, 95)),  # of those that are shrunk
+        "image.jpeg_quality": Key(90, Range(1, 95)),  # quality of shrunk images
     }
     timer = "images"
     section = "image"
 
     @classmethod
     def describe_rules(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
-        return {}  # its rules are a part of the filter's format version
+        return {}  # covered by the filter's format version
 
     @classmethod
     def package_versions(cls, config: ml_collections.ConfigDict) -> dict[str, str]:
@@ -218,9 +218,9 @@ class ImageStep(Step):
     ) -> np.ndarray:
         old, new = before.image, now.image
         unknown = np.zeros(len(columns), bool)
-        if new.max_pixels > old.max_pixels:  # nobody has tried to decode these
+        if new.max_pixels > old.max_pixels:  # these were never decoded
             unknown |= columns.is_text(IMAGE_ERROR, "too_large")
-        if new.max_side != old.max_side:  # only an image to be shrunk is decoded at its full size
+        if new.max_side != old.max_side:  # only images to be shrunk are decoded at full size
             dropped = cls.decide(columns, now)
             longer = np.fmax(columns.numbers("width"), columns.numbers("height"))
             was_shrunk = columns.is_text("outcome", "kept") & (longer > (old.max_side or np.inf))
@@ -231,7 +231,7 @@ class ImageStep(Step):
 
 
 class TextStep(Step):
-    """T: drops pairs of whose captions every one stands in the picture."""
+    """T of CAT: drops pairs whose picture shows all of their captions as text."""
 
     name = "text"
     order = 30
@@ -239,7 +239,7 @@ class TextStep(Step):
     reasons = {"shows_caption": "T: shows its caption"}
     limits = ("min_chars", "min_confidence")
     keys = {
-        "text_spotting": True,  # T of CAT: drop captions that their picture shows as text
+        "text_spotting": True,  # T of CAT: drop captions that the picture shows as text
         **{f"spotter.{name}": key for name, key in spotter_settings.KEYS.items()},
     }
     section = "spotter"
@@ -268,7 +268,7 @@ class TextStep(Step):
 
     @functools.cached_property
     def _spotter(self) -> TextSpotter:
-        """The spotter of the shard, opened with the first pair that comes to the step."""
+        """The spotter of the shard, opened for the first pair that reaches the step."""
         source, max_pixels = self.source, self.config.image.max_pixels
         name = os.path.basename(source.path.rstrip("/"))  # independent of the folder of the shard
         part = zlib.crc32(f"{name}\n{source.start}\n{source.stop}".encode())
@@ -297,8 +297,8 @@ class TextStep(Step):
         old, new = before.spotter, now.spotter
         unknown = super().find_unknown(columns, before, now)
         several, dropped = columns.numbers("captions") > 1, columns.has("match")
-        # By stricter limits of a match only pairs that were dropped may pass, by laxer ones only
-        # pairs that passed may be dropped.
+        # With stricter limits only dropped pairs may change (they may pass), with laxer limits only
+        # passed pairs (they may be dropped).
         if new.min_chars < old.min_chars or new.min_confidence < old.min_confidence:
             unknown |= ~dropped
         if new.min_chars != old.min_chars:
@@ -307,9 +307,9 @@ class TextStep(Step):
             least = np.float32(new.min_confidence)
             is_sure = (columns.numbers("match_confidence") >= least) & ~several
             unknown |= dropped & ~is_sure
-            # Lines that are sure speak against a match, but only where they count.
+            # Confident lines count against a match, but only from min_confidence on.
             unknown |= new.weigh_words and max(old.min_confidence, new.min_confidence) > SURE
-        # Of several captions others may come here now than those that were looked for.
+        # Other captions of a pair may reach this step now than those that were matched then.
         fewer, more = compare_captions(before, now)
         least, least_now = (
             -np.inf if c.clip.min_score is None else c.clip.min_score for c in (before, now)
@@ -326,7 +326,7 @@ class TextStep(Step):
         return {"spotter": self._machine}
 
     def _describe(self, candidate: Candidate, verdict: Verdict) -> dict[str, Any]:
-        """The columns of one pair."""
+        """Returns the columns of one pair."""
         if verdict.error is not None:
             return {IMAGE_ERROR: verdict.error.reason}
         if self._machine is None and verdict.looked != "no_run":
@@ -340,7 +340,7 @@ class TextStep(Step):
         values = {"matches": len(shown), "looked": looked}
         if len(shown) < len(verdict.matches):
             return values
-        # What the longest of several captions shares with the picture does not decide alone.
+        # A pair is dropped only if all of its captions match, so the weakest match decides.
         shared = [
             longest_match(text, caption, self._spotter.settings)
             for text, caption in zip(shown, candidate.captions, strict=True)

@@ -1,9 +1,9 @@
-"""Pictures that are known: duplicates of other pairs, and pictures of evaluation sets.
+"""Drops known pictures: duplicates of other pairs, and pictures of evaluation sets.
 
-Duplicates come from the table that `python -m data_prep.duplicates` has written. Pictures of an
-evaluation set are found by their pixels, a perceptual hash, or embeddings: how pictures are hashed
-belongs in `data_prep.duplicates.image_hashes`, how embeddings are read in
-`data_prep.duplicates.precomputed`.
+Duplicates are read from a table written by `python -m data_prep.duplicates`. Pictures of evaluation
+sets are found by their pixels, by a perceptual hash or by embeddings.
+`data_prep.duplicates.image_hashes` hashes pictures, and `data_prep.duplicates.precomputed` reads
+embeddings.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from diht_jax.config.checks import TextOrSections
 from diht_jax.config.keys import COUNT, Key, Range
 from diht_jax.readers.base import SourceShard
 
-_LOOKED_AT = 32  # inputs that are compared with those of the table
+_LOOKED_AT = 32  # number of inputs to compare with those of the table
 
 _EMBEDDINGS = "config.decontaminate.embeddings"
 
 
 class DuplicateStep(Step):
-    """Drops the pairs that the table names by their keys."""
+    """Drops pairs whose keys are in a table of duplicates."""
 
     name = "duplicates"
-    order = 6  # a search in a sorted table
+    order = 6  # only a binary search
     reasons = {"exact": "copy of another image", "near": "near-duplicate of another image"}
     keys = {
-        # The output folder of data_prep.duplicates on the same pairs; None: nothing is dropped.
+        # Output folder of data_prep.duplicates for the same pairs; None: no pairs are dropped.
         "duplicates.table": str,
     }
     section = "duplicates"
@@ -48,7 +48,7 @@ class DuplicateStep(Step):
     def describe_rules(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
         folder = config.duplicates.table
         try:
-            table = Lookup(folder)  # complete and whole, before any worker reads it
+            table = Lookup(folder)  # fails early if the table is incomplete or damaged
         except ValueError as error:
             raise ValueError(f"config.duplicates.table={error}") from error
         return super().describe_rules(config) | {"duplicates_table": table.digest}
@@ -88,7 +88,7 @@ class DuplicateStep(Step):
 
 
 def _hash_shard(shard: SourceShard) -> str:
-    """The hash by which the table knows a shard; empty for one that is gone, whose task fails."""
+    """Returns a shard's hash in the table, or "" if the shard is gone (its task will fail)."""
     try:
         return hash_input(shard)
     except FileNotFoundError:
@@ -96,29 +96,29 @@ def _hash_shard(shard: SourceShard) -> str:
 
 
 class DecontaminateStep(Step):
-    """Drops pairs whose picture is in one of the sets; the name of the set is the reason."""
+    """Drops pairs whose picture is in an evaluation set. The reason is the name of the set."""
 
     name = "decontaminate"
-    order = 22  # pictures are decoded; those that cannot be are gone
+    order = 22  # after unreadable pictures have been dropped
     reads = ("image",)
     reasons = {}
     keys = {
-        # name -> a source of docs/guides/prepare/sources.md, or an index of
-        # data_prep.duplicates.image_hashes, such as sets.cifar10 = "/data/cifar10_test.tar"; or a
-        # text, "cifar10=/data/cifar10_test.tar" with commas between several.
+        # name -> a source (docs/guides/prepare/sources.md) or an index of
+        # data_prep.duplicates.image_hashes, such as sets.cifar10 = "/data/cifar10_test.tar"; or one
+        # text with all sets, "NAME=PATH,NAME=PATH".
         "decontaminate.sets": TextOrSections,
-        "decontaminate.perceptual": True,  # compare perceptual hashes too; False: equal pixels only
-        "decontaminate.max_bits": Key(6, Range(0, 16)),  # of 64 that may differ between hashes
-        # name -> the --output of diht_jax.embed on the set, or a glob of .npz or .parquet files
-        # with "key" and "image_emb"; or a text, as above. The names may be those of `sets`.
+        "decontaminate.perceptual": True,  # also compare perceptual hashes, not only equal pixels
+        "decontaminate.max_bits": Key(6, Range(0, 16)),  # most differing bits of two 64-bit hashes
+        # name -> the --output of diht_jax.embed for the set, or a glob of .npz or .parquet files
+        # with "key" and "image_emb"; or a text, as above. Names may be the same as in `sets`.
         "decontaminate.embeddings.sets": TextOrSections,
-        # Embeddings of the pairs by the same model: the --output of diht_jax.embed on config.input,
-        # or a model for diht_jax.load_model that makes them.
+        # Embeddings of the pairs from the same model: the --output of diht_jax.embed for
+        # config.input. Alternatively, set `model`.
         "decontaminate.embeddings.pairs": str,
-        "decontaminate.embeddings.model": str,  # such a model
-        # From which two pictures are the same; depends on the model.
+        "decontaminate.embeddings.model": str,  # embedding model, as for diht_jax.load_model
+        # Minimum cosine at which two pictures are the same; depends on the model.
         "decontaminate.embeddings.min_cosine": Key(0.85, Range(-1, 1)),
-        # Pictures that the model gets at a time.
+        # Pictures per batch of the model.
         "decontaminate.embeddings.batch_size": Key(64, COUNT),
     }
     section = "decontaminate"
@@ -145,7 +145,7 @@ class DecontaminateStep(Step):
         rules = super().describe_rules(config) | {"decontaminate_sets": digests}
         c = config.decontaminate.embeddings
         if _embedded_sets(config):
-            _open_set.cache_clear()  # a run begins with the files as they are now
+            _open_set.cache_clear()  # a run reads the files as they are now
             rules["decontaminate_embedded_sets"] = {
                 name: known.digest() for name, known in _open_embedded(config).items()
             }
@@ -174,7 +174,7 @@ class DecontaminateStep(Step):
 
     def measure(self, batch: Sequence[Candidate]) -> Mapping[str, Sequence[Any]]:
         c, max_pixels = self.config.decontaminate, self.config.image.max_pixels
-        matches: list[tuple[str, Sequence[Match | None]]] = []  # of each set
+        matches: list[tuple[str, Sequence[Match | None]]] = []  # one for each set
         if self._sets:
             pictures = [try_hash(candidate.pair.image, max_pixels) for candidate in batch]
             most = c.max_bits if c.perceptual else None
@@ -197,7 +197,7 @@ class DecontaminateStep(Step):
         return {}
 
     def _embed(self, batch: Sequence[Candidate]) -> np.ndarray:
-        """float32 [n, d] of the pictures, of length 1; 0 where there is no embedding."""
+        """Returns unit-length embeddings float32 [n, d], with zeros where there is none."""
         assert self._pictures is not None
         embedded = self._pictures.embed([candidate.pair for candidate in batch])
         rows = [row if isinstance(row, np.ndarray) else None for row in embedded]
@@ -211,21 +211,21 @@ class DecontaminateStep(Step):
 
 
 def _sets(config: ml_collections.ConfigDict) -> dict[str, str]:
-    """Name -> path of the evaluation sets that are hashed."""
+    """Returns name -> path of the evaluation sets to hash."""
     return _parse(config.decontaminate.sets, "config.decontaminate.sets")
 
 
 def _embedded_sets(config: ml_collections.ConfigDict) -> dict[str, str]:
-    """Name -> path of the embeddings of evaluation sets."""
+    """Returns name -> path of the evaluation sets' embeddings."""
     return _parse(config.decontaminate.embeddings.sets, f"{_EMBEDDINGS}.sets")
 
 
-# Sets stay open for the next shard.
+# Sets stay open from one shard to the next.
 _open_set = functools.lru_cache(maxsize=64)(precomputed.open_set)
 
 
 def _open_embedded(config: ml_collections.ConfigDict) -> dict[str, precomputed.EmbeddedSet]:
-    """Name -> embeddings of the evaluation sets."""
+    """Returns name -> embeddings of the evaluation sets."""
     found = {}
     for name, path in _embedded_sets(config).items():
         try:
@@ -236,10 +236,10 @@ def _open_embedded(config: ml_collections.ConfigDict) -> dict[str, precomputed.E
 
 
 def _parse(sets: str | ml_collections.ConfigDict | None, key: str) -> dict[str, str]:
-    """Name -> path.
+    """Parses sets given as text or as a section into name -> path.
 
     Raises:
-        ValueError: they are written in another form.
+        ValueError: the sets are not in either form.
     """
     found = list((sets or {}).items()) if not isinstance(sets, str) else []
     if isinstance(sets, str):

@@ -1,6 +1,6 @@
-"""Models that steps take embeddings from: in the worker or in actors that workers share.
+"""Embedding models for filter steps, loaded in the worker or in actors that workers share.
 
-A model is known by its files. Where it runs is decided in `data_prep.jobs.models`.
+A model is identified by its files. `data_prep.jobs.models` decides where it runs.
 """
 
 from __future__ import annotations
@@ -29,44 +29,44 @@ from diht_jax.storage.hub import is_hub_name
 from diht_jax.storage.stores import is_remote
 from diht_jax.weights.releases import CONTAINED, HUB_MODELS, RELEASES, locate_weights
 
-# Batches of candidates that a step takes at once, so that shared models have several under way.
+# Batches that a step takes at once, to keep several of a shared model in flight.
 BATCHES = 4
 
 
 class Encoder:
-    """A model that `diht_jax.load_model` reads, for pictures and captions.
+    """Embeds pictures and captions with a model that `diht_jax.load_model` can load.
 
-    Its batches have one shape, filled up with what does not count, so that it is compiled once.
+    Batches are padded to one shape, so the model is compiled only once.
     """
 
     def __init__(self, model: str, batch_size: int, max_pixels: int = MAX_PIXELS):
-        """Loads the model, or leaves that to who shares it.
+        """Loads the model, unless it is shared.
 
         Args:
-            model: for `diht_jax.load_model`.
-            batch_size: pictures, or texts, that it gets at a time.
-            max_pixels: of a picture that is decoded.
+            model: name or path for `diht_jax.load_model`.
+            batch_size: number of pictures or texts per batch.
+            max_pixels: maximum number of pixels of a picture to decode.
         """
         self._model = open_model(functools.partial(_load, model, batch_size))
         self._batch_size = batch_size
         self._max_pixels = max_pixels
         if not is_shared():
-            _ = self.pictures  # loading is no pair's fault, and no part of a step's time
+            _ = self.pictures  # load here: errors belong to no pair, and the time to no step
 
     @functools.cached_property
     def pictures(self) -> tuple[int, Preprocessing]:
-        """Side of the pictures that the model takes, in pixels, and how they are made."""
+        """Side of the model's input pictures in px, and their preprocessing."""
         (found,) = self._model.map("describe_pictures", [()])
         return found
 
     def embed_images(self, images: Sequence[bytes]) -> list[np.ndarray | str]:
-        """Decodes pictures, while a shared model works on those before.
+        """Decodes and embeds pictures. A shared model embeds one batch while the next is decoded.
 
         Returns:
-            float32 [d] of unit length for each, or the reason why it cannot be decoded.
+            For each picture float32 [d] of unit length, or the reason why it cannot be decoded.
         """
         found: list[np.ndarray | str] = [""] * len(images)
-        readable: list[int] = []  # numbers of those that the model gets
+        readable: list[int] = []  # indices of the pictures that the model embeds
 
         def decode() -> Iterator[tuple[np.ndarray, int]]:
             size, preprocessing = self.pictures
@@ -92,7 +92,7 @@ class Encoder:
         return found
 
     def embed_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """float32 [d] of unit length for each text."""
+        """Returns the embedding of each text, float32 [d] of unit length."""
         size = self._batch_size
         chunks = (list(texts[start : start + size]) for start in range(0, len(texts), size))
         filled = ((chunk + [""] * (size - len(chunk)), len(chunk)) for chunk in chunks)
@@ -100,7 +100,7 @@ class Encoder:
 
 
 class PictureEmbeddings:
-    """Embeddings of the pictures of a shard: stored ones, by the keys of pairs, or a model's."""
+    """Embeddings of a shard's pictures, either stored ones by key or from a model."""
 
     def __init__(
         self,
@@ -111,10 +111,10 @@ class PictureEmbeddings:
         batch_size: int,
         max_pixels: int,
     ):
-        """Reads what is stored of the shard, or loads the model.
+        """Reads the stored embeddings of the shard, or loads the model if `stored` is None.
 
-        `stored` is the --output of `diht_jax.embed` on the input, which `key` of the config names;
-        the others are those of `Encoder`.
+        `stored` is the --output of `diht_jax.embed` for the input, and `key` the config key that
+        names it. The other arguments are those of `Encoder`.
         """
         self._source, self._where, self._missing = source, f"{key}='{stored}'", 0
         self._rows: Mapping[str, np.ndarray] = {}
@@ -125,7 +125,7 @@ class PictureEmbeddings:
             self._rows = precomputed.read_of_shard(stored, source)
 
     def embed(self, pairs: Sequence[Pair]) -> Sequence[np.ndarray | str | None]:
-        """[d] of each; None where nothing is stored, a reason where a picture is not readable."""
+        """Returns for each [d], or None if none is stored, or why the picture is unreadable."""
         if self._model is not None:
             return self._model.embed_images([pair.image for pair in pairs])
         found = [self._rows.get(pair.key) for pair in pairs]
@@ -133,7 +133,7 @@ class PictureEmbeddings:
         return found
 
     def warn_of_missing(self, lacking: str) -> None:
-        """Warns where pairs had no embedding, and so went on without a score, or a comparison."""
+        """Warns if pairs had no embedding and therefore got no score or comparison."""
         if self._missing:
             logging.warning(
                 "%s: %d pairs have no embedding in %s, and went on without %s",
@@ -145,7 +145,7 @@ class PictureEmbeddings:
 
 
 class _Loaded:
-    """The model where it runs; JAX is imported here only."""
+    """A loaded model, in the process where it runs. Only this class imports JAX."""
 
     def __init__(self, model: str, batch_size: int):
         from diht_jax.loading import load_model
@@ -153,43 +153,43 @@ class _Loaded:
         self._model = load_model(model, batch_size=batch_size)
 
     def describe_pictures(self) -> tuple[int, Preprocessing]:
-        """Their side in pixels, and their preprocessing."""
+        """Returns the pictures' side in px and their preprocessing."""
         return self._model.image_size, self._model.preprocessing
 
     def encode_images(self, pixels: np.ndarray, count: int) -> np.ndarray:
-        """float32 [count, d] of the first of uint8 [b, size, size, 3]."""
+        """Embeds the first `count` of uint8 [b, size, size, 3] as float32 [count, d]."""
         return self._model.encode_image(pixels)[:count]
 
     def encode_texts(self, texts: list[str], count: int) -> np.ndarray:
-        """float32 [count, d] of the first texts."""
+        """Embeds the first `count` texts as float32 [count, d]."""
         return self._model.encode_text(texts)[:count]
 
 
-@functools.lru_cache(maxsize=4)  # several steps may have a model of their own
+@functools.lru_cache(maxsize=4)  # steps may use different models
 def _load(model: str, batch_size: int) -> _Loaded:
     return _Loaded(model, batch_size)
 
 
 @functools.lru_cache(maxsize=4)
 def fingerprint(model: str, name: str) -> str:
-    """Identifies a model without loading it: files by their bytes, a run by its last checkpoint.
+    """Identifies a model without loading it: files by content, a run by its last checkpoint.
 
-    A released model is its name: its bytes are checked when it is loaded. So is a model of the hub,
-    and one in a store. Starting a finished run again, or copying it, leaves it the same model.
+    Released models and models of a hub or a store are identified by name; loading a released one
+    checks its bytes. A finished run keeps its identity if it is restarted or copied.
 
     Args:
-        model: for `diht_jax.load_model`.
-        name: key of the config, for errors.
+        model: name or path for `diht_jax.load_model`.
+        name: config key, for error messages.
 
     Raises:
-        ValueError: there is no such model.
+        ValueError: the model does not exist.
     """
     digest = hashlib.blake2b(digest_size=16)
     if os.path.isfile(model):
         with open(model, "rb") as file:
             return hashlib.file_digest(file, lambda: digest).hexdigest()
     if not os.path.isdir(model):
-        if model in CONTAINED:  # a new version of the package may have another
+        if model in CONTAINED:  # another version of the package may contain another model
             return fingerprint(str(locate_weights(model) / "model.safetensors"), name)
         known = (*CONTAINED, *RELEASES, *HUB_MODELS)
         if model not in known and not is_remote(model) and not is_hub_name(model):

@@ -1,17 +1,17 @@
-"""Conditions on the metadata of a pair: `punsafe < 0.5`, `pwatermark < 0.5`, sizes, a language.
+"""Filter conditions on the metadata of a pair: `punsafe < 0.5`, sizes, a language.
 
 The paper removed unsafe and watermarked pairs before CAT (DiHT, arXiv 2301.02280).
 
-A text is parsed to its syntax tree and turned into functions; nothing of it is ever executed by
-Python. It has comparisons (also in a chain, `0.3 < width / height < 3`, and `in` a list), `and`,
-`or`, `not`, numbers, texts in quotes, `+ - * /`, and the functions `min`, `max` and `len`. A name
-is a field of the pair's metadata, or `key` or `caption`; `field("NSFW score")` is one whose name
-is no word.
+A condition is parsed to a syntax tree and interpreted here; Python never executes it. The language
+has comparisons (also chained, `0.3 < width / height < 3`, and `in` a list), `and`, `or`, `not`,
+numbers, quoted texts, `+ - * /`, and the functions `min`, `max` and `len`. A name is a field of the
+pair's metadata, or `key` or `caption`. `field("NSFW score")` reads a field whose name is not an
+identifier.
 
-A comparison with a text compares texts, every other one numbers; a text that spells a number
-counts as that number, since tables of text have no others. A field that a pair lacks, or that
-holds neither, gives a comparison that is unknown (None): `not` of it is unknown, and so is `and`
-with something true and `or` with something false, as in SQL.
+Comparisons with a text compare texts; all others compare numbers. A text that spells a number
+counts as the number, since text tables have no other form. If a field is missing or has another
+type, the comparison is unknown (None). As in SQL, `not` of unknown is unknown, and so are `and`
+with something true and `or` with something false.
 """
 
 from __future__ import annotations
@@ -50,21 +50,21 @@ _EXPECTED = "comparisons joined by and, or and not, such as 'punsafe < 0.5 and L
 
 
 class PredicateStep(Step):
-    """Drops pairs for which one of the conditions does not hold, the first such counts.
+    """Drops pairs for which a condition does not hold. The first such condition is the reason.
 
-    Reasons are the conditions themselves: "CONDITION is false", and "CONDITION is unknown" where
-    the pair lacks a field.
+    Reasons are named after conditions: "CONDITION is false", and "CONDITION is unknown" if a field
+    is missing or has another type.
     """
 
     name = "metadata"
-    order = 5  # no caption is parsed yet
+    order = 5  # before any caption is parsed
     reads = ("metadata",)
     reasons = {}
     keys = {
-        # What must hold, such as ("punsafe < 0.5", "pwatermark < 0.5"); steps/predicates.py
+        # Conditions to require, such as ("punsafe < 0.5", "pwatermark < 0.5"); steps/predicates.py
         "predicates.require": (),
-        # What becomes of a pair whose metadata does not decide a condition, since a field is
-        # missing or is no number: "drop" (and a field that no pair has drops all) or "keep".
+        # Whether to "drop" or "keep" a pair for which a condition is unknown, because a field is
+        # missing or not a number. With "drop", a field that no pair has drops all pairs.
         "predicates.missing": Key("drop", OneOf(("drop", "keep"))),
     }
     section = "predicates"
@@ -98,7 +98,7 @@ class PredicateStep(Step):
         return {self.name: reasons, EVIDENCE: evidence}
 
     def close(self) -> dict[str, Any]:
-        """Warns of conditions that no pair of the shard decides: a field's name may be wrong."""
+        """Warns of conditions that are unknown for all pairs: the field's name may be wrong."""
         for condition in self._conditions:
             if self._seen and self._unknown[condition.text] == self._seen:
                 logging.warning(
@@ -108,7 +108,7 @@ class PredicateStep(Step):
         return {}
 
     def _find_reason(self, fields: Fields) -> tuple[str | None, Condition | None]:
-        """Why a pair is dropped, and the condition that decides it."""
+        """Returns why a pair is dropped, and the condition that drops it."""
         for condition in self._conditions:
             holds = condition.holds(fields)
             if holds is None:
@@ -121,7 +121,7 @@ class PredicateStep(Step):
 
 
 def _parse(texts: Sequence[str]) -> list[Condition]:
-    """The conditions of the config; a ValueError names its key where one is not of the language."""
+    """Parses the conditions of the config. A ValueError for an invalid one names the key."""
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise ValueError(
             f"config.predicates.require={texts!r}; expected texts, such as "
@@ -134,11 +134,11 @@ def _parse(texts: Sequence[str]) -> list[Condition]:
 
 
 class Condition(NamedTuple):
-    """A condition that was parsed.
+    """A parsed condition.
 
     Attributes:
-        text: as it was typed, with single spaces.
-        fields: the fields that it reads, in their order.
+        text: the condition as typed, with single spaces.
+        fields: names of the fields that it reads, in order.
     """
 
     text: str
@@ -146,12 +146,12 @@ class Condition(NamedTuple):
     tree: ast.expr
 
     def holds(self, fields: Fields) -> bool | None:
-        """True, False or None (unknown) for the fields of a pair."""
+        """Returns True, False or None (unknown) for the fields of a pair."""
         return _truth(self.tree, fields)
 
 
 class _NoFields(dict[str, Any]):
-    """A pair without fields, which keeps the names that it is asked for."""
+    """The fields of an empty pair, which records the names that are looked up."""
 
     def get(self, name: str, default: Any = None) -> None:
         self[name] = None
@@ -161,12 +161,12 @@ def parse_condition(text: str) -> Condition:
     """Parses a condition.
 
     Raises:
-        ValueError: it is not of this language; the message shows where.
+        ValueError: the condition is invalid; the message shows where.
     """
     asked = _NoFields()
     try:
         tree = ast.parse(text.strip(), mode="eval").body
-        _truth(tree, asked)  # all of it is looked at, however it ends
+        _truth(tree, asked)  # checks all of the tree, since nothing short-circuits
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         detail = error.msg if isinstance(error, SyntaxError) else str(error)
         raise ValueError(f"'{text}': {detail}; expected {_EXPECTED}") from error
@@ -189,7 +189,7 @@ def _truth(node: ast.expr, fields: Fields) -> bool | None:
 
 
 def _join(truths: Sequence[bool | None], is_or: bool) -> bool | None:
-    """`or`, or `and`: one that settles it does, else unknown wins."""
+    """Combines truths with `or` or `and`. Unknown matters only if the others do not decide."""
     if is_or in truths:
         return is_or
     return None if None in truths else not is_or
@@ -199,7 +199,7 @@ def _compare(left: ast.expr, kind: ast.cmpop, right: ast.expr, fields: Fields) -
     if isinstance(kind, ast.In | ast.NotIn):
         if not isinstance(right, ast.List | ast.Tuple | ast.Set) or not right.elts:
             raise ValueError(f"'{ast.unparse(right)}' after 'in'; expected a list of constants")
-        terms = [_term(element, {}) for element in right.elts]  # "-1" is no `ast.Constant`
+        terms = [_term(element, {}) for element in right.elts]  # "-1" is not an `ast.Constant`
         values, types = [value for value, _ in terms], {form for _, form in terms}
         if None in values or types not in ({"text"}, {"number"}):
             raise ValueError(f"'{ast.unparse(right)}': expected texts only, or numbers only")
@@ -217,7 +217,7 @@ def _compare(left: ast.expr, kind: ast.cmpop, right: ast.expr, fields: Fields) -
 
 
 def _term(node: ast.expr, fields: Fields) -> tuple[Any, str]:
-    """A value within a comparison, and what it is by its form: "number", "text" or "field"."""
+    """Returns the value of a term, and its form: "number", "text" or "field"."""
     match node:
         case ast.Constant(int() | float() | str() as value):
             return value, "text" if isinstance(value, str) else "number"
@@ -249,7 +249,7 @@ def _calculate(
 
 
 def _apply(function: Callable[..., Any], read: Callable[[Any], Any], *values: Any) -> Any:
-    """The function of values as `read` reads them; unknown where one of them is."""
+    """Applies a function to values converted by `read`. None if any of them is None."""
     found = [read(value) for value in values]
     if any(value is None for value in found):
         return None
@@ -264,7 +264,7 @@ def _as_text(value: Any) -> str | None:
 
 
 def _as_number(value: Any) -> float | None:
-    """A finite number, also one that a text spells; None for everything else."""
+    """Returns a finite number, which may be spelled as text, or None for other values."""
     if isinstance(value, str):
         try:
             value = float(value)

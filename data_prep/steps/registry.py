@@ -1,4 +1,4 @@
-"""The table of filter steps. A new step is one file in this folder and one line here."""
+"""Table of filter steps. To add a step, write one file in this folder and one line here."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ STEPS: dict[str, type[Step]] = {
 
 
 def ordered_steps() -> list[type[Step]]:
-    """All steps, in the order in which they run."""
+    """Returns all steps in running order."""
     return sorted(STEPS.values(), key=operator.attrgetter("order"))
 
 
 def active_steps(config: ml_collections.ConfigDict) -> list[type[Step]]:
-    """The steps that a config asks for, in the order in which they run."""
+    """Returns the steps that a config enables, in running order."""
     return [
         step
         for step in ordered_steps()

@@ -1,11 +1,11 @@
-"""Scores with a limit: the CLIP score, and linear layers on embeddings of pictures.
+"""Filters by score: the CLIP score, and linear layers on image embeddings.
 
-The CLIP score is the cosine of picture and caption, by any model: what DataComp and LAION filter by
-(arXiv 2304.14108, 2210.08402). LAION's two aesthetic predictors are linear layers on embeddings of
-OpenAI's CLIP L/14, at unit length: the first one layer, the second five with nothing between them,
-which are one (github.com/LAION-AI/aesthetic-predictor,
-.../christophschuhmann/improved-aesthetic-predictor). A limit is a score, or comes from a share of
-the scores that an earlier run has recorded (`filtering.config.set_quantile_limit`).
+The CLIP score is the cosine of picture and caption for any model, as DataComp and LAION filter by
+(arXiv 2304.14108, 2210.08402). LAION's two aesthetic predictors work on unit-length embeddings of
+OpenAI's CLIP L/14. The first is a linear layer; the second has five without nonlinearities, which
+fold into one (github.com/LAION-AI/aesthetic-predictor,
+.../christophschuhmann/improved-aesthetic-predictor). A limit is a score, or the quantile of scores
+that an earlier run has recorded (`filtering.config.set_quantile_limit`).
 """
 
 from __future__ import annotations
@@ -29,50 +29,49 @@ from diht_jax.weights.tensor_files import WEIGHT_SUFFIXES, read_tensors
 
 SCORE = "clip_score"
 
-# A share of all pairs.
+# Share of all pairs.
 _QUANTILE = Range(0, 1, excludes_low=True, excludes_high=True)
 HEAD_KEYS: dict[str, Any] = {
-    # Weights of a linear layer: .npz, .safetensors, or torch's state dict, of which nothing is
-    # executed; an unsafe one is high for unsafe pictures, as a logistic regression; None: nothing
-    # is scored.
+    # Weights of a linear layer: .npz, .safetensors, or a torch state dict, which is read without
+    # executing code. Unsafe heads must be high for unsafe pictures, as a logistic regression is.
+    # None: no scores.
     "head": str,
-    "model": str,  # for diht_jax.load_model, which makes the embeddings
-    "embeddings": str,  # or the --output of diht_jax.embed on config.input
-    "normalize": True,  # to unit length before the layer; False: embeddings as they are stored
-    # Least aesthetic score, greatest unsafe one (before any sigmoid); None: recorded only.
+    "model": str,  # embedding model, as for diht_jax.load_model
+    "embeddings": str,  # instead of model: the --output of diht_jax.embed for config.input
+    "normalize": True,  # to unit length before the layer; False: embeddings as stored
+    # Minimum aesthetic or maximum unsafe score (before any sigmoid); None: only record scores.
     "limit": float,
-    # Instead of limit: drop this share of all pairs that have a score in the finished folder
-    # `scores`, an earlier run with the same head and model.
+    # Instead of limit: drop this share of all pairs with a score in the finished folder `scores`,
+    # from an earlier run with the same head and model.
     "quantile": Key(float, _QUANTILE),
-    "scores": str,  # that folder
-    "batch_size": Key(64, COUNT),  # pictures that the model gets at a time
+    "scores": str,  # folder of the earlier run, for quantile
+    "batch_size": Key(64, COUNT),  # pictures per batch of the model
 }
 
-# Of a layer with one output: PyTorch's names, and scikit-learn's.
+# Names of weight and bias of a layer with one output, in PyTorch and in scikit-learn.
 _NAMES = (("weight", "bias"), ("coef_", "intercept_"))
-# Numbers of the linear layers of LAION's second predictor; dropout is between the others, which
-# does nothing outside of training.
+# Indices of the linear layers in LAION's second predictor. The layers between them are dropout,
+# which has no effect at inference.
 _LAION_LAYERS = (0, 2, 4, 6, 7)
 
 
 class ScoreStep(Step):
-    """A step with one score and one reason; its section of the config has its name.
+    """A step with one score and one reason, whose config section is named like the step.
 
-    The section has the keys `batch_size`, `quantile` and `scores` besides those that are named
-    here.
+    The section must have the keys `batch_size`, `quantile` and `scores` in addition to the limit.
 
     Attributes:
-        limit_key: the limit; None records scores only.
-        drops_high: pairs are dropped that are above the limit, not those below.
+        limit_key: key of the limit; if its value is None, scores are only recorded.
+        drops_high: whether pairs above the limit are dropped, instead of those below.
     """
 
-    not_hashed = ("batch_size", "quantile", "scores")  # the limit they lead to is hashed
+    not_hashed = ("batch_size", "quantile", "scores")  # the resulting limit is hashed
     limit_key: ClassVar[str] = "limit"
     drops_high: ClassVar[bool] = False
 
     @classmethod
     def score_name(cls) -> str:
-        """The column of the scores."""
+        """Returns the name of the score's column."""
         return next(iter(cls.scores))
 
     @classmethod
@@ -95,7 +94,7 @@ class ScoreStep(Step):
         return {reason: scores > limit if cls.drops_high else scores < limit}
 
     def to_columns(self, found: Sequence[float | str | None]) -> dict[str, list[Any]]:
-        """The columns for the score of each pair, or why its picture cannot be decoded."""
+        """Returns columns for each pair's score, or for why its picture cannot be decoded."""
         limit, (words,) = self.config[self.name][self.limit_key], self.reasons.values()
         bound = "most" if self.drops_high else "least"
         scores = [None if isinstance(score, str) else score for score in found]
@@ -108,26 +107,26 @@ class ScoreStep(Step):
 
 
 class ClipStep(ScoreStep):
-    """Drops captions whose score is too low, and pairs without another one.
+    """Drops captions with a low CLIP score, and pairs for which no other caption remains.
 
-    The score of a pair is the highest of its captions that came so far.
+    The score of a pair is the highest of the captions that have passed so far.
     """
 
     name = "clip"
-    order = 26  # cheaper than to look for text
+    order = 26  # cheaper than text-spotting
     reads = ("caption", "image")
     reasons = {"low_score": "CLIP score"}
     scores = {SCORE: "CLIP score of the best caption"}
     bins = {SCORE: tuple(hundredth / 100 for hundredth in range(-100, 101))}
     limits = ("min_score",)
     keys = {
-        "clip.model": str,  # for diht_jax.load_model; None: nothing is scored
-        "clip.min_score": Key(float, Range(-1, 1)),  # least cosine; None: scores are recorded only
-        # Instead of min_score: drop this share of all pairs that have a score in the finished
-        # folder `scores`, an earlier run of the same model.
+        "clip.model": str,  # as for diht_jax.load_model; None: no scores
+        "clip.min_score": Key(float, Range(-1, 1)),  # minimum cosine; None: only record scores
+        # Instead of min_score: drop this share of all pairs with a score in the finished folder
+        # `scores`, from an earlier run with the same model.
         "clip.quantile": Key(float, _QUANTILE),
-        "clip.scores": str,  # that folder
-        "clip.batch_size": Key(64, COUNT),  # pictures, or texts, that the model gets at a time
+        "clip.scores": str,  # folder of the earlier run, for quantile
+        "clip.batch_size": Key(64, COUNT),  # pictures or texts per batch of the model
     }
     section = "clip"
     switch = "clip.model"
@@ -159,7 +158,7 @@ class ClipStep(ScoreStep):
                 found.append(image)
                 continue
             own = np.stack(list(itertools.islice(texts, len(candidate.captions))))
-            # Row by row, so that a score does not depend on the others of its batch.
+            # Row by row: a score must not depend on the rest of its batch.
             cosines = (image * own).sum(axis=1).tolist()
             candidate.of_captions = {SCORE: cosines}
             found.append(max(cosines))
@@ -169,14 +168,14 @@ class ClipStep(ScoreStep):
     def find_unknown(
         cls, columns: Columns, before: ml_collections.ConfigDict, now: ml_collections.ConfigDict
     ) -> np.ndarray:
-        # Of several captions others may come here than those that were scored.
+        # Other captions of a pair may reach this step now than those that were scored.
         several = columns.numbers("captions") > 1
         is_other = any(compare_captions(before, now))
         return super().find_unknown(columns, before, now) | (several & is_other)
 
 
 class HeadStep(ScoreStep):
-    """A step that scores pictures by a linear layer on their embeddings."""
+    """A step that scores pictures with a linear layer on their embeddings."""
 
     reads = ("image",)
     limits = ("limit",)
@@ -247,7 +246,7 @@ class HeadStep(ScoreStep):
         row = embedding.astype(np.float64)
         if self._keys.normalize:
             row /= max(float(np.linalg.norm(row)), 1e-12)
-        # As it is recorded: a limit taken of the records must not drop a pair with that very score.
+        # Rounded as recorded: a limit taken from the records must not drop the pair it came from.
         return float(np.float32(row @ self._weights + self._bias))
 
 
@@ -255,7 +254,7 @@ class AestheticStep(HeadStep):
     """Drops pictures with a low aesthetic score."""
 
     name = section = "aesthetic"
-    order = 27  # as dear as a CLIP score, and cheaper than to look for text
+    order = 27  # costs as much as a CLIP score, less than text-spotting
     reasons = {"low_score": "aesthetic score"}
     scores = {"aesthetic_score": "aesthetic score"}
     bins = {"aesthetic_score": tuple(tenth / 10 for tenth in range(-20, 121))}
@@ -281,14 +280,14 @@ def read_head(path: str) -> tuple[np.ndarray, float]:
     """Reads a linear layer with one output.
 
     Args:
-        path: of arrays "weight" [1, d] or [d] and perhaps "bias" in .npz, .safetensors, or a torch
-            state dict; scikit-learn's names in .npz; or LAION's second aesthetic predictor.
+        path: file with arrays "weight" [1, d] or [d] and optional "bias" (.npz, .safetensors or
+            a torch state dict), an .npz with scikit-learn's names, or LAION's second predictor.
 
     Returns:
-        Weights, float64 [d], and bias.
+        Weights float64 [d], and bias.
 
     Raises:
-        ValueError: it cannot be read, or is another model.
+        ValueError: the file cannot be read, or holds another kind of model.
     """
     arrays = _read_arrays(path)
     layers = [f"layers.{number}" for number in _LAION_LAYERS]
@@ -318,7 +317,7 @@ def read_head(path: str) -> tuple[np.ndarray, float]:
 
 
 def _read_arrays(path: str) -> dict[str, np.ndarray]:
-    """The arrays of a file, in float64."""
+    """Reads the arrays of a file as float64."""
     if path.endswith(WEIGHT_SUFFIXES):
         if not pathlib.Path(path).is_file():
             raise ValueError(f"{path}: no such file of weights")
@@ -329,14 +328,14 @@ def _read_arrays(path: str) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as found:
             return {name: np.asarray(found[name], np.float64) for name in found.files}
-    except Exception as error:  # of a damaged archive it is of nearly any type
+    except Exception as error:  # damaged archives raise nearly any type of error
         raise ValueError(f"{path}: not a whole .npz file of numbers ({error!s:.200})") from error
 
 
 def _fold(
     layers: Sequence[tuple[np.ndarray, np.ndarray]], path: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One layer for several, from the first to the last."""
+    """Folds consecutive linear layers into one."""
     (weights, bias), *rest = layers
     try:
         for weight, offset in rest:

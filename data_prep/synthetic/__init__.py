@@ -1,1 +1,1 @@
-"""The synthetic web of the demo: scenes, captions, noise, and a teacher for it."""
+"""The synthetic noisy web of the demo: scenes, captions, noise, and an image teacher."""

@@ -1,4 +1,4 @@
-"""Command: `python -m data_prep.synthetic`, which writes the noisy web of `synthetic.web`."""
+"""Command `python -m data_prep.synthetic`: writes the noisy web of `data_prep.synthetic.web`."""
 
 import dataclasses
 import functools
@@ -12,13 +12,13 @@ from diht_jax.terminal import print_escaped
 
 
 def define_flags() -> None:
-    """Defines the flags of the command; only as a command, so that imports stay free of them."""
+    """Defines this command's flags; not at import, because commands share flag names."""
     defaults = web.Settings()
     flags.DEFINE_string("output", None, "Directory to write to.")
     integer = functools.partial(flags.DEFINE_integer, lower_bound=0)
     integer("num_pairs", defaults.num_pairs, "Training pairs, clean and noisy.")
     integer("seed", defaults.seed, "Seed of everything; same seed, same bytes.")
-    # In smaller pictures rendered text is not legible.
+    # Rendered text is not legible in smaller pictures.
     integer("image_size", defaults.image_size, "Side of the pictures in pixels.", lower_bound=128)
     flags.DEFINE_list(
         "noise",
@@ -35,7 +35,7 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    """Writes the data set that the flags describe and prints number and example of each kind."""
+    """Writes the data set that the flags describe; prints count and example of each kind."""
     given = flags.FLAGS
     command_line.require_flags("output")
     names = [field.name for field in dataclasses.fields(web.Settings) if field.name != "noise"]
@@ -66,7 +66,7 @@ def _parse_noise(items: Sequence[str]) -> dict[str, float]:
 
 
 def _find_caption(settings: web.Settings, kind: str) -> str:
-    """The caption of the first training pair of a kind; empty where there is none."""
+    """Returns the caption of the first training pair of a kind, or "" if there is none."""
     indices = (i for i in range(settings.num_pairs) if web.noise_kind(settings, i) == kind)
     index = next(indices, None)
     return "" if index is None else web.make_pair(settings, "train", index).caption

@@ -1,16 +1,16 @@
-"""Words of the synthetic web: sentences that describe a scene, and captions without information.
+"""Text of the synthetic web: captions that describe a scene, and captions without information.
 
-No pictures and no files in here. The sentences are written with verbs that
-a dependency parser reads as actions, so that a caption filter (CAT) keeps them; product titles and
-uninformative captions are what it should drop.
+The sentences use verbs that a dependency parser reads as actions, so a caption filter (CAT) should
+keep them. It should drop the product titles and the uninformative captions. Pictures and files do
+not belong here.
 """
 
 import numpy as np
 
 from data_prep.synthetic.scenes import Scene, SceneObject
 
-# Each verb: present tense, -ing form, and what stands between it and its object. The present tense
-# is empty where parsers often take it for a plural noun ("the red circle hovers").
+# (present tense, -ing form, words before the object). The present tense is empty if parsers often
+# mistake it for a plural noun ("the red circle hovers").
 _Verb = tuple[str, str, str]
 SINGLE_VERBS: dict[str, tuple[_Verb, ...]] = {
     "floating": (
@@ -80,7 +80,7 @@ PAIR_VERBS: dict[str, tuple[_Verb, ...]] = {
         ("", "swinging", "from"),
     ),
 }
-# The same relation seen from the other object's side.
+# The same relations, from the point of view of the other object.
 CONVERSE_VERBS: dict[str, tuple[_Verb, ...]] = {
     "on": (("carries", "carrying", ""), ("supports", "supporting", ""), ("lifts", "lifting", "")),
     "above": (("", "waiting", "below"), ("stands", "standing", "under")),
@@ -91,7 +91,7 @@ CONVERSE_VERBS: dict[str, tuple[_Verb, ...]] = {
     "dropping": (("catches", "catching", ""),),
     "hanging": (("pulls", "pulling", "up"), ("tows", "towing", "")),
 }
-# Passive participles with "by": the first row keeps the subject first, the second turns it round.
+# Passive participles before "by". PASSIVES keep the order of the objects, the others swap it.
 PASSIVES: dict[str, tuple[str, ...]] = {
     "on": ("carried", "supported", "lifted"),
     "against": ("propped up",),
@@ -101,7 +101,7 @@ PASSIVES: dict[str, tuple[str, ...]] = {
 }
 CONVERSE_PASSIVES: dict[str, tuple[str, ...]] = {"chasing": ("chased", "pursued")}
 
-# Prompts for zero-shot classification on the held-out scenes of one object.
+# Prompts for zero-shot classification of scenes with one object.
 SHAPE_TEMPLATES = (
     "a {}",
     "a picture of a {}",
@@ -117,7 +117,7 @@ COLOR_TEMPLATES = (
     "a {} shape falling to the ground",
 )
 
-# How often a colour is named. Where it always is, a contrastive loss has little need of shapes.
+# Probability that a colour is named. If all were, a contrastive loss would hardly need shapes.
 _COLOR_SHARE = 0.75
 _SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
 _TEXTURE_WORDS = {
@@ -131,12 +131,12 @@ _SENTENCE_OPENINGS = ("in this picture", "here", "in this drawing", "on a pale b
 
 
 def describe_scene(rng: np.random.Generator, scene: Scene, *, complete: bool = False) -> str:
-    """A sentence, or a participle fragment, that is true of the scene.
+    """Returns a sentence or participle fragment that is true of the scene.
 
     Args:
-        rng: decides on the phrasing.
-        complete: name every size, texture and colour, in the plainest words, without openings; for
-            evaluation. Otherwise some are left out and synonyms come in.
+        rng: random generator for the phrasing.
+        complete: whether to name every size, texture and colour in plain words without an
+            opening, for evaluation. Otherwise some are omitted or replaced by synonyms.
     """
     phrases = [_noun_phrase(rng, o, complete) for o in scene.objects]
     if len(phrases) == 1:
@@ -173,7 +173,7 @@ def _describe_pair(
 def _clause(
     rng: np.random.Generator, subject: str, present: str, gerund: str, rest: str, plain: bool
 ) -> tuple[str, bool]:
-    """The clause, and whether it is a sentence (else a participle fragment)."""
+    """Returns a clause, and whether it is a sentence rather than a participle fragment."""
     adverb = "" if plain or rng.random() < 0.9 else f"{_pick(rng, _ADVERBS)} "
     form = rng.random()
     if form < 0.4:
@@ -257,7 +257,7 @@ _TITLE_FORMS = (
 
 
 def write_product_title(rng: np.random.Generator) -> str:
-    """A caption as shops write them: nouns, adjectives and offers, and no action."""
+    """Returns a caption in the style of a shop: nouns, adjectives and offers, without an action."""
     title = _pick(rng, _TITLE_FORMS).format(
         audience=_pick(rng, _AUDIENCES),
         material=_pick(rng, _MATERIALS),
@@ -292,7 +292,7 @@ _FILE_FORMS = _listed(
 
 
 def write_uninformative(rng: np.random.Generator) -> str:
-    """A caption without information: a file name, a date, an address, a placeholder."""
+    """Returns a caption without information: a file name, date, URL or placeholder."""
     if rng.random() < 0.3:
         return _pick(rng, _FILLERS)
     year, month, day = rng.integers((2005, 1, 1), (2024, 13, 29)).tolist()

@@ -1,7 +1,7 @@
-"""Paints the pictures of the synthetic web: scenes of shapes, and captions as rendered text.
+"""Draws the pictures of the synthetic web: scenes of shapes, and captions as rendered text.
 
-What is in a scene and what a caption says is not decided here; both come in as arguments. Fonts
-are the ones that matplotlib and Pillow carry; nothing is downloaded.
+The content of scenes and captions is chosen elsewhere. Fonts come from matplotlib and Pillow, so
+nothing is downloaded.
 """
 
 import functools
@@ -15,7 +15,7 @@ from data_prep.synthetic.scenes import COLORS, Scene, SceneObject
 
 _OVERSAMPLING = 4
 _LINE_COLOR = (70, 72, 84)
-_LINE_WIDTH = 0.02  # Fractions of the image side, here and below.
+_LINE_WIDTH = 0.02  # Lengths here and below are fractions of the image side.
 _EDGE_WIDTH = 0.011
 _FONT_FILES = (
     "DejaVuSans.ttf",
@@ -32,10 +32,10 @@ Rgb = tuple[int, int, int]
 
 
 def render_scene(rng: np.random.Generator, scene: Scene, side: int) -> Image.Image:
-    """Paints a scene as an RGB picture of `side` x `side` pixels.
+    """Draws a scene as an RGB picture of `side` x `side` pixels.
 
-    The generator decides on the light background tint, its shading and grain, and on small shifts
-    of the colours; never on anything that a caption describes.
+    The generator sets the light background tint, shading, grain and small shifts of the colours. It
+    changes nothing that a caption describes.
     """
     red, green, blue = rng.integers(214, 250, size=3).tolist()
     wall = red, green, blue
@@ -47,7 +47,7 @@ def render_scene(rng: np.random.Generator, scene: Scene, side: int) -> Image.Ima
     for line in scene.lines:
         points = [value * big for value in line]
         draw.line(points, fill=_LINE_COLOR, width=round(_LINE_WIDTH * big))
-    # What hides the other is painted last: objects[1] of "behind", objects[0] elsewhere.
+    # The occluding object is drawn last: objects[1] for "behind", objects[0] otherwise.
     order = scene.objects if scene.relation == "behind" else scene.objects[::-1]
     for item in order:
         _paint_object(rng, canvas, item)
@@ -82,11 +82,11 @@ def _paint_object(rng: np.random.Generator, canvas: Image.Image, item: SceneObje
 def _texture(
     rng: np.random.Generator, item: SceneObject, base: Rgb, size: tuple[int, int], big: int
 ) -> Image.Image:
-    """A patch in the object's colour with its pattern in a pale version of that colour."""
+    """Returns a patch in the object's colour, with its texture in a pale version of that colour."""
     if item.texture == "plain":
         return Image.new("RGB", size, base)
     width, height = size
-    # Coordinates in periods; wide enough on small objects to be seen at 64 pixels.
+    # Coordinates in periods, which on small objects are still visible at 64 pixels.
     period = (0.05 + 0.27 * item.radius) * big
     x = ((np.arange(width, dtype=np.float32) - width / 2) / period)[None, :]
     y = ((np.arange(height, dtype=np.float32) - height / 2) / period)[:, None]
@@ -104,7 +104,7 @@ def _texture(
 
 
 def _add_light(rng: np.random.Generator, picture: Image.Image) -> Image.Image:
-    """A linear shading over the picture and some grain."""
+    """Adds a linear shading and some grain."""
     side = picture.width
     slope = rng.uniform(-9, 9, size=2)
     ramp = np.linspace(-1, 1, side, dtype=np.float32)
@@ -115,12 +115,12 @@ def _add_light(rng: np.random.Generator, picture: Image.Image) -> Image.Image:
 
 
 def render_text(rng: np.random.Generator, text: str, side: int) -> Image.Image:
-    """A picture that holds nothing but `text`, wrapped, in a random font, size and pair of colours.
+    """Returns a picture of wrapped `text`, in a random font, size and pair of colours.
 
-    The text is always shown whole, in letters of at least 8% of the side.
+    The whole text is visible, in letters of at least 8% of the image side.
 
     Raises:
-        ValueError: when the text is too long to fit even in the smallest letters.
+        ValueError: the text does not fit even in the smallest size.
     """
     dark = tuple(int(v) for v in rng.integers(0, 90, size=3))
     light = tuple(int(v) for v in rng.integers(205, 256, size=3))
@@ -132,7 +132,7 @@ def render_text(rng: np.random.Generator, text: str, side: int) -> Image.Image:
     layouts = []
     for size in _TEXT_SIZES:
         font = _font(name, round(size * side))
-        # A box may be some pixels wider than the advance of its letters.
+        # A text box may be a few pixels wider than the advance of its letters.
         wrapped = _wrap(text, font, 0.96 * room)
         left, top, right, bottom = draw.multiline_textbbox((0, 0), wrapped, font=font, spacing=2)
         if right - left <= room and bottom - top <= room:
@@ -149,10 +149,10 @@ def render_text(rng: np.random.Generator, text: str, side: int) -> Image.Image:
 
 @functools.cache
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    # The basic layout engine, so that the picture does not depend on whether raqm is installed.
+    # The basic layout engine, since raqm is not installed everywhere and would change pictures.
     basic = ImageFont.Layout.BASIC
     if name == "pillow":
-        font: Any = ImageFont.load_default(size)  # of FreeType, where a size is given
+        font: Any = ImageFont.load_default(size)  # a FreeType font if a size is given
         return font.font_variant(layout_engine=basic)
     import matplotlib
 

@@ -1,7 +1,7 @@
-"""Chooses what a synthetic scene shows, and keeps one in eight combinations for evaluation.
+"""Samples the content of synthetic scenes, and holds out one in eight combinations for evaluation.
 
-Everything is drawn from the random generator that is passed in. Where things stand is decided in
-`scenes.py`; no painting and no sentences in here.
+All randomness comes from the generators passed in. `scenes.py` places the objects; drawing and
+captions do not belong here.
 
 Ours: everything in this file.
 """
@@ -25,34 +25,34 @@ from data_prep.synthetic.scenes import (
 )
 from data_prep.synthetic.shapes import SHAPES
 
-SINGLE_SHARE = 0.7  # Of the clean scenes, those with one object.
+SINGLE_SHARE = 0.7  # Share of the clean scenes with one object.
 TEXTURE_SHARES = (0.52, 0.16, 0.16, 0.16)
 
 _COVERS = frozenset({"circle", "square", "heart", "diamond", "cloud", "flower"})
 _CONTAINERS = frozenset({"circle", "square", "ring", "heart", "diamond", "cloud", "flower"})
 _LEANERS = frozenset({"square", "triangle", "star", "heart", "cross", "diamond", "arrow"})
 _OVERLAPPING = frozenset({"behind", "inside"})
-_MIN_CONTRAST = 110.0  # RGB distance of two shapes that overlap in the picture.
+_MIN_CONTRAST = 110.0  # Minimum RGB distance of two objects that overlap in the picture.
 _HELD_OUT_ONE_IN = 8
 
 
 def signature(relation: str, pair: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
-    """The relation and the (shape, colour) of each object, which full captions distinguish.
+    """Returns the relation and each object's colour and shape: what full captions distinguish.
 
-    "Beside" is symmetric, so that both orders have one signature.
+    "Beside" is symmetric, so both orders have the same signature.
     """
     parts = [f"{color} {shape}" for shape, color in pair]
     return (relation, *(sorted(parts) if relation == "beside" else parts))
 
 
 def is_held_out(names: tuple[str, ...]) -> bool:
-    """Returns whether a signature of two objects is held out (one in eight, by its hash)."""
+    """Returns whether a signature of two objects is held out (one in eight, by hash)."""
     digest = hashlib.blake2b("/".join(names).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") % _HELD_OUT_ONE_IN == 0
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:
-    """A training scene of one or two objects; its signature is never a held-out one."""
+    """Samples a training scene of one or two objects, whose signature is not held out."""
     if rng.random() < SINGLE_SHARE:
         return sample_single(rng)
     while True:
@@ -67,7 +67,7 @@ def sample_scene(rng: np.random.Generator) -> Scene:
 def sample_single(
     rng: np.random.Generator, shape: str | None = None, color: str | None = None
 ) -> Scene:
-    """A scene of one object, of a given shape or colour where one is given."""
+    """Samples a scene of one object, with the given shape or colour if any."""
     relation = str(rng.choice(SINGLE_RELATIONS))
     random_shape, random_color = _random_kind(rng)
     look = _random_look(rng, shape or random_shape, color or random_color, str(rng.choice(SIZES)))
@@ -75,7 +75,7 @@ def sample_single(
 
 
 def can_show(relation: str, subject: tuple[str, str], other: tuple[str, str]) -> bool:
-    """Returns whether two (shape, colour) can show the relation so that a person would see it."""
+    """Returns whether two (shape, colour) can show the relation clearly enough for a person."""
     if subject == other:
         return False
     (shape, color), (other_shape, other_color) = subject, other
@@ -92,14 +92,14 @@ def can_show(relation: str, subject: tuple[str, str], other: tuple[str, str]) ->
 def sample_pair(
     rng: np.random.Generator, relation: str, subject: tuple[str, str], other: tuple[str, str]
 ) -> Scene:
-    """A scene of two objects, each given as (shape, colour), for which `can_show` holds."""
+    """Samples a scene of two objects, given as (shape, colour), for which `can_show` must hold."""
     if relation == "inside":
         sizes = ("small", "large")
     elif relation == "behind":
-        # A large thing behind a small one would hardly be hidden.
+        # A large object behind a small one would hardly be hidden.
         sizes = (("small", "small"), ("small", "large"), ("large", "large"))[rng.integers(3)]
     else:
-        # Two large things do not fit one above the other.
+        # Two large objects do not fit one above the other.
         sizes = (("small", "small"), ("small", "large"), ("large", "small"))[rng.integers(3)]
     looks = (_random_look(rng, *subject, sizes[0]), _random_look(rng, *other, sizes[1]))
     if relation == "inside":
@@ -108,14 +108,14 @@ def sample_pair(
 
 
 def count_held_out(seed: int) -> int:
-    """Number of scenes of different signature that `sample_held_out` can give."""
+    """Returns the number of scenes with distinct signatures that `sample_held_out` can sample."""
     return len(_shuffled_held_out(seed))
 
 
 def sample_held_out(rng: np.random.Generator, seed: int, index: int) -> Scene:
-    """The index-th evaluation scene of a seed, for index below `count_held_out(seed)`.
+    """Samples the index-th evaluation scene of a seed; index < `count_held_out(seed)`.
 
-    Scenes of different index differ in signature; `rng` decides on sizes, textures and positions.
+    Each index has its own signature. `rng` sets sizes, textures and positions.
     """
     relation, subject, other = _shuffled_held_out(seed)[index]
     return sample_pair(rng, relation, subject, other)

@@ -1,7 +1,7 @@
-"""Scenes of the synthetic web: what is in the picture, and where, so that the relation is true.
+"""Scenes of the synthetic web: places objects so that the scene shows a given relation.
 
-What to show is decided in `sampling.py`, the painting is in `drawing.py`, and the sentences are in
-`captions.py`.
+`sampling.py` chooses the content of a scene, `drawing.py` draws it, and `captions.py` describes
+it.
 
 Ours: everything in this file; the paper trains on web data and has no synthetic set.
 """
@@ -39,8 +39,8 @@ PAIR_RELATIONS = (
     "dropping",
     "hanging",
 )
-# A single object is drawn large and near the middle: with small ones anywhere in the picture, a
-# student of 32 px and patches of 8 px stays at chance.
+# A single object is large and near the centre. With small ones anywhere in the picture, a student
+# with 32 px images and 8 px patches stays at chance.
 _SINGLE_RADII = {"small": (0.19, 0.21), "large": (0.32, 0.35)}
 _PAIR_RADII = {"small": (0.13, 0.15), "large": (0.21, 0.24)}
 _SINGLE_SHIFT = 0.05
@@ -51,7 +51,7 @@ _MAX_ATTEMPTS = 200
 
 @dataclasses.dataclass(frozen=True)
 class SceneObject:
-    """One shape of a scene; x, y and radius are fractions of the image side, angle in degrees."""
+    """One shape of a scene. x, y and radius are fractions of the image side, angle in degrees."""
 
     shape: str
     color: str
@@ -63,33 +63,33 @@ class SceneObject:
     angle: float = 0.0
 
     def outline(self) -> np.ndarray:
-        """The placed outer outline, float64 [n, 2]."""
+        """Returns the placed outer outline, float64 [n, 2]."""
         unit = shapes.unit_outline(self.shape)
         return shapes.place(unit, self.x, self.y, self.radius, self.angle)
 
     def hole(self) -> np.ndarray | None:
-        """The placed outline of the hole, float64 [n, 2], or None."""
+        """Returns the placed outline of the hole, float64 [n, 2], or None."""
         unit = shapes.unit_hole(self.shape)
         if unit is None:
             return None
         return shapes.place(unit, self.x, self.y, self.radius, self.angle)
 
     def box(self) -> tuple[float, float, float, float]:
-        """The bounding box (left, top, right, bottom) in fractions of the image side."""
+        """Returns the bounding box (left, top, right, bottom) in fractions of the image side."""
         points = self.outline()
         return (*points.min(axis=0).tolist(), *points.max(axis=0).tolist())
 
     def moved(self, **changes: float) -> "SceneObject":
-        """The same object elsewhere."""
+        """Returns a copy of the object with changed position, radius or angle."""
         return dataclasses.replace(self, **changes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """One picture: the relation holds from objects[0] to objects[1].
+    """The objects of one picture; the relation holds from objects[0] to objects[1].
 
-    `ground` is the height of the floor's edge (fraction of the side) or None; `lines` are dark
-    strokes (x0, y0, x1, y1): the thread of a hanging object, or the trail of a moving one.
+    `ground` is the height of the floor's edge (fraction of the image side) or None. `lines` are
+    dark strokes (x0, y0, x1, y1): the thread of a hanging object, or the trail of a moving one.
     """
 
     relation: str
@@ -98,7 +98,7 @@ class Scene:
     lines: tuple[tuple[float, float, float, float], ...] = ()
 
     def describe(self) -> dict:
-        """The scene as json-ready data: the relation, and every object with its box."""
+        """Returns the scene as JSON data: the relation, and every object with its box."""
         fields = ("shape", "color", "size", "texture")
         return {
             "relation": self.relation,
@@ -111,9 +111,9 @@ class Scene:
 
 
 def lay_out(rng: np.random.Generator, relation: str, looks: tuple[SceneObject, ...]) -> Scene:
-    """A scene of these objects: gives them positions, radii and angles that make the relation true.
+    """Returns a scene with positions, radii and angles for which the relation is true.
 
-    Places are drawn again until everything is inside the picture.
+    Samples placements until everything is inside the picture.
     """
     radii = _SINGLE_RADII if len(looks) == 1 else _PAIR_RADII
     for _ in range(_MAX_ATTEMPTS):
@@ -146,7 +146,7 @@ def _on_ground(item: SceneObject, ground: float) -> SceneObject:
 
 
 def _landed(upper: SceneObject, lower: SceneObject, clearance: float = 0.0) -> SceneObject | None:
-    """`upper` moved up or down until it touches `lower` from above, or stays `clearance` away."""
+    """Moves `upper` vertically until it is `clearance` above `lower`; 0 lets them touch."""
     upper = upper.moved(y=0.5)
     rows = shapes.gap_below(shapes.rasterize(upper.outline()), shapes.rasterize(lower.outline()))
     return None if rows is None else upper.moved(y=upper.y + rows / shapes.GRID - clearance)
@@ -155,7 +155,7 @@ def _landed(upper: SceneObject, lower: SceneObject, clearance: float = 0.0) -> S
 def _trail(
     item: SceneObject, direction: tuple[float, float], length: float
 ) -> tuple[tuple[float, float, float, float], ...]:
-    """Three strokes behind an object that moves along `direction` (a unit axis vector)."""
+    """Returns three strokes behind an object that moves along `direction` (a unit axis vector)."""
     left, top, right, bottom = item.box()
     dx, dy = direction
     strokes = []
@@ -225,7 +225,7 @@ def _hanging(rng: np.random.Generator, subject: SceneObject, other: SceneObject)
     if landed is None:
         return None
     other = landed
-    # The thread runs between the outlines on the vertical through both centres.
+    # The thread connects the outlines on the vertical line through both centres.
     column = min(int(x * shapes.GRID), shapes.GRID - 1)
     upper = np.flatnonzero(shapes.rasterize(other.outline())[:, column])
     lower = np.flatnonzero(shapes.rasterize(subject.outline())[:, column])
@@ -236,7 +236,7 @@ def _hanging(rng: np.random.Generator, subject: SceneObject, other: SceneObject)
 
 
 def _slid_into_view(rng: np.random.Generator, scene: Scene) -> Scene | None:
-    """The scene moved sideways to a random position in the picture; None where it is too wide."""
+    """Moves a scene sideways to a random position, or returns None if it is too wide."""
     lefts_and_rights = [x for o in scene.objects for x in o.box()[::2]]
     lefts_and_rights += [x for line in scene.lines for x in line[::2]]
     low, high = _MARGIN - min(lefts_and_rights), 1 - _MARGIN - max(lefts_and_rights)
@@ -258,7 +258,7 @@ def _beside(rng: np.random.Generator, subject: SceneObject, other: SceneObject) 
 
 
 def _next_to(item: SceneObject, other: SceneObject, gap: float, to_the_right: bool) -> SceneObject:
-    """`other` moved sideways until the bounding boxes are `gap` apart."""
+    """Moves `other` sideways until the bounding boxes are `gap` apart."""
     if to_the_right:
         return other.moved(x=other.x + item.box()[2] + gap - other.box()[0])
     return other.moved(x=other.x + item.box()[0] - gap - other.box()[2])
@@ -266,7 +266,7 @@ def _next_to(item: SceneObject, other: SceneObject, gap: float, to_the_right: bo
 
 def _against(rng: np.random.Generator, subject: SceneObject, other: SceneObject) -> Scene | None:
     ground = _random_ground(rng)
-    side = 1.0 if rng.random() < 0.5 else -1.0  # 1: the subject stands left and leans right.
+    side = 1.0 if rng.random() < 0.5 else -1.0  # 1: the subject is on the left, leaning right.
     other = _on_ground(other, ground)
     angle = subject.angle + side * rng.uniform(16, 26)
     subject = _on_ground(subject.moved(x=0.5, angle=angle), ground)
@@ -280,7 +280,7 @@ def _against(rng: np.random.Generator, subject: SceneObject, other: SceneObject)
 
 def _behind(rng: np.random.Generator, subject: SceneObject, other: SceneObject) -> Scene | None:
     other = other.moved(x=rng.uniform(0.3, 0.7), y=rng.uniform(0.45, 0.75))
-    direction = np.radians(rng.uniform(180, 360))  # To the left, over the top, to the right.
+    direction = np.radians(rng.uniform(180, 360))  # From the left over the top to the right.
     reach = rng.uniform(0.3, 0.9) * (subject.radius + other.radius)
     subject = subject.moved(
         x=other.x + reach * np.cos(direction), y=other.y + reach * np.sin(direction)

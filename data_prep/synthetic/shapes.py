@@ -1,7 +1,7 @@
-"""The geometry of the twelve shapes of the synthetic web, free of colour and of randomness.
+"""Outlines of the twelve shapes of the synthetic web, and geometry on them.
 
-Coordinates: x to the right and y down. A *unit* outline fits a circle of radius about 1 round the
-origin; a *placed* outline is in fractions of the image side, 0 to 1.
+x points right and y points down. A *unit* outline fits a circle of radius about 1 around the
+origin. A *placed* outline is in fractions of the image side, from 0 to 1.
 """
 
 import functools
@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageDraw
 
-GRID = 128  # Rows and columns of the raster on which shapes are placed.
+GRID = 128  # Rows and columns of the raster used to place shapes.
 
 
 def _arc(center: tuple[float, float], radius: float, start: float, stop: float, n: int):
@@ -38,7 +38,7 @@ def _heart() -> np.ndarray:
 
 
 def _crescent() -> np.ndarray:
-    # Two circles that cross at +-55 degrees of the outer one; the horns point to the right.
+    # Two circles that cross at +-55 degrees of the outer one. The horns point right.
     crossing = 55.0
     outer = _arc((0.0, 0.0), 1.0, crossing, 360.0 - crossing, 49)
     tip = np.array([np.cos(np.radians(crossing)), np.sin(np.radians(crossing))])
@@ -50,7 +50,7 @@ def _crescent() -> np.ndarray:
 
 
 def _union_of_circles(circles: list[tuple[float, float, float]]) -> np.ndarray:
-    """The outline of overlapping circles (x, y, radius) as seen from the origin inside them."""
+    """Returns the outline of overlapping circles (x, y, radius), seen from the origin inside."""
     angles = np.radians(np.arange(0, 360, 3))
     directions = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     reach = np.zeros(len(angles))
@@ -114,20 +114,20 @@ _HOLE_RADIUS = 0.56
 
 @functools.cache
 def unit_outline(shape: str) -> np.ndarray:
-    """The outer outline of a shape, float64 [n, 2], in unit coordinates."""
+    """Returns the outer outline of a shape in unit coordinates, float64 [n, 2]."""
     return _OUTLINES[shape]()
 
 
 @functools.cache
 def unit_hole(shape: str) -> np.ndarray | None:
-    """The outline of the hole of a shape, float64 [n, 2], or None where it has none."""
+    """Returns the outline of a shape's hole, float64 [n, 2], or None if it has none."""
     return _circle(_HOLE_RADIUS) if shape == HOLE_SHAPE else None
 
 
 def place(
     outline: np.ndarray, x: float, y: float, radius: float, angle_degrees: float
 ) -> np.ndarray:
-    """Turns (clockwise on the picture), scales and moves a unit outline; float64 [n, 2]."""
+    """Rotates (clockwise on screen), scales and moves a unit outline; float64 [n, 2]."""
     angle = np.radians(angle_degrees)
     cos, sin = np.cos(angle), np.sin(angle)
     turned = outline @ np.array([[cos, sin], [-sin, cos]])
@@ -135,19 +135,19 @@ def place(
 
 
 def rasterize(outline: np.ndarray) -> np.ndarray:
-    """The filled placed outline as bool [GRID, GRID]; cut off at the borders of the image."""
+    """Returns the filled placed outline as bool [GRID, GRID], clipped at the image borders."""
     mask = Image.new("L", (GRID, GRID))
     ImageDraw.Draw(mask).polygon((outline * GRID).ravel().tolist(), fill=1)
     return np.asarray(mask, dtype=bool)
 
 
 def gap_below(upper: np.ndarray, lower: np.ndarray) -> int | None:
-    """Number of rows that the upper mask, bool [h, w], can move down until it meets the lower one.
+    """Returns how many rows the upper mask, bool [h, w], can move down before it meets the lower.
 
     Returns:
-        The smallest distance, over the columns that both masks use, from the last row of `upper`
-        to the first row of `lower` (negative when they overlap), or None where no column is
-        shared. Transpose both masks to measure from left to right.
+        The minimum distance from the last row of `upper` to the first row of `lower` over the
+        columns that both occupy, or None if there are none. Negative if the masks overlap.
+        Transpose both masks to measure from left to right.
     """
     shared = upper.any(axis=0) & lower.any(axis=0)
     if not shared.any():

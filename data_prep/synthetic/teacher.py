@@ -1,11 +1,11 @@
-"""The demo's image teacher: a small convolutional network that has seen clean scenes only.
+"""The demo's image teacher: a small convolutional network trained on clean scenes only.
 
     python -m data_prep.synthetic.teacher --input '/tmp/web/train-*.tar' --output /tmp/teacher.npz
 
-It is trained on freshly drawn scenes to recognise which shapes, colours, sizes and textures are in
-the picture (the generator knows), then frozen; its features of the given pictures are written as
-`key` and `image_emb`, which `data_prep.label` takes as precomputed embeddings. Captions are never
-seen. Ours: it stands for the paper's SWAG teacher where everything has to run in minutes.
+It learns to recognise the shapes, colours, sizes and textures in newly drawn scenes, with the
+generator's labels and without captions. The features of the given pictures are then written as
+`key` and `image_emb`, which `data_prep.label` reads as precomputed embeddings. Ours: it replaces
+the paper's SWAG teacher where everything has to run in minutes.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from diht_jax.terminal import ProgressBar
 
 CONCEPTS: tuple[str, ...] = (*SHAPES, *COLORS, *SIZES, *TEXTURES)
 
-BATCH = 64  # scenes of a step
+BATCH = 64  # scenes per step
 
-_SIDE = 64  # of the pictures it sees, px
+_SIDE = 64  # px, side of the input pictures
 _DRAWN_SIDE = 128
 _LEARNING_RATE = 2e-3
 _CHUNK = 64
@@ -46,10 +46,10 @@ _WIDTHS = (32, 64, 128, 128)
 
 
 class Network(nnx.Module):
-    """Strided convolutions, the largest value over positions, and logits per concept on top.
+    """Strided convolutions, a maximum over positions, and a linear layer with a logit per concept.
 
-    The largest, not the mean: a shape is seen at one position, and a mean over the picture knows
-    its colour only.
+    Maximum instead of mean: a shape is visible at one position, and a mean over the picture would
+    only know its colour.
     """
 
     def __init__(self, rngs: nnx.Rngs):
@@ -64,19 +64,19 @@ class Network(nnx.Module):
         self.head = nnx.Linear(_WIDTHS[-1], len(CONCEPTS), rngs=rngs)
 
     def features(self, pictures: jax.Array | np.ndarray) -> jax.Array:
-        """uint8 [b, s, s, 3] to float32 [b, d]."""
+        """Maps uint8 pictures [b, s, s, 3] to float32 features [b, d]."""
         x = pictures.astype(jnp.float32) / 127.5 - 1.0
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             x = nnx.relu(norm(convolution(x)))
         return x.max((1, 2))
 
     def __call__(self, pictures: jax.Array) -> jax.Array:
-        """Logits [b, concepts]."""
+        """Returns logits [b, concepts]."""
         return self.head(self.features(pictures))
 
 
 def train_teacher(num_scenes: int, epochs: int, seed: int, workers: int = 0) -> Network:
-    """A network trained on scenes of its own, half of them of a single object."""
+    """Trains a network on drawn scenes, of which at least every second one has a single object."""
     pictures, targets = draw_scenes(num_scenes, seed, workers)
     network = Network(nnx.Rngs(seed))
     steps = epochs * (num_scenes // BATCH)
@@ -106,14 +106,14 @@ def _update(network, optimizer, pictures, targets):
 
 
 def embed(network: Network, pictures: np.ndarray) -> np.ndarray:
-    """float32 [n, d] of uint8 [n, s, s, 3]."""
+    """Maps uint8 pictures [n, s, s, 3] to float32 embeddings [n, d]."""
     apply, size = nnx.jit(Network.features), 8 * BATCH
     starts = range(0, len(pictures), size)
     return np.concatenate([np.asarray(apply(network, pictures[i : i + size])) for i in starts])
 
 
 def draw_scenes(num_scenes: int, seed: int, workers: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures uint8 [n, s, s, 3], and which concepts are in them, float32 [n, concepts]."""
+    """Returns uint8 pictures [n, s, s, 3], and float32 [n, concepts]: 1 if the concept is shown."""
     chunks = [range(i, min(i + _CHUNK, num_scenes)) for i in range(0, num_scenes, _CHUNK)]
     drawn = map_in_processes(functools.partial(_draw_chunk, seed), chunks, workers)
     parts = list(ProgressBar(drawn, total=len(chunks), desc="scenes", unit="chunk"))
@@ -132,7 +132,7 @@ def _draw_chunk(seed: int, indices: range) -> tuple[np.ndarray, np.ndarray]:
 
 
 def concepts_in(scene: Scene) -> np.ndarray:
-    """Marks the `CONCEPTS` that a scene shows, float32 zeros and ones."""
+    """Returns float32 zeros and ones that mark the `CONCEPTS` in a scene."""
     shown = {
         name for item in scene.objects for name in (item.shape, item.color, item.size, item.texture)
     }
@@ -140,14 +140,14 @@ def concepts_in(scene: Scene) -> np.ndarray:
 
 
 def shrink(picture: Image.Image) -> np.ndarray:
-    """Shrinks a picture to the input of the network."""
+    """Converts a picture to the input size of the network."""
     return np.asarray(picture.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BOX))
 
 
 def write_embeddings(
     source: str, output: str | os.PathLike[str], *, num_scenes: int, epochs: int, seed: int
 ) -> int:
-    """Writes key and image_emb of all pictures of a source to an npz file; returns their number."""
+    """Writes key and image_emb of a source's pictures to an npz file, and returns their number."""
     network = train_teacher(num_scenes, epochs, seed)
     keys, pictures = [], []
     for pair in ProgressBar(open_source(source), unit="image", desc="embedding"):
@@ -162,7 +162,7 @@ def write_embeddings(
 
 
 def main() -> None:
-    """Writes what the flags ask for, unless it is there."""
+    """Writes the output, unless it exists."""
     given = flags.FLAGS
     if pathlib.Path(given.output).exists():
         logging.info("%s is there; delete it to have it made again", given.output)
@@ -178,7 +178,7 @@ def main() -> None:
 
 
 def define_flags() -> None:
-    """Defines this command's flags; not at import, since commands share names."""
+    """Defines this command's flags; not at import, because commands share flag names."""
     flags.DEFINE_string("input", None, "Pictures to embed, as config.input of the filter.")
     flags.DEFINE_alias("images", "input")
     flags.DEFINE_string("output", None, "The npz file.")

@@ -1,20 +1,20 @@
-"""The embedded noisy web: image-text pairs made on the spot, with the noise of each pair labelled.
+"""A synthetic noisy web: generated image-text pairs, with labels for their noise.
 
-Run as a command it writes a training set and three held-out sets as webdataset tars in
-img2dataset's layout (KEY.jpg or KEY.png, KEY.txt, KEY.json):
+As a command, writes a training set and three held-out sets as webdataset tars in the layout of
+img2dataset (KEY.jpg or KEY.png, KEY.txt, KEY.json):
 
     python -m data_prep.synthetic --output /tmp/web --num_pairs 4000 --seed 0
 
-    train-00000.tar ...   clean scenes and four kinds of noise; the json says which ("noise")
-    val_retrieval.tar     clean scenes whose relation, shapes and colours never occur in training
+    train-00000.tar ...   clean scenes and four kinds of noise, named in the json ("noise")
+    val_retrieval.tar     clean scenes with combinations that never occur in training
     val_shape.tar         one object; "label" and "class_name" are its shape
     val_color.tar         one object; "label" and "class_name" are its colour
-    val_*.templates.txt   prompts of the two, as `diht_jax.evaluate` takes them
-    synthetic.json        settings, class names, pairs of each kind
+    val_*.templates.txt   prompts for val_shape and val_color, for `diht_jax.evaluate`
+    synthetic.json        settings, class names, number of pairs of each kind
 
-Every pair is a function of (seed, set, index): the number of workers and of pairs per tar never
-changes it. What a scene shows is chosen in `sampling.py`, laid out in `scenes.py`, painted in
-`drawing.py` and put into words in `captions.py`. Ours, all of it: the paper has no synthetic data.
+A pair depends only on (seed, set, index), not on the number of workers or of pairs per tar.
+`sampling.py` chooses the content of a scene, `scenes.py` places it, `drawing.py` draws it and
+`captions.py` describes it. Ours, all of it: the paper has no synthetic data.
 """
 
 import collections
@@ -55,20 +55,20 @@ COLOR_CLASSES: tuple[str, ...] = tuple(COLORS)
 MANIFEST_NAME = "synthetic.json"
 TEMPLATES_SUFFIX = ".templates.txt"
 
-# Raised whenever equal settings come to mean other pairs.
+# Raise this if equal settings would yield different pairs.
 _VERSION = 3
 _TRAIN, _RETRIEVAL, _SHAPE, _COLOR = "train", "val_retrieval", "val_shape", "val_color"
 _PNG_SHARE = 0.1
-_CHUNK = 32  # Pairs that a worker makes at a time.
+_CHUNK = 32  # Pairs per task of a worker.
 _TEMPLATES = {_SHAPE: captions.SHAPE_TEMPLATES, _COLOR: captions.COLOR_TEMPLATES}
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings of the written data; equal settings give equal bytes.
+    """Settings of the data set. Equal settings give equal bytes.
 
-    `noise` holds the share of each kind of `NOISE_KINDS` among the training pairs; kinds left out
-    do not occur, and the rest of the pairs is clean.
+    `noise` maps kinds of `NOISE_KINDS` to their shares among the training pairs. Omitted kinds do
+    not occur, and all other pairs are clean.
     """
 
     num_pairs: int = 4000
@@ -112,7 +112,7 @@ def make_pair(settings: Settings, split: str, index: int) -> ExamplePair:
 
 
 def noise_kind(settings: Settings, index: int) -> str:
-    """The kind of a training pair: "clean" or one of `NOISE_KINDS`."""
+    """Returns the kind of a training pair: "clean" or one of `NOISE_KINDS`."""
     draw = _stream(settings.seed, _TRAIN, index, "kind").random()
     for kind in NOISE_KINDS:
         draw -= settings.noise.get(kind, 0.0)
@@ -122,7 +122,7 @@ def noise_kind(settings: Settings, index: int) -> str:
 
 
 def _stream(seed: int, split: str, index: int, name: str) -> np.random.Generator:
-    """The random stream of one aspect of one pair; streams of other names do not disturb it."""
+    """Returns the random generator for one aspect of one pair, independent of other aspects."""
     return np.random.default_rng([seed, zlib.crc32(f"{split}/{name}".encode()), index])
 
 
@@ -154,7 +154,7 @@ def _make_mismatched(stream, side: int):
     image = drawing.render_scene(stream("drawing"), scene, side)
     rng = stream("other scene")
     other = sampling.sample_scene(rng)
-    # No shape of the caption is in the picture, so that it is plainly wrong without colours, too.
+    # Picture and caption share no shape, so the caption is clearly wrong even without colours.
     while {o.shape for o in scene.objects} & {o.shape for o in other.objects}:
         other = sampling.sample_scene(rng)
     facts = {"scene": scene.describe(), "caption_scene": other.describe()}
@@ -196,7 +196,7 @@ def _make_chunk(settings: Settings, chunk: tuple[str, range]) -> list[ExamplePai
 
 
 def planned_tars(settings: Settings) -> dict[str, tuple[str, range]]:
-    """The tars of a set in the order of writing: name -> (split, indices of its pairs)."""
+    """Returns the tars of a set in writing order: name -> (split, indices of its pairs)."""
     starts = range(0, settings.num_pairs, settings.pairs_per_tar)
     plan = {
         f"train-{number:05d}.tar": (
@@ -214,13 +214,13 @@ def planned_tars(settings: Settings) -> dict[str, tuple[str, range]]:
 def write_dataset(
     settings: Settings, output: str | os.PathLike, *, workers: int = 0
 ) -> dict[str, int]:
-    """Writes all tars and the manifest; tars that an interrupted run finished are kept.
+    """Writes all tars and the manifest. Tars that an interrupted run finished are kept.
 
     Returns:
-        The number of training pairs of each kind.
+        Number of training pairs of each kind.
 
     Raises:
-        ValueError: when the directory holds a set made with other settings.
+        ValueError: the directory holds another set, or too many retrieval pairs are requested.
     """
     available = sampling.count_held_out(settings.seed)
     if settings.num_retrieval > available:
@@ -243,9 +243,9 @@ def write_dataset(
         text = "".join(f"{template}\n" for template in templates)
         write_bytes(output / f"{split}{TEMPLATES_SUFFIX}", text.encode())
     plan = {k: v for k, v in planned_tars(settings).items() if not (output / k).exists()}
-    remove_temporary_files(str(output), plan.__contains__)  # of an interrupted run
+    remove_temporary_files(str(output), plan.__contains__)  # left by an interrupted run
     total = sum(len(indices) for _, indices in plan.values())
-    # One stream over all tars keeps the workers busy across the borders of tars.
+    # A single stream over all tars keeps the workers busy between tars.
     chunks = [
         (split, indices[start : start + _CHUNK])
         for split, indices in plan.values()
@@ -261,7 +261,7 @@ def write_dataset(
 
 
 def _claim_directory(output: pathlib.Path, manifest: dict) -> None:
-    """Writes the manifest, or checks that the one already there is the same."""
+    """Writes the manifest, or checks that an existing one is equal."""
     path = output / MANIFEST_NAME
     text = json.dumps(manifest, indent=2) + "\n"
     if path.exists():
@@ -283,12 +283,12 @@ def _claim_directory(output: pathlib.Path, manifest: dict) -> None:
 def map_in_processes(
     function: Callable[[Any], Any], tasks: Sequence[Any], workers: int = 0
 ) -> Iterator[Any]:
-    """Yields a picklable function's results in the order of the tasks; 0 is a worker per core."""
+    """Yields the results of a picklable function in task order. 0 workers: one per core."""
     workers = min(workers or os.cpu_count() or 1, len(tasks))
     if workers <= 1:
         yield from map(function, tasks)
         return
-    # Spawned, not forked: the caller may hold threads (JAX does).
+    # Spawned, not forked: the caller may have threads (JAX does).
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as executor:
         yield from executor.map(function, tasks)

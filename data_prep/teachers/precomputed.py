@@ -1,7 +1,7 @@
-"""Embeddings that were computed before, found by the key of a record.
+"""Teacher that looks up precomputed embeddings by the key of a record.
 
-Their files are such as `python -m diht_jax.embed` writes: npz has the arrays `key` [n] and
-`image_emb` [n, d], parquet has such columns.
+The files are like those of `python -m diht_jax.embed`: npz with arrays `key` [n] and `image_emb`
+[n, d], or parquet with such columns.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _OPEN_FILES = 4
 
 
 class EmbeddingTable:
-    """Embeddings by key. All keys are held in memory, and the embeddings of a few files."""
+    """Embeddings by key. Holds all keys in memory, and the embeddings of a few files."""
 
     def __init__(self, files: str | None, key_field: str, embedding_field: str):
-        """Reads the keys.
+        """Reads the keys of all files.
 
         Raises:
-            ValueError: nothing is found, a file is damaged or lacks a field, or a key occurs twice.
+            ValueError: no file is found, a file is damaged or lacks a field, or a key occurs twice.
         """
         self._embedding_field = embedding_field
         self._rows: dict[str, tuple[str, int]] = {}
@@ -48,7 +48,7 @@ class EmbeddingTable:
             keys = read_keys(path, key_field)
             self._lengths[path] = len(keys)
             if not keys:
-                self._load(path)  # empty as well, or else nobody would ever look at it
+                self._load(path)  # must be empty too; no later look-up would check this file
             for row, key in enumerate(keys):
                 if key in self._rows:
                     raise ValueError(
@@ -61,15 +61,15 @@ class EmbeddingTable:
         return len(self._rows)
 
     def __iter__(self) -> Iterator[str]:
-        """All keys."""
+        """Iterates over all keys."""
         return iter(self._rows)
 
     def get(self, key: str) -> np.ndarray | None:
-        """float32 [d], or None where no file has the key.
+        """Returns the embedding of a key, float32 [d], or None if no file has the key.
 
         Raises:
-            ValueError: the values of its file are no embeddings, or of another size than before, or
-                it was written again since its keys were read.
+            ValueError: the file has no valid embeddings, or other sizes than earlier files, or was
+                changed since its keys were read.
         """
         if key not in self._rows:
             return None
@@ -95,7 +95,7 @@ class EmbeddingTable:
 
 
 class PrecomputedTeacher(Teacher):
-    """A table as a teacher; no image is looked at."""
+    """A teacher that looks embeddings up in a table, without using images."""
 
     def __init__(self, table: EmbeddingTable, info: TeacherInfo, batch_size: int):
         self.info = info
@@ -115,35 +115,35 @@ class PrecomputedTeacher(Teacher):
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """The config section `teacher.precomputed`."""
+    """Returns the default config section `teacher.precomputed`."""
     c = ml_collections.ConfigDict()
-    c.files = placeholder(str)  # npz or parquet: file, folder or glob
-    c.key_field = "key"  # column or array of the keys
-    c.embedding_field = "image_emb"  # and of the embeddings
+    c.files = placeholder(str)  # npz or parquet files: a file, folder or glob
+    c.key_field = "key"  # column or array with the keys
+    c.embedding_field = "image_emb"  # column or array with the embeddings
     return c
 
 
 def describe(config: ml_collections.ConfigDict) -> TeacherInfo:
-    """Names, sizes and times of the files."""
+    """Describes the teacher by the names, sizes and modification times of its files."""
     identity = {
         "kind": "precomputed",
         "files": [[os.path.abspath(path), *_version(path)] for path in _find_files(config.files)],
         "fields": [config.key_field, config.embedding_field],
     }
-    # In this process, so that there is one copy of the table.
+    # In this process, so that only one copy of the table exists.
     return TeacherInfo(
         identity, in_this_process=True, name="precomputed", data_keys=("files", "fields")
     )
 
 
 def load(config: ml_collections.ConfigDict, batch_size: int) -> PrecomputedTeacher:
-    """Reads the keys; takes section `teacher.precomputed`, and records at once."""
+    """Reads the keys of the files in the section `teacher.precomputed`."""
     table = EmbeddingTable(config.files, config.key_field, config.embedding_field)
     return PrecomputedTeacher(table, describe(config), batch_size)
 
 
 def _version(path: str) -> tuple[int, int]:
-    """Bytes and time of change of a file."""
+    """Returns size in bytes and modification time of a file."""
     found = os.stat(path)
     return found.st_size, found.st_mtime_ns
 
@@ -156,7 +156,7 @@ def _find_files(files: str | None) -> list[str]:
         )
     if os.path.isdir(files):
         candidates = sorted(entry.path for entry in os.scandir(files))
-    elif os.path.isfile(files):  # whose name may have brackets
+    elif os.path.isfile(files):  # the name of a file may contain brackets
         candidates = [files]
     else:
         candidates = sorted(glob.glob(files, recursive=True))
@@ -169,14 +169,14 @@ def _find_files(files: str | None) -> list[str]:
 
 
 def check_digest(path: str, local: str) -> None:
-    """Compares a file of `diht_jax.embed` with the CRC-32 in the `.json` next to it.
+    """Checks a file of `diht_jax.embed` against the CRC-32 in the `.json` next to it.
 
     Args:
-        path: path or URL of the file; one by others, without such a `.json`, is right as it is.
-        local: the file, or a local copy of it.
+        path: path or URL of the file. Files without such a `.json` are not checked.
+        local: the file itself or a local copy.
 
     Raises:
-        ValueError: they differ.
+        ValueError: the checksums differ.
     """
     described = f"{path.rpartition('.')[0]}.json"
     stated = files.read_object(described) or {}
@@ -188,7 +188,7 @@ def check_digest(path: str, local: str) -> None:
 
 
 def read_keys(path: str, field: str) -> list[str]:
-    """The keys in a local file: texts, bytes in UTF-8 or whole numbers; else a ValueError."""
+    """Reads the keys in a local file. Raises ValueError unless they are text, UTF-8 or integers."""
     values = _read_field(path, field)
     if getattr(values, "ndim", 1) != 1:
         raise ValueError(f"{path}: '{field}' has the shape {list(values.shape)}; expected [n]")
@@ -207,7 +207,7 @@ def read_keys(path: str, field: str) -> list[str]:
 
 
 def read_embeddings(path: str, field: str) -> np.ndarray:
-    """The embeddings in a local file, float32 [n, d]; a ValueError where they are none."""
+    """Reads the embeddings in a local file, float32 [n, d]; invalid ones raise a ValueError."""
     values = _read_field(path, field)
     if not isinstance(values, np.ndarray):
         try:
@@ -230,7 +230,7 @@ def read_embeddings(path: str, field: str) -> np.ndarray:
 
 
 def _read_field(path: str, field: str) -> Any:
-    """A NumPy array of an npz, or a chunked array of a parquet file."""
+    """Returns an array of an npz, or a chunked array of a parquet file."""
     if path.endswith(".npz"):
         return read_npz_array(path, field)
     import pyarrow

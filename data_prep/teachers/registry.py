@@ -1,7 +1,7 @@
-"""The kinds of frozen teachers, by `config.teacher.kind`.
+"""Table of the kinds of frozen teachers, by `config.teacher.kind`.
 
-A teacher is one file that ends with a `TeacherKind`, and one line in `TEACHERS`. Its config section
-is `config.teacher.KIND`.
+To add a teacher, write one file that ends with a `TeacherKind`, and one line in `TEACHERS`. Its
+config section is `config.teacher.KIND`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from data_prep.teachers import precomputed, swag, torch_module
 from data_prep.teachers.base import Teacher, TeacherInfo, TeacherKind, open_shared
 
 TEACHERS: dict[str, TeacherKind] = {
-    # SWAG's vision transformer in Flax, on all local devices (recalled as the paper's).
+    # SWAG's vision transformer in Flax, on all local devices (the paper's teacher, as recalled).
     "swag": swag.TEACHER,
-    # Any torch module that a function builds.
+    # A torch module built by a function.
     "torch": torch_module.TEACHER,
     # Embeddings from files, by key.
     "precomputed": precomputed.TEACHER,
@@ -24,29 +24,29 @@ TEACHERS: dict[str, TeacherKind] = {
 
 
 def default_teacher() -> ml_collections.ConfigDict:
-    """The config section `teacher`."""
+    """Returns the default config section `teacher`."""
     c = ml_collections.ConfigDict()
     c.kind = "swag"  # one of TEACHERS
-    c.batch_size = 64  # images at once, over all devices
+    c.batch_size = 64  # images per batch, over all devices
     for name, kind in TEACHERS.items():
         c[name] = kind.default_config()
     return c
 
 
 def describe_teacher(config: ml_collections.ConfigDict) -> TeacherInfo:
-    """Describes a teacher without loading more than that needs.
+    """Describes a teacher, and loads no more than that requires.
 
     Raises:
-        ValueError: an unknown kind, or files or functions that are missing.
+        ValueError: the kind is unknown, or a file or function is missing.
     """
     return _find_kind(config).describe(config[config.kind])
 
 
 def load_teacher(config: ml_collections.ConfigDict) -> Teacher:
-    """The teacher of a config section; loaded once per process.
+    """Returns the teacher of a config section, loaded once per process.
 
     Raises:
-        ValueError: as `describe_teacher`, and for files or functions that are no teacher.
+        ValueError: like `describe_teacher`, and if a file or function does not give a teacher.
     """
     return _load_teacher(ml_collections.FrozenConfigDict(config))
 
@@ -57,7 +57,7 @@ def _load_teacher(config: ml_collections.FrozenConfigDict) -> Teacher:
 
 
 def open_teacher(config: ml_collections.ConfigDict) -> Teacher:
-    """The teacher that a task should embed with; errors of a shared one come at the first batch."""
+    """Returns the teacher for a task. Errors of a shared one are raised at the first batch."""
     return open_shared(functools.partial(load_teacher, config), config.batch_size)
 
 

@@ -1,6 +1,6 @@
-"""SWAG's vision transformer in Flax, on all local devices: the paper's teacher, as recalled.
+"""SWAG's vision transformer in Flax on all local devices: the paper's teacher, as recalled.
 
-The network is in `diht_jax.weights.swag`. The licence of its weights is CC-BY-NC 4.0: they and
+`diht_jax.weights.swag` defines the network. Its weights are licensed under CC-BY-NC 4.0: they and
 labels made with them are for non-commercial use only.
 """
 
@@ -31,23 +31,23 @@ DTYPES = ("bfloat16", "float32")
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """The config section `teacher.swag`."""
+    """Returns the default config section `teacher.swag`."""
     c = ml_collections.ConfigDict()
-    c.architecture = "vit_h_14"  # vit_b_16, vit_l_16 or vit_h_14; None: the one in the file
-    c.heads = placeholder(int)  # of attention, where the width is not one of these
-    # torchvision's *_lc_swag-*.pth; None: $DIHT_JAX_SWAG_WEIGHTS. Their licence is CC-BY-NC 4.0:
-    # the weights and the labels made with them are for non-commercial use only.
+    c.architecture = "vit_h_14"  # vit_b_16, vit_l_16 or vit_h_14; None: that of the weights
+    c.heads = placeholder(int)  # number of attention heads, for widths other than of these three
+    # torchvision's *_lc_swag-*.pth; None: $DIHT_JAX_SWAG_WEIGHTS. Licensed under CC-BY-NC 4.0:
+    # weights and labels made with them are for non-commercial use only.
     c.weights = placeholder(str)
-    c.dtype = "bfloat16"  # of the computation; or "float32"
+    c.dtype = "bfloat16"  # dtype of the computation; or "float32"
     return c
 
 
 def describe(config: ml_collections.ConfigDict) -> TeacherInfo:
-    """Finds the weights.
+    """Describes the teacher by its settings and the hash of its weights.
 
     Raises:
-        ValueError: there is no such file, or its SHA-256 is not the one in its name; or another
-            dtype.
+        ValueError: the file does not exist, its SHA-256 does not match its name, or the dtype is
+            unknown.
     """
     from diht_jax.weights import swag
     from diht_jax.weights.releases import hash_file
@@ -75,7 +75,7 @@ def describe(config: ml_collections.ConfigDict) -> TeacherInfo:
 
 
 def load(config: ml_collections.ConfigDict, batch_size: int) -> ImageTeacher:
-    """The network with its weights: batches are split over the devices, parameters copied."""
+    """Loads the network, with batches sharded over the devices and parameters replicated."""
     import jax
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -104,15 +104,15 @@ def read_weights(
     """Reads torchvision's weights of a vision transformer.
 
     Args:
-        path: of the state dict; nothing but tensors is read from it.
-        architecture: "vit_b_16", "vit_l_16" or "vit_h_14"; None takes what the file has.
-        heads: of attention; None takes those of the width.
+        path: state dict, from which only tensors are read.
+        architecture: "vit_b_16", "vit_l_16" or "vit_h_14"; None accepts that of the file.
+        heads: number of attention heads; None uses the one for the width.
 
     Returns:
-        `SwagArchitecture`, whose image size is the file's, and the parameters.
+        `SwagArchitecture`, with the image size of the file, and the parameters.
 
     Raises:
-        ValueError: the file holds another network.
+        ValueError: the file contains another network.
     """
     from diht_jax.weights import swag
     from diht_jax.weights.swag import ARCHITECTURES

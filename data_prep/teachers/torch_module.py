@@ -1,6 +1,6 @@
-"""Any torch module as a teacher, built by a function `module:function`.
+"""Teacher that is any torch module, built by a function given as `module:function`.
 
-`efficientnet_lite.py` is an example of such a function.
+`efficientnet_lite.py` contains an example of such a function.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from diht_jax.input import transforms
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """The config section `teacher.torch`."""
+    """Returns the default config section `teacher.torch`."""
     c = ml_collections.ConfigDict()
     c.function = placeholder(str)  # "module:function", which returns a torch.nn.Module
     c.image_size = 224  # px
@@ -37,7 +37,7 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def describe(config: ml_collections.ConfigDict) -> TeacherInfo:
-    """Builds the module, whose parameters belong to its identity.
+    """Builds the module to describe it; its parameters are part of the identity.
 
     Raises:
         ValueError: torch is not installed, or the function is missing or returns no torch module.
@@ -62,7 +62,7 @@ def describe(config: ml_collections.ConfigDict) -> TeacherInfo:
 
 
 def load(config: ml_collections.ConfigDict, batch_size: int) -> ImageTeacher:
-    """The module on the GPU where there is one, else on the CPU.
+    """Builds the module, on the GPU if there is one, else on the CPU.
 
     It takes float32 [b, 3, size, size], normalised with `mean` and `std`, and returns [b, d].
     """
@@ -89,8 +89,8 @@ def load(config: ml_collections.ConfigDict, batch_size: int) -> ImageTeacher:
 
 @contextlib.contextmanager
 def _one_thread(torch: Any) -> Generator[None]:
-    # Workers are the parallelism on a CPU; with one thread in each, sums are added up in the same
-    # order in any of them, and in this process.
+    # On a CPU, workers provide the parallelism. One thread in each process also makes the order of
+    # summation the same everywhere.
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

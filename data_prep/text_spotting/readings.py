@@ -1,11 +1,11 @@
-"""Readings: the text read in pictures, kept on disk, and what one look at a picture is worth.
+"""Cache of the text read in pictures, and the match decision for one look at a picture.
 
-A file of the cache belongs to one input shard and one set of OCR settings; an entry belongs to the
-bytes of one picture. Thresholds of the decision are no part of it, so that they can be replayed.
-The files are appended to and never rewritten: a killed run keeps what it had spotted.
+A cache file belongs to one input shard and one set of OCR settings, an entry to the bytes of one
+picture. Readings do not depend on the decision's thresholds, so decisions can be replayed. Files
+are only appended to, so a killed run keeps what it has read.
 
-Which lines to read first, and whether they match a caption, are functions of the lines that were
-found. Pictures and networks must not come in.
+This module also decides which lines to read first and whether they match a caption, given the
+detected lines. It uses neither pictures nor networks.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from data_prep.text_spotting.settings import Settings
 from diht_jax.storage.files import add_checksum, parse_checked_object, write_bytes
 from diht_jax.storage.stores import naming_output
 
-# A line of fewer heights than this in width can hardly hold five letters.
+# A line narrower than this many times its height can hardly hold five letters.
 _WORD_ASPECT = 1.5
-_BETWEEN_LINES = " / "  # of a match that took several
-# Ours. Two lines belong together where the lower one begins at most this number of line heights
-# under the upper one, where this share of the narrower one stands under the wider, and where
-# neither is more than this many times as high as the other.
+_BETWEEN_LINES = " / "  # joins the lines of a match of several lines
+# Ours. Two lines belong together if the gap between them is at most this many line heights, if
+# at least this share of the narrower line lies under the wider one, and if neither line is more
+# than this many times as high as the other.
 _MAX_GAP = 1.0
 _MIN_OVERLAP = 0.5
 _MAX_RATIO = 2.0
@@ -44,11 +44,11 @@ _MAX_RATIO = 2.0
 
 @dataclasses.dataclass
 class Lines:
-    """The lines of text that one look found.
+    """Lines of text found by one look at a picture.
 
     Attributes:
         boxes: in px.
-        texts: for each box, text and confidence; None for a box that was not read.
+        texts: text and confidence for each box; None for a box that was not read.
     """
 
     boxes: list[Box]
@@ -57,11 +57,11 @@ class Lines:
 
 @dataclasses.dataclass
 class Reading:
-    """Everything read in one picture.
+    """All text read in one picture.
 
     Attributes:
         peaks: px of the longer side -> highest character score at that resolution.
-        looks: likewise -> the lines that were found.
+        looks: px of the longer side -> lines found at that resolution.
     """
 
     peaks: dict[int, float] = dataclasses.field(default_factory=dict)
@@ -69,38 +69,38 @@ class Reading:
 
 
 def hash_image(data: bytes) -> str:
-    """The name of a picture in the cache: 32 hexadecimal digits of its encoded bytes."""
+    """Returns a picture's cache key: 32 hexadecimal digits, a hash of its encoded bytes."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 class SpotCache:
-    """The readings of one shard.
+    """The cached readings of one shard.
 
-    Two shards of one name share a file; entries are added in whole lines, so that this costs
-    memory only.
+    Shards with the same name share a file. Entries are appended as whole lines, so sharing only
+    costs memory.
     """
 
     def __init__(self, folder: str | os.PathLike[str], settings: dict[str, Any], shard: str):
-        """Opens the file of a shard and of settings that all readings depend on, or begins one."""
+        """Opens or creates a shard's file for the settings that all its readings depend on."""
         text = json.dumps(settings, indent=1, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         directory = pathlib.Path(folder) / digest
         directory.mkdir(parents=True, exist_ok=True)
-        if not (directory / "settings.json").exists():  # for people
+        if not (directory / "settings.json").exists():  # for people to read
             write_bytes(directory / "settings.json", f"{text}\n".encode())
         self.path = directory / f"{shard}.jsonl"
         self._entries: dict[str, dict[str, Any]] = {}
         self._lines: list[str] = []
         data = self.path.read_bytes() if self.path.exists() else b""
         for line in data.splitlines():
-            # Other lines are the end of a killed run, or damage; what they held is spotted again.
+            # An invalid line is the end of a killed run, or damage. Its picture is read again.
             if entry := parse_checked_object(line, needs_checksum=True):
                 self._entries[entry["image"]] = entry
         if data and not data.endswith(b"\n"):
             self._lines.append("\n")
 
     def get(self, image: str) -> Reading:
-        """A reading to be completed by the caller; an empty one for an unknown `hash_image`."""
+        """Returns a reading for the caller to complete; it is empty if `image` is unknown."""
         reading = Reading()
         if (entry := self._entries.get(image)) is not None:
             reading.peaks = {int(side): score for side, score in entry["peaks"].items()}
@@ -111,7 +111,7 @@ class SpotCache:
         return reading
 
     def put(self, image: str, reading: Reading) -> None:
-        """Replaces what is known of a picture, on disk after the next `flush`."""
+        """Replaces a picture's reading. The next `flush` writes it to disk."""
         entry = json.loads(json.dumps({"image": image, **dataclasses.asdict(reading)}))
         if self._entries.get(image) != entry:
             self._entries[image] = entry
@@ -119,7 +119,7 @@ class SpotCache:
             self._lines.append(f"{text}\n")
 
     def flush(self) -> None:
-        """Appends what is new to the file."""
+        """Appends new readings to the file."""
         if self._lines:
             with naming_output(self.path), open(self.path, "ab", buffering=0) as file:
                 file.write("".join(self._lines).encode())
@@ -127,7 +127,7 @@ class SpotCache:
 
 
 def rank_lines(look: Lines) -> list[int]:
-    """Indices of all lines, tall ones that are wide enough for a word first."""
+    """Returns the indices of all lines: first those wide enough for a word, tall before small."""
 
     def rank(index: int) -> tuple[bool, float, int]:
         width, height = box_size(look.boxes[index])
@@ -137,15 +137,15 @@ def rank_lines(look: Lines) -> list[int]:
 
 
 def count_sure_chars(look: Lines) -> int:
-    """Characters of the lines that were read with confidence."""
+    """Counts the characters of lines that were read with confidence."""
     return sum(len(fold_text(t[0])) for t in look.texts if t is not None and t[1] >= SURE)
 
 
 def find_match(look: Lines, caption: str, settings: Settings) -> str | None:
-    """The text that matches a caption: of a line, of a group of lines, or of all that it took.
+    """Returns the text that matches a caption: one line, a group of lines, or all lines needed.
 
-    Some lines of the look may not have been read yet; what is only evidence if there is hardly
-    anything else counts when all have been.
+    Some lines may be unread. Evidence that depends on what else the picture shows counts only once
+    all lines have been read.
     """
     least = settings.min_confidence
     known = [i for i in rank_lines(look) if (text := look.texts[i]) and text[1] >= least]
@@ -155,7 +155,7 @@ def find_match(look: Lines, caption: str, settings: Settings) -> str | None:
         joined = _join(look, lines, groups)
         return _matches(_read(look, lines), joined, caption, settings, is_all=is_all)
 
-    # In the order of reading, so that lines that happen to be known do not change the answer.
+    # In reading order: which lines happen to be cached must not change the answer.
     for count in range(1, len(known) + 1):
         if is_match(known[:count], groups, is_all=False):
             last = known[count - 1]
@@ -169,7 +169,7 @@ def find_match(look: Lines, caption: str, settings: Settings) -> str | None:
 
 
 def longest_match(text: str, caption: str, settings: Settings) -> int:
-    """The greatest `min_chars` with which a text of `find_match` matches the caption by itself."""
+    """Returns the largest `min_chars` for which a text from `find_match` still matches alone."""
     texts = [(part, 1.0) for part in text.split(_BETWEEN_LINES)]
     chars = settings.min_chars
     while chars < len(text) and can_match(caption, chars + 1):
@@ -198,13 +198,13 @@ def _matches(
 
 
 def _read(look: Lines, lines: Sequence[int]) -> list[tuple[str, float]]:
-    """Text and confidence of those of the lines that have been read."""
+    """Returns text and confidence of those `lines` that have been read."""
     found = (look.texts[i] for i in lines)
     return [text for text in found if text is not None]
 
 
 def _join(look: Lines, lines: Sequence[int], groups: Sequence[Sequence[int]]) -> list[str]:
-    """The texts of the groups that more than one of the lines is in."""
+    """Returns the texts of the groups that contain more than one of `lines`."""
     together = [[i for i in group if i in lines] for group in groups]
     return [" ".join(text for text, _ in _read(look, g)) for g in together if len(g) > 1]
 
@@ -214,11 +214,11 @@ def _list_texts(look: Lines, lines: Sequence[int]) -> str:
 
 
 def stack_lines(boxes: Sequence[Box]) -> list[list[int]]:
-    """Groups lines that stand under one another, by their boxes in px.
+    """Groups lines that stand below one another.
 
     Returns:
-        Indices of the lines of each group of two or more, from top to bottom. A line is in one
-        group at most.
+        Indices of the lines of each group of two or more, from top to bottom. A line belongs to at
+        most one group.
     """
     sides = [box_sides(box) for box in boxes]
     order = sorted(range(len(boxes)), key=lambda i: (sides[i][2] + sides[i][3], i))
@@ -239,7 +239,7 @@ def _stands_under(
     widths = [max(1.0, side[1] - side[0]) for side in (lower, upper)]
     shared = min(lower[1], upper[1]) - max(lower[0], upper[0])
     gap = lower[2] - upper[3]
-    # Upright rectangles around turned lines overlap: the middles must still be apart.
+    # Rectangles around rotated lines may overlap, so the centres must be apart too.
     apart = (lower[2] + lower[3] - upper[2] - upper[3]) / 2
     return (
         max(heights) <= _MAX_RATIO * min(heights)

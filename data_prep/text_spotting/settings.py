@@ -1,4 +1,4 @@
-"""Settings of the text spotter: what they mean, their section of a config, their ranges."""
+"""Settings of the text spotter: documentation, config section, and valid ranges."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from diht_jax.config.keys import COUNT, NOT_NEGATIVE, Key, OneOf, Range, build_c
 from diht_jax.input import transforms as images
 from diht_jax.storage.files import refuse_url
 
-# What is decided about a picture that EasyOCR has read, and how it is read: raised whenever a
-# decision may come out differently. tests/data_prep/text_spotting/test_rules_version.py fails when
-# decisions change and this number does not.
+# Version of the rules for reading a picture and deciding about it. Raise it with every change that
+# may alter a decision; tests/data_prep/text_spotting/test_rules_version.py fails if decisions
+# change and it does not.
 RULES_VERSION = 3
 
-# Keys of the section that decide where and how fast, but not what is written.
+# Keys that affect where and how fast the spotter runs, but not its output.
 NOT_HASHED = ("cache", "device", "window", "batch_size", "stop_at_match")
 
 _COUNTS = ("canvas_size", "min_chars", "misread_min_chars", "window", "batch_size")
@@ -35,31 +35,31 @@ _RANGES = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings of reading and matching; the defaults are calibrated.
+    """Settings for reading and matching text.
 
-    docs/benchmarks/text_spotting.md shows the curves that they come from.
+    docs/benchmarks/text_spotting.md shows the curves from which the defaults were calibrated.
 
     Attributes:
-        ocr: of the networks.
-        gate_size: px of the longer side at the first look; 0 for no first look.
-        gate_score: character score (0 to 1) at the first look from which a picture is read.
-        audit_share: of the pictures that the first look skips, how many are read anyway.
-        closer_size: px of the longer side at which a picture is read once more, where detection
-            saw text of which hardly any could be read, and nothing matched; 0 for no closer look.
-        closer_score: character score (0 to 1) of detection from which it saw text.
-        closer_chars: characters read with confidence (`match.SURE`) from which a picture was
-            read well.
-        min_confidence: of a line (0 to 1) to count.
-        min_chars: length of the run that a line must share with the caption.
-        misread_min_chars: length of such a run with one character misread; None allows none.
-        weigh_words: whether the words that lines share with the caption are weighed
-            (`match.weigh_texts`); else any run is a match, as recalled of the paper.
-        join_lines: whether lines that stand under one another are matched as one text as well.
-        stop_at_match: leave the other lines unread once one has matched.
-        window: pictures that are decoded and looked at together, unless they are very large;
-            batches are made of those of like size among them.
-        batch_size: most pictures that the networks take at once.
-        max_pixels: of a picture that is still decoded.
+        ocr: settings of the networks.
+        gate_size: px of the longer side for the first look; 0 disables it.
+        gate_score: minimum character score (0 to 1) in the first look for a picture to be read.
+        audit_share: share of the pictures skipped by the first look that are read anyway.
+        closer_size: px of the longer side for a closer look; 0 disables it. It follows if text
+            was detected, hardly any of it could be read, and nothing matched.
+        closer_score: minimum character score (0 to 1) at which text counts as detected.
+        closer_chars: number of characters read with confidence (`match.SURE`) from which a
+            picture counts as read well.
+        min_confidence: minimum confidence (0 to 1) of a line to count.
+        min_chars: minimum length of the run that a line shares with the caption.
+        misread_min_chars: minimum length of a run with one misread character; None allows none.
+        weigh_words: whether words shared with the caption are weighed (`match.weigh_texts`);
+            otherwise any run is a match, as recalled from the paper.
+        join_lines: whether lines that stand below one another are also matched as one text.
+        stop_at_match: whether to stop reading lines once one has matched.
+        window: number of pictures decoded together (fewer if they are very large), from which
+            batches of similar size are formed.
+        batch_size: maximum batch size of the networks.
+        max_pixels: maximum number of pixels of a picture to decode.
     """
 
     ocr: OcrSettings = OcrSettings()
@@ -80,18 +80,18 @@ class Settings:
     max_pixels: int = images.MAX_PIXELS
 
     def describe_readings(self) -> dict[str, Any]:
-        """All that a reading depends on, JSON-able: the settings of a `SpotCache`.
+        """Returns everything that readings depend on, as JSON: the settings for a `SpotCache`.
 
         Raises:
-            ValueError: EasyOCR is missing, or a setting cannot be met.
+            ValueError: EasyOCR is missing, or a setting is not supported.
         """
         ocr = dataclasses.asdict(resolve_for_networks(self.ocr))
-        del ocr["device"]  # Another device rounds otherwise, as another processor does.
+        del ocr["device"]  # Devices differ only in rounding, as processors do.
         return {"easyocr": easyocr_version(), "canvas_steps": list(CANVAS_STEPS), **ocr}
 
 
 def easyocr_version() -> str:
-    """The installed version, which boxes and texts depend on.
+    """Returns EasyOCR's installed version, on which boxes and texts depend.
 
     Raises:
         ValueError: EasyOCR is not installed.
@@ -104,25 +104,25 @@ def easyocr_version() -> str:
 
 _DEFAULTS = dataclasses.asdict(Settings())
 _DEFAULTS |= _DEFAULTS.pop("ocr")
-del _DEFAULTS["max_pixels"]  # of the section `image`
+del _DEFAULTS["max_pixels"]  # belongs to the section `image`
 
 # The config section `spotter`: the fields of `Settings` and `OcrSettings`, and `cache`.
 KEYS: dict[str, Any] = {
     **{n: Key(int if v is None else v, _RANGES.get(n)) for n, v in _DEFAULTS.items()},
-    "cache": str,  # folder that keeps what was read; None: nothing is kept
+    "cache": str,  # folder for the cache of text read in pictures; None: no cache
 }
 
 
 def default_spotter() -> ml_collections.ConfigDict:
-    """The config section `spotter`."""
+    """Returns the default config section `spotter`."""
     return build_config(KEYS)
 
 
 def check_spotter(config: ml_collections.ConfigDict) -> None:
-    """Checks what types and ranges cannot tell.
+    """Checks constraints between values, and paths.
 
     Raises:
-        ValueError: a value does not go with others, or is no local folder.
+        ValueError: values contradict each other, or a path is not a local folder.
     """
     refuse_url(config.cache, "config.spotter.cache")
     if config.gate_size >= config.canvas_size:

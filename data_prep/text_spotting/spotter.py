@@ -1,13 +1,13 @@
-"""Text-spotting, the T of CAT: drop pairs whose picture shows the caption as text.
+"""Text-spotting, the T of CAT: drops pairs whose picture shows the caption as text.
 
-Method: DiHT, arXiv 2301.02280, "Complexity, Action, and Text-spotting (CAT)". The match decision
-is pure and lives in `match`, EasyOCR in `ocr`, results on disk in `readings`; how files are read
-and records written must not come in.
+Method: DiHT, arXiv 2301.02280, "Complexity, Action, and Text-spotting (CAT)". `match` holds the
+match decision as pure functions, `ocr` runs EasyOCR, `readings` stores results. Reading input files
+and writing records do not belong here.
 
-Ours: the order of work. A caption that no spotter could read costs nothing. A look at low
-resolution skips pictures without a trace of text; a sample of those is read all the same,
-so that what the look misses is counted. Lines are read from the most promising on, until they
-match. Where there is text, but hardly any of it could be read, a closer look follows.
+Ours: the order of work. A caption that OCR could not output is skipped at no cost. A first look at
+low resolution skips pictures without any text; a sample of them is read anyway to count what
+the first look misses. Lines are read in order of promise until the captions match. If text is
+detected but hardly any of it can be read, a closer look follows.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from diht_jax.input import transforms as images
 
 __all__ = ["Settings", "Spot", "TextSpotter", "Verdict", "caption_matches"]
 
-# Decoded pixels that are held at a time, so that large pictures do not fill the memory.
+# Maximum number of decoded pixels held at a time, to bound memory.
 _MAX_WINDOW_PIXELS = 2**26
-# How many times the pixels of the first look detection must take for the look to be worth it.
+# The first look is taken only if detection has more than this many times its pixels.
 _GATE_GAIN = 1.5
 
 
@@ -48,9 +48,9 @@ class Spot:
     """One line of text in a picture.
 
     Attributes:
-        box: in px, of `ocr`.
-        text: as it was read; None if it was not.
-        confidence: of the text, 0 to 1; None if it was not read.
+        box: in px, see `ocr.Box`.
+        text: the text, or None if it was not read.
+        confidence: of the text, 0 to 1, or None if it was not read.
     """
 
     box: Box
@@ -63,12 +63,12 @@ class Verdict:
     """The decision about one picture and its captions.
 
     Attributes:
-        matches: for every caption, the spotted text that repeats it, of one line or of several, or
+        matches: for each caption, the spotted text of one or several lines that repeats it, or
             None.
-        looked: "no_run" where no caption could be read, "gated" where the first look saw no text,
-            "read" where lines were looked for.
-        audited: the first look saw no text, and it was read all the same.
-        spots: the lines of the last look that was needed, in the detector's order.
+        looked: "no_run" if OCR could not output any caption, "gated" if the first look saw no
+            text, "read" if lines were detected or the picture could not be decoded.
+        audited: whether it was read although the first look saw no text.
+        spots: lines of the last look that was needed, in the detector's order.
         error: why the picture could not be decoded.
     """
 
@@ -80,25 +80,25 @@ class Verdict:
 
     @property
     def missed(self) -> bool:
-        """Returns whether the first look would have let a match through."""
+        """Whether the first look would have missed a match."""
         return self.audited and any(match is not None for match in self.matches)
 
 
 class TextSpotter:
-    """Judges pictures by their captions."""
+    """Decides for each picture whether it shows its captions."""
 
     def __init__(self, settings: Settings, cache: SpotCache | None = None):
-        """The networks are loaded when the first picture has to be read.
+        """Stores the settings. The networks are loaded when the first picture has to be read.
 
-        Readings are looked up and kept in the cache, whose settings must be those of `settings`.
+        The cache, if any, must have been opened with the same settings.
         """
         self.settings = settings
         self._cache = cache
 
     def judge(self, data: Sequence[bytes], captions: Sequence[Sequence[str]]) -> list[Verdict]:
-        """Reads encoded pictures as far as the captions of each demand it.
+        """Reads encoded pictures, each only as far as its captions require.
 
-        Verdicts depend neither on the batches nor on the cache.
+        Verdicts depend neither on batching nor on the cache.
 
         Raises:
             ValueError: EasyOCR or its weights are missing.
@@ -139,14 +139,14 @@ class TextSpotter:
         gates = [p.shrink(size) for p in pictures]
         shrunk = []
         for picture, gate in zip(pictures, gates, strict=True):
-            picture.reading.peaks[size] = 1.0  # a small one: nothing is gained by a first look
+            picture.reading.peaks[size] = 1.0  # stays if the picture is too small to gain by a look
             canvas = picture.shrink(self.settings.ocr.canvas_size)
             if canvas.pixels.size > _GATE_GAIN * gate.pixels.size:
                 shrunk.append((picture, gate))
         if shrunk:
             peaks = self._ocr.peaks([gate for _, gate in shrunk], size, self.settings.batch_size)
             for (picture, _), peak in zip(shrunk, peaks, strict=True):
-                # Rounded, so that the cache holds what is compared.
+                # Rounded, so that cached and new values compare equally.
                 picture.reading.peaks[size] = round(peak, 4)
 
     def _detect(self, pictures: list[_Picture], size: int) -> None:
@@ -175,10 +175,10 @@ class TextSpotter:
 
 
 def open_spotter(config: ml_collections.ConfigDict, max_pixels: int, shard: str) -> TextSpotter:
-    """The spotter for one shard, with its part of the cache, by `settings.default_spotter`.
+    """Opens the spotter of one shard, with its cache file, from the config section `spotter`.
 
     Raises:
-        ValueError: there is a cache, but no EasyOCR.
+        ValueError: a cache is set, but EasyOCR is missing or a setting is not supported.
     """
     values = config.to_dict() | {"max_pixels": max_pixels}
     cache = values.pop("cache")
@@ -190,7 +190,7 @@ def open_spotter(config: ml_collections.ConfigDict, max_pixels: int, shard: str)
 
 
 class _Picture:
-    """One picture on its way through `TextSpotter.judge`."""
+    """The state of one picture during `TextSpotter.judge`."""
 
     def __init__(self, data: bytes, captions: Sequence[str], settings: Settings):
         self._data = data
@@ -203,7 +203,7 @@ class _Picture:
         self.forget_pixels()
 
     def decode(self) -> bool:
-        """Makes the pixels ready; False for a picture that cannot be decoded."""
+        """Decodes the pixels. Returns False if that fails."""
         if self.error is None and self.grey is None:
             import cv2
 
@@ -218,15 +218,15 @@ class _Picture:
         return self.error is None
 
     def forget_pixels(self) -> None:
-        """Frees the memory of `decode`."""
+        """Frees the memory that `decode` took."""
         self.grey: np.ndarray | None = None
         self._shrunk: dict[int, Shrunk] = {}
 
     def shrink(self, size: int) -> Shrunk:
-        """The decoded picture with a longer side of at most `size` px."""
+        """Returns the decoded picture with a longer side of at most `size` px."""
         if size in self._shrunk:
             return self._shrunk[size]
-        # Few need a closer look: decoding them again is cheaper than to hold all of all.
+        # Few pictures need a closer look: decoding them again is cheaper than keeping all pixels.
         return shrink(self._decode(), size)
 
     def _decode(self) -> np.ndarray:
@@ -234,7 +234,7 @@ class _Picture:
         return np.ascontiguousarray(np.asarray(rgb)[..., ::-1])
 
     def read_size(self) -> tuple[int, int]:
-        """Width and height in px, from its header; zeros if it cannot be opened."""
+        """Returns width and height in px from the header, or zeros if it is unreadable."""
         try:
             return images.open_image(self._data, max_pixels=self._settings.max_pixels).size
         except images.ImageError:
@@ -242,20 +242,20 @@ class _Picture:
 
     @property
     def shows_text(self) -> bool:
-        """Returns whether the first look saw text; True without a first look."""
+        """Whether the first look saw text; True if there is no first look."""
         s = self._settings
         return not s.gate_size or self.reading.peaks.get(s.gate_size, 0.0) >= s.gate_score
 
     @property
     def is_audited(self) -> bool:
-        """Skipped by the first look, but of the sample that is read anyway."""
+        """Whether the picture was skipped by the first look but is sampled to be read anyway."""
         if self.shows_text or not self.captions:
             return False
-        # The hash of the picture is as good as a random number, and the same in every run.
+        # A hash serves as a random number that is the same in every run.
         return int(self.hash, 16) < self._settings.audit_share * 2**128
 
     def needs_look(self, size: int) -> bool:
-        """Returns whether a look at a resolution is needed, given those before."""
+        """Returns whether a look at resolution `size` is needed, given those before it."""
         s = self._settings
         first = s.ocr.canvas_size
         if self.error is not None or not (self.shows_text or self.is_audited):
@@ -277,14 +277,14 @@ class _Picture:
         return not (self._settings.stop_at_match and self._is_matched(self.reading.looks.values()))
 
     def next_lines(self, size: int, count: int) -> list[int]:
-        """The most promising lines of a look that were not read."""
+        """Returns the `count` most promising unread lines of a look."""
         look = self.reading.looks.get(size)
-        if look is None:  # it cannot be decoded
+        if look is None:  # the picture cannot be decoded
             return []
         return [i for i in rank_lines(look) if look.texts[i] is None][:count]
 
     def verdict(self) -> Verdict:
-        """The verdict by what has been read so far."""
+        """Returns the verdict for what has been read so far."""
         if not self.captions:
             return Verdict((None,) * len(self._all_captions), "no_run")
         if self.error is not None:
@@ -314,7 +314,7 @@ class _Picture:
 
 
 def _windows(pictures: Iterable[_Picture], size: int) -> Iterable[list[_Picture]]:
-    """Groups pictures, in order, by what memory should hold; at most `size` together."""
+    """Groups pictures, in order, within the memory limit and at most `size` at a time."""
     window, pixels = [], 0
     for picture in pictures:
         more = math.prod(picture.read_size())

@@ -1,4 +1,4 @@
-"""Start of every command: flags, logs above the progress bar, user errors in one line."""
+"""Start of every command: flags, logs above the progress bar, one-line messages for user errors."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ from diht_jax.config.checks import check_names, check_unset, walk
 from diht_jax.storage.files import refuse_url
 from diht_jax.terminal import escape_lines, print_escaped
 
-flags.disclaim_key_flags()  # what is defined here are the command's own: its --help lists them
+flags.disclaim_key_flags()  # each command's --help lists them as its own flags
 
 # Parameters of mallopt(3), from glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
-# How often an equal warning has come when it is written again, and how many texts are remembered.
+# Counts at which a repeated warning is written again, and the number of remembered texts.
 _SHOWN_COUNTS = frozenset(10**power for power in range(16))
 _REMEMBERED_TEXTS = 256
-_LIBRARIES = f"{os.sep}site-packages{os.sep}"  # in the paths of their files
+_LIBRARIES = f"{os.sep}site-packages{os.sep}"  # part of the paths of their files
 _LISTED_KEYS = 5
 _HELP = frozenset(("-h", "-?", "-help", "--help", "-helpshort", "--helpshort"))
-# `--config PATH` and `--config.help [SECTION]` in a command line with zeros between its arguments.
+# `--config PATH` and `--config.help [SECTION]` in a command line joined by zero bytes.
 _CONFIG_FLAG = r"(?:^|\0)--?config[=\0]([^:\0]+)"
 _HELP_FLAG = r"(?:^|\0)--?config\.help(?:=([^\0]*)|\0([^-\0][^\0]*))?(?:\0|$)"
 
@@ -57,18 +57,18 @@ def run(
     comment_files: Mapping[str, str] | None = None,
     writes_to_stores: bool = False,
 ) -> None:
-    """Parses the command line, then calls `main()`; exits with its outcome.
+    """Parses the command line, calls `main()`, and exits with a status.
 
-    With `takes_arguments`, what is no flag is given to `main` as a list; else it is a mistake.
-    `config_defaults` makes all keys of a command that has `--config`: `--config.KEY=None` works for
-    those whose default is None and for `optional_keys`, and a duration on the command line replaces
-    the recipe's.
-    `comment_files` say where `--config.help` reads what they mean, as for `read_comments`.
+    With `takes_arguments`, `main` gets the positional arguments as a list; otherwise they are an
+    error. `config_defaults` returns all keys of a command with `--config`. There,
+    `--config.KEY=None` works for keys with a default of None and for `optional_keys`, and a
+    duration replaces the recipe's. `comment_files` are what `read_comments` reads for
+    `--config.help`.
     With `writes_to_stores`, `--output` may be a URL.
 
     A wrong flag or config key exits with 2, a `ValueError` (bad input) or an error of a disk with
-    1, both with their message on stderr; an error with an attribute `exit_status` exits with that.
-    `--verbosity=1` adds the traceback and what the libraries log.
+    1, both with a message on stderr. An error's attribute `exit_status` takes precedence.
+    `--verbosity=1` adds the traceback and the logs of libraries.
     """
     app.run(
         functools.partial(_call, main, takes_arguments, writes_to_stores),
@@ -83,17 +83,17 @@ def run(
 
 
 def keep_freed_memory() -> None:
-    """Lets this process keep the memory that it frees, for its next allocation.
+    """Makes this process keep the memory that it frees, for its next allocation.
 
-    XLA allocates the temporaries of a step as one block and frees it at the step's end. glibc maps
-    so large a block anew each time, and the kernel clears every page of it at its first use: for
-    ViT-B/32 at batch 32, 3.5 GB and a tenth of the step. A process that trains needs the same
-    block a moment later.
+    XLA allocates the temporaries of a step as one block and frees it at the end of the step. glibc
+    maps such a large block anew each time, and the kernel clears every page at its first use: for
+    ViT-B/32 at batch 32, 3.5 GB and a tenth of the step. A training process needs the same block
+    again at once.
 
-    All threads share one arena, since others cannot hold such blocks; so this is not for programs
-    whose own threads allocate a lot while an accelerator computes.
+    All threads share one arena, since other arenas cannot hold such blocks. Do not use this in
+    programs whose own threads allocate a lot while an accelerator computes.
 
-    Nothing happens where the C library is not glibc.
+    Does nothing if the C library is not glibc.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -110,7 +110,7 @@ def _help_or_flags(
     comment_files: Mapping[str, str],
     optional_keys: Collection[str] = (),
 ) -> list[str]:
-    """Answers `--help` and `--config.help`, and exits; else `parse_flags`."""
+    """Answers `--help` and `--config.help` and exits, or else calls `parse_flags`."""
     asked = re.search(_HELP_FLAG, "\0".join(argv))
     if asked and config_defaults is not None:
         try:
@@ -138,7 +138,7 @@ def parse_flags(
     config_defaults: Callable[[], ml_collections.ConfigDict] | None = None,
     optional_keys: Collection[str] = (),
 ) -> list[str]:
-    """Parses a command line as `run` does; returns the arguments that are no flags.
+    """Parses a command line like `run`; returns the positional arguments.
 
     A wrong flag or config key exits with 2.
     """
@@ -158,7 +158,7 @@ def parse_flags(
             config_flag: Any = flags.FLAGS["config"]
             overrides = config_flag.override_values
             for name, value in overrides.items():
-                if value in (None, (None,)):  # the other one is that of a tuple
+                if value in (None, (None,)):  # (None,) is the value of a tuple key
                     overrides[name] = None
                     flags.FLAGS.config.update_from_flattened_dict({name: None})
             check_unset(flags.FLAGS.config, defaults, optional_keys)
@@ -169,7 +169,7 @@ def parse_flags(
                     f"recipe's argument, :stage={flags.FLAGS.config.stage.number}"
                 )
     except (AttributeError, KeyError) as error:
-        # A ConfigDict raises these for a key that it lacks; the text names the nearest one.
+        # A ConfigDict raises these for a missing key; the text names the nearest one.
         cause = error.args[0]
         text = cause.args[0] if isinstance(cause, KeyError) else str(cause)
         _fail(f"unknown config key {'; '.join(text.splitlines())}", status=2)
@@ -181,7 +181,7 @@ def parse_flags(
 
 
 def load_again(argument: str) -> ml_collections.ConfigDict:
-    """The recipe of the parsed command line with one argument more, and all that the line sets.
+    """Loads the recipe of the parsed command line with one more argument and the line's overrides.
 
     Args:
         argument: such as "stage=2".
@@ -196,12 +196,12 @@ def load_again(argument: str) -> ml_collections.ConfigDict:
 
 
 def _named_recipes(arguments: Sequence[str]) -> list[tuple[str, str]]:
-    """The path and the arguments of each `--config PATH:ARGUMENTS` of a command line."""
+    """Returns path and arguments of each `--config PATH:ARGUMENTS` of a command line."""
     return re.findall(_CONFIG_FLAG + r":?([^\0]*)", "\0".join(arguments))
 
 
 def _with_paths(arguments: Sequence[str]) -> list[str]:
-    """A command line with the paths of recipes in place of their names; finds all of them."""
+    """Replaces the names of recipes in a command line by their paths."""
 
     def replace(match: re.Match) -> str:
         try:
@@ -238,7 +238,7 @@ def _call(
     verbose = logging.get_verbosity() >= logging.DEBUG
     _log_beside_progress_bars(verbose)
     try:
-        # In every command it names what is written.
+        # In every command, --output is what is written.
         if "output" in flags.FLAGS and not writes_to_stores:
             refuse_url(flags.FLAGS["output"].value, "--output")
         main(*([argv[1:]] if takes_arguments else []))
@@ -249,7 +249,7 @@ def _call(
 
 
 def _with_flags(message: str) -> str:
-    """A message with the keys of the config as they are typed: `--config.KEY`."""
+    """Rewrites the config keys in a message as users type them: `--config.KEY`."""
     config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
     if not isinstance(config, ml_collections.ConfigDict):
         return message
@@ -269,13 +269,13 @@ def _log_beside_progress_bars(verbose: bool) -> None:
 
 
 class _TqdmHandler(python_logging.Handler):
-    """Writes to stderr above the progress bar, not through it.
+    """Writes logs to stderr above the progress bar.
 
-    Unless `verbose`, what libraries log below a warning is left out: Orbax logs a page at every
-    save.
+    Unless `verbose`, messages of libraries below WARNING are dropped, since Orbax logs a page at
+    every save.
 
-    A warning or an error with the same text as before is written at its 10th, 100th, ... time only,
-    with the count: what fails at every step, such as a write to a full disk, must not fill the log.
+    A repeated warning or error is only written at its 10th, 100th, ... occurrence, with the count.
+    Otherwise a failure at every step, such as a write to a full disk, would fill the log.
     """
 
     def __init__(self, verbose: bool = False):
@@ -291,13 +291,13 @@ class _TqdmHandler(python_logging.Handler):
             count = 1
             if is_serious:
                 message = record.getMessage()
-                # The latest one stands last.
+                # The latest message is the last entry.
                 count = self._counts[message] = self._counts.pop(message, 0) + 1
                 if len(self._counts) > _REMEMBERED_TEXTS:
                     del self._counts[next(iter(self._counts))]
             if count not in _SHOWN_COUNTS:
                 return
-            # What keys and captions hold must not steer the terminal, nor look like a line of ours.
+            # Text from keys and captions must not control the terminal or imitate a log line.
             text = escape_lines(self.format(record)).replace("\n", "\n  ")
             tqdm.write(text + (f" ({count:,} times so far)" if count > 1 else ""), file=sys.stderr)
         except Exception:
@@ -305,7 +305,7 @@ class _TqdmHandler(python_logging.Handler):
 
 
 def set_exit_status(error: BaseException, status: int) -> None:
-    """Sets the status of a command that ends by this error; 1 without it."""
+    """Sets the exit status of a command that ends with this error; the default is 1."""
     error.__dict__["exit_status"] = status
 
 

@@ -1,8 +1,8 @@
-"""Texts of `--help` and `--config.help`, which fit a screen.
+"""Texts of `--help` and `--config.help`, which fit on a screen.
 
-`--helpfull` has the rest: the whole description of a command, and all flags with their types. What
-the keys of a config mean is told once: `--config.help` and the site's pages of keys read the
-comments next to where they are written.
+`--helpfull` has the rest: the full description of a command, and all flags with their types. The
+meaning of config keys is written once, in comments next to the keys. `--config.help` and the
+documentation's pages of keys read these comments.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from absl import flags
 
 from diht_jax.config.checks import suggest, walk
 
-_PACKAGES = pathlib.Path(__file__).resolve().parents[2]  # the folder that they are in
-# Flags that many commands have in common; they come last.
+_PACKAGES = pathlib.Path(__file__).resolve().parents[2]  # the folder with all packages
+# Flags shared by many commands, which are listed last.
 _GROUPS = {
     "flags of the model": ("step", "ema", "image_size", "context_length", "dim", "architecture"),
     "flags of job arrays": ("task_index", "num_tasks"),
 }
-# Flags that few people need, of which only the names are shown.
+# Rarely needed flags, shown by name only.
 _NAMED_ONLY = (
     "coordinator_address",
     "num_processes",
@@ -40,7 +40,7 @@ _LONGEST_VALUE = 60
 
 
 def command_flags() -> list[flags.Flag]:
-    """The flags that this command defines, in its order, without other spellings."""
+    """Returns the flags that this command defines, in order, without absl's own."""
     found = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
     module_of = flags.FLAGS.find_module_defining_flag
     return [flag for flag in found if not str(module_of(flag.name)).startswith("absl.")]
@@ -49,7 +49,7 @@ def command_flags() -> list[flags.Flag]:
 def describe_command(
     description: str, found: Iterable[flags.Flag], *, has_config: bool = False
 ) -> str:
-    """The help of a command: what it does, an example, and its flags, its own first."""
+    """Returns the help of a command: description, example, and flags, its own first."""
     first, *others = description.strip().split("\n\n")
     example = next((part for part in others if part.startswith("    ")), "")
     parts = [first, example] if example else [first]
@@ -73,12 +73,12 @@ def describe_command(
 def describe_keys(
     config: ml_collections.ConfigDict, section: str, comments: Mapping[str, str]
 ) -> str:
-    """The keys of a section with their values and what they mean, and the sections in it.
+    """Describes the keys of a section with values and meanings, and lists its sub-sections.
 
     Args:
         config: default values, or those of a recipe.
         section: dotted name; "" for the top level.
-        comments: what keys mean, by their dotted names.
+        comments: dotted name -> meaning of the key.
     """
     found = {name: value for name, (value, _) in walk(config).items()}
     sections = [n for n, v in found.items() if isinstance(v, ml_collections.ConfigDict) and len(v)]
@@ -125,7 +125,7 @@ def _key_row(name: str, value: Any, comments: Mapping[str, str]) -> tuple[str, s
 
 
 def _rows(rows: Sequence[tuple[str, str]]) -> list[str]:
-    """Two columns; a left part that is too wide for its column has a line of its own."""
+    """Formats rows in two columns; a left part that is too wide gets its own line."""
     widest = min(_WIDEST_LEFT, max((len(left) for left, _ in rows), default=0))
     lines = []
     for left, right in rows:
@@ -145,11 +145,11 @@ def _columns() -> int:
 
 
 def read_comments(files: Mapping[str, str]) -> dict[str, str]:
-    """The comments of keys, by their dotted names.
+    """Returns dotted name -> comment of the keys in some files.
 
     Args:
-        files: prefix of keys -> the files that describe them, with spaces between, such as
-            "diht_jax/losses/*.py". What is found first counts.
+        files: prefix of keys -> the files that describe them, separated by spaces, such as
+            "diht_jax/losses/*.py". The first comment found for a key is used.
     """
     found: dict[str, str] = {}
     for prefix, patterns in files.items():
@@ -161,15 +161,15 @@ def read_comments(files: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-# At the beginning of a line: `"section.key": `, `field: type` or `config.section.key = `.
+# Start of a line with a key: `"section.key": `, `field: type` or `config.section.key = `.
 _KEY = re.compile(r'\s+(?:"([\w.]+)": |(\w+): \w|\w+\.([\w.]+) = )')
 _COMMENT = re.compile(r"(.*?)(?:^|\s)\s*# (.*)")
-# In the docstring of a dataclass.
+# An attribute in the docstring of a dataclass.
 _DOCUMENTED = re.compile(r"^ {8}(\w[\w, ]*): (.*(?:\n {12}.*)*)", re.MULTILINE)
 
 
 def comments_of(source: str) -> dict[str, str]:
-    """Comments of the keys that are written in a file: those above, and those behind.
+    """Returns key -> comment for the keys in a source file; comments are above or after the key.
 
     Args:
         source: Python, with keys as `config.section.key = default`, as `"section.key": default`

@@ -1,9 +1,9 @@
-"""Flags that several commands have.
+"""Flags shared by several commands.
 
-They have one convention. Names are in lower_snake_case, and the same name means the same
-everywhere: `--input` is what is read, `--output` what is written, `num_` begins a number of things,
-`--batch_size` counts examples over all devices. A help text gives the unit and what an unset flag
-means; a spelling that a flag had before stays as its alias.
+They follow one convention. Names are in lower_snake_case, and a name means the same in all
+commands: `--input` is what is read, `--output` what is written, `num_` starts a count of things,
+`--batch_size` counts examples over all devices. A help text states the unit and what an unset flag
+means. A renamed flag keeps its old spelling as an alias.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 
 from absl import flags
 
-flags.disclaim_key_flags()  # they are the command's own: its --help lists them
+flags.disclaim_key_flags()  # each command's --help lists them as its own flags
 
 
 def define_model_flags() -> None:
-    """Defines `--model` and the flags that go with it."""
+    """Defines `--model` and its related flags."""
     flags.DEFINE_string(
         "model", None, "clipart_tiny, a released name, a run, a weight file, or hf-hub:OWNER/NAME."
     )
@@ -38,8 +38,8 @@ def define_model_flags() -> None:
 
 
 def model_options() -> dict[str, Any]:
-    """Arguments of `load_model` other than the model, from the flags."""
-    from diht_jax.models.zoo import parse_fields  # with JAX, which `--help` does not wait for
+    """Returns the arguments of `load_model` other than the model, from the flags."""
+    from diht_jax.models.zoo import parse_fields  # imports JAX, which `--help` need not wait for
 
     return {
         **values("step", "ema", "image_size", "context_length", "dim"),
@@ -66,7 +66,7 @@ def define_prompt_flags() -> None:
 
 
 def define_task_flags() -> None:
-    """Defines `--tasks` and the flags that go with it, except those for prompts."""
+    """Defines `--tasks` and its related flags, except those for prompts."""
     flags.DEFINE_list(
         "tasks",
         [],
@@ -89,7 +89,7 @@ def define_task_flags() -> None:
 
 
 def task_defaults() -> dict[str, Any]:
-    """Arguments of `parse_tasks` other than the tasks, from the flags."""
+    """Returns the arguments of `parse_tasks` other than the tasks, from the flags."""
     from diht_jax.evaluation.protocols.base import parse_templates, read_class_names
 
     found: dict[str, Any] = {}
@@ -113,12 +113,12 @@ def define_job_array_flags() -> None:
 
 
 def values(*names: str) -> dict[str, Any]:
-    """The values of flags by their names, for a function that has arguments of these names."""
+    """Returns the values of flags by name, as keyword arguments with the same names."""
     return {name: flags.FLAGS[name].value for name in names}
 
 
 def fractions(name: str) -> tuple[float, ...]:
-    """The numbers from 0 to 1 of a flag that is a list; ValueError for something else in it."""
+    """Returns the numbers from 0 to 1 in a list flag; raises ValueError for anything else."""
     texts: Any = flags.FLAGS[name].value
     try:
         found = tuple(map(float, texts))
@@ -130,7 +130,7 @@ def fractions(name: str) -> tuple[float, ...]:
 
 
 def require_flags(*names: str) -> None:
-    """Raises ValueError for a flag that is not given; `--help` works without it."""
+    """Raises ValueError for a flag that is not set; unlike a required flag, it permits `--help`."""
     for name in names:
         if not flags.FLAGS[name].value:
             raise ValueError(f"--{name} is required")

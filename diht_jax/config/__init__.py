@@ -1,11 +1,11 @@
-"""Recipes of training: found by name or path, listed, loaded, and changed by a command line.
+"""Recipes of training runs: finding, listing, loading, and overriding them on the command line.
 
-Recipes in `configs/` start from `default_config()`; `diht_jax.train` calls
-`diht_jax.training.recipe.check_config` before it does anything else. Every key is written once, in
-`keys.py`, and those of losses and of terms of the objective in their own files.
+Recipes in `configs/` start from `default_config()`. `diht_jax.train` first calls
+`diht_jax.training.recipe.check_config`. All keys are defined in `keys.py`, except those of losses
+and of terms of the objective, which have their own files.
 
-A name is a path in `configs/` without `.py`, such as `demo` or `prep/cat`; its last part is enough.
-On a command line `None` unsets a key, and a duration replaces the one that the recipe has.
+A recipe's name is its path in `configs/` without `.py`, such as `demo` or `prep/cat`; the last part
+is enough. On a command line, `None` unsets a key, and a duration replaces the recipe's duration.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from diht_jax.config.checks import validate_config as validate_config
 from diht_jax.config.keys import DURATIONS
 
 _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
-_INSTALLED = _PACKAGE / "recipes" / "configs"  # where a wheel has them; pyproject.toml says so
-# `configs/` of a checkout, or the copy in an installed package.
+_INSTALLED = _PACKAGE / "recipes" / "configs"  # location in a wheel, set in pyproject.toml
+# `configs/` of a checkout, or its copy in an installed package.
 RECIPE_FOLDER = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "configs"
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """Every key of a training recipe, with its default; None means "not set"."""
-    # The door for recipes to a floor above: losses and terms bring keys of their own, and import
-    # JAX, which is not needed to validate a config. No file of a lower floor imports this one.
+    """Returns a training config with every key and its default; None means "not set"."""
+    # Imported here, since losses and terms define further keys and import JAX, which validating a
+    # config does not need. No module of a lower layer imports this one.
     from diht_jax.training.recipe import default_config
 
     return default_config()
 
 
 def list_recipes() -> dict[str, pathlib.Path]:
-    """The files of all recipes by their names, those of training first."""
+    """Returns name -> file of all recipes, training recipes first."""
     files = [*sorted(RECIPE_FOLDER.glob("*.py")), *sorted(RECIPE_FOLDER.glob("*/*.py"))]
     return {
         path.relative_to(RECIPE_FOLDER).with_suffix("").as_posix(): path
@@ -48,12 +48,12 @@ def list_recipes() -> dict[str, pathlib.Path]:
 
 
 def find_recipe(name: str | pathlib.Path) -> pathlib.Path:
-    """The file of a recipe, which may import those of its own folder and of `configs/` from now on.
+    """Returns the file of a recipe, and extends `sys.path` for the recipe's imports.
 
     Args:
-        name: such as `demo` or `prep/cat`; what ends with `.py` is a path. For
-            `from configs import common` the folder above the recipe's own is searched, and then
-            `configs/` itself, in any working directory.
+        name: such as `demo` or `prep/cat`; a name that ends with `.py` is a path. For
+            `from configs import common`, Python then searches the folder above the recipe's own,
+            and then `configs/` itself, in any working directory.
     """
     name = str(name)
     path = pathlib.Path(name)
@@ -72,20 +72,20 @@ def find_recipe(name: str | pathlib.Path) -> pathlib.Path:
 
 
 def load_recipe(name: str | pathlib.Path, arg: str = "") -> ml_collections.ConfigDict:
-    """The config that a recipe's `get_config(arg)` returns.
+    """Returns the config that a recipe's `get_config(arg)` returns.
 
     Args:
-        name: such as `demo`, or the path of a Python file; as on a command line, the argument may
+        name: such as `demo`, or the path of a Python file. As on a command line, the argument may
             follow a colon, `demo:debug=True`.
         arg: the argument, such as "debug=True".
 
     Raises:
-        ValueError: no such recipe, or it gives no config.
+        ValueError: there is no such recipe, or it returns no config.
     """
     name, _, own = str(name).partition(":")
     arg, path = arg or own, find_recipe(name)
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
-    assert spec is not None and spec.loader is not None  # as for every name that ends with .py
+    assert spec is not None and spec.loader is not None  # true for every name that ends with .py
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     get_config = getattr(module, "get_config", None)
@@ -101,9 +101,9 @@ def load_recipe(name: str | pathlib.Path, arg: str = "") -> ml_collections.Confi
 
 
 def apply_overrides(config: ml_collections.ConfigDict, given: Collection[str]) -> None:
-    """Unsets those durations that a duration of the command line replaces; in place.
+    """Unsets the durations that a duration on the command line replaces; in place.
 
-    A recipe's warm-up that does not fit into fewer steps becomes a tenth of them.
+    A recipe's warm-up that is too long for the new number of steps becomes a tenth of them.
     """
     for names in map(set, DURATIONS.values()):
         if set(map(config.get, names.intersection(given))) - {None}:
@@ -122,9 +122,9 @@ def apply_overrides(config: ml_collections.ConfigDict, given: Collection[str]) -
 
 
 def _suggest(name: str) -> str:
-    """The recipes whose names are like this one, and all others, as the end of a sentence."""
+    """Returns the end of a message, with the recipes of a similar name and all others."""
     recipes = list_recipes()
-    # The last parts are compared: "cta" is like "prep/cat".
+    # Compares the last parts, so that "cta" is similar to "prep/cat".
     parts = {known.rpartition("/")[2]: known for known in recipes}
     nearest = nearest_name(name[:200].rpartition("/")[2], parts)
     hint = f"; did you mean '{parts[nearest]}'? " if nearest else ". "

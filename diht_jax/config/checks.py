@@ -1,4 +1,4 @@
-"""Validation of a config: the name and the type of every key."""
+"""Validation of configs: the name and the type of every key."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ml_collections import config_flags
 
 
 class TextOrSections:
-    """Type of a key that is a text, or a section of named sections that others check."""
+    """Type of a key that is a text, or a section of named sections that other code checks."""
 
     expected = "a text or a section of sections"
     kinds: tuple[type, ...] = (str, ml_collections.ConfigDict)
@@ -22,7 +22,7 @@ class TextOrSections:
 
     @classmethod
     def check(cls, value: Any) -> None:
-        """Raises TypeError for a value of another kind; None is none."""
+        """Raises TypeError for a value of another kind; None is accepted."""
         if value is not None and not isinstance(value, cls.kinds):
             raise TypeError(f"expected {cls.expected}, got {type(value).__name__} {value!r:.200}")
 
@@ -36,10 +36,10 @@ class PathsOrSections(TextOrSections):
 
 
 class TextOrSectionsReference(ml_collections.FieldReference):
-    """A value that one of another of the kinds may replace."""
+    """A config value that a value of another allowed kind may replace."""
 
     def set(self, value: Any, type_safe: bool = True) -> None:
-        """Sets it to a value of one of the kinds, or to None."""
+        """Sets the value to one of the allowed kinds, or to None."""
         if isinstance(value, dict):
             value = ml_collections.ConfigDict(value)
         self.get_type().check(value)
@@ -47,7 +47,7 @@ class TextOrSectionsReference(ml_collections.FieldReference):
 
 
 class _OrNone(flags.ArgumentParser):
-    """Parses `--config.KEY=None` as None, and leaves other values to another parser."""
+    """Parses `--config.KEY=None` as None, and passes other values to another parser."""
 
     def __init__(self, parse: Callable[[Any], Any]):
         super().__init__()
@@ -70,17 +70,17 @@ for _kind, _parse in _PARSERS.items():
 
 
 def validate_config(config: ml_collections.ConfigDict, defaults: ml_collections.ConfigDict) -> None:
-    """Checks names and types of every key of `config` against `defaults`.
+    """Checks the names and types of every key of `config` against `defaults`.
 
     Args:
         config: values of the recipe and the command line.
         defaults: all known keys, except those inside a `TextOrSections`. None is accepted for
-            every key except a section, and an int for a float; a default of None without a
-            type accepts everything. The elements of a tuple must be of the type of those in the
-            default, where it has any. NaN is no value of anything.
+            every key except a section, and an int for a float. A default of None without a type
+            accepts everything. The elements of a tuple must have the type of those in the
+            default, if it has any. NaN is never accepted.
 
     Raises:
-        ValueError: an unknown key (names the nearest known one) or a value of another type.
+        ValueError: a key is unknown (the message names the nearest one) or has a wrong type.
     """
     known, found = walk(defaults), walk(config)
     check_names(found, defaults)
@@ -103,9 +103,9 @@ def validate_config(config: ml_collections.ConfigDict, defaults: ml_collections.
 
 
 def check_names(names: Iterable[str], defaults: ml_collections.ConfigDict) -> None:
-    """Raises ValueError for the first dotted name that is no key; names those that may be meant.
+    """Raises ValueError for the first dotted name that is not a key, with suggestions.
 
-    Names inside a `TextOrSections` of `defaults` are not looked at.
+    Names inside a `TextOrSections` of `defaults` are not checked.
     """
     known = walk(defaults)
     for name in names:
@@ -117,20 +117,20 @@ def check_names(names: Iterable[str], defaults: ml_collections.ConfigDict) -> No
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:
-    """The known name most like `name`, or None when nothing is alike."""
+    """Returns the known name most similar to `name`, or None if none is similar."""
     matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return matches[0] if matches else None
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """The known name that may be meant, or all of them, as the end of a message."""
+    """Returns the end of a message, with the known name that may be meant or all known names."""
     known = list(known)
     nearest = nearest_name(name[:200], known)
     return f"did you mean '{nearest}'?" if nearest else f"known: {', '.join(known)}"
 
 
 def walk(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, tuple[Any, type]]:
-    """Dotted name -> (value, type); the type of an unset key is that of its placeholder."""
+    """Returns dotted name -> (value, type); an unset key has the type of its placeholder."""
     found = {}
     for key in sorted(config.keys()):
         value, name = config[key], f"{prefix}{key}"
@@ -142,7 +142,7 @@ def walk(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, tuple
 
 def _unknown_key_message(name: str, known: list[str]) -> str:
     section, _, last = name.rpartition(".")
-    # A right name in a wrong section is a common slip: config.beta for config.loss.beta.
+    # A common error is a correct name in the wrong section: config.beta for config.loss.beta.
     meant = [key for key in known if key.rpartition(".")[2] == last]
     siblings = [key for key in known if key.rpartition(".")[0] == section]
     for candidates in (siblings, known):
@@ -155,7 +155,7 @@ def _unknown_key_message(name: str, known: list[str]) -> str:
 
 
 def _matches(value: Any, expected: type, default: Any = None) -> bool:
-    """Returns whether a value is of a type, and its elements of the only type of the default's."""
+    """Returns whether a value has a type, and its elements the only type in the default."""
     if isinstance(value, float) and math.isnan(value):
         return False
     if value is None:
@@ -182,10 +182,10 @@ def check_unset(
     defaults: ml_collections.ConfigDict,
     optional_keys: Collection[str] = (),
 ) -> None:
-    """Raises ValueError for a key that is None and cannot be, since its default is another one."""
+    """Raises ValueError for a key that is None but must be set, since its default is not None."""
     known = walk(defaults)
     for name, (value, _) in walk(config).items():
-        default, kind = known.get(name, (None, TextOrSections))  # or inside of one
+        default, kind = known.get(name, (None, TextOrSections))  # or inside a section
         is_optional = default is None or issubclass(kind, TextOrSections) or name in optional_keys
         if value is None and not is_optional:
             raise ValueError(

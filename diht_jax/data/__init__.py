@@ -1,1 +1,1 @@
-"""The public door to records, TFRecords, the tokenizer and the index of a data set."""
+"""The public API for records, TFRecords, the tokenizer and the index of a data set."""

@@ -1,10 +1,9 @@
-"""A model's own tokenizer, from its files: token ids as transformers and open_clip make them.
+"""A tokenizer read from a model's files, with the same ids as transformers and open_clip.
 
-`tokenizer.json` runs in the library `tokenizers`, and a `.model` file in sentencepiece, which is
-imported only then. What a model's folder says about its tokenizer is read in
-`diht_jax.weights.tokenizer_file`.
+The library `tokenizers` runs a `tokenizer.json`. sentencepiece runs a `.model` file, and is only
+imported then. `diht_jax.weights.tokenizer_file` reads a model folder's tokenizer settings.
 
-Safe in threads and in forked workers, as `diht_jax.data.tokenizer` is.
+Safe in threads and in forked workers, like `diht_jax.data.tokenizer`.
 """
 
 from __future__ import annotations
@@ -31,35 +30,35 @@ _METASPACE = "\u2581"  # sentencepiece's sign for a space
 
 @dataclasses.dataclass(frozen=True)
 class FileTokenizer:
-    """Makes token ids by a tokenizer's file. It is opened where it is used first."""
+    """Tokenizes texts with a tokenizer's file, which is opened at first use."""
 
-    # `tokenizer.json`, or a `.model` file of sentencepiece, of which texts are cleaned and encoded
-    # as by transformers' SiglipTokenizer.
+    # A `tokenizer.json`, or a `.model` file of sentencepiece. Texts for the latter are cleaned and
+    # encoded as by transformers' SiglipTokenizer.
     path: str
-    pad: str  # token behind the end of a text (or before its start)
+    pad: str  # padding token after a text (or before it)
     pads_left: bool = False  # padding comes before the text
-    # Of texts, before the tokenizer sees them, as open_clip does it: "whitespace" repairs Unicode
-    # and HTML entities and collapses whitespace, "lower" makes lower case besides, "canonicalize"
-    # removes punctuation too. "none" as transformers.
+    # Cleaning before the tokenizer, as in open_clip: "whitespace" repairs Unicode and HTML entities
+    # and collapses whitespace, "lower" also lower-cases, and "canonicalize" also removes
+    # punctuation. "none" as in transformers.
     clean: str = "none"
-    lower_case: bool = False  # the tokenizer makes lower case, also where its file does not say so
-    start: str = ""  # token before a text, where `has_own_ends`; "" for none
-    end: str = ""  # token behind a text, likewise, and of a `.model` file
-    has_own_ends: bool = False  # `start` and `end` stand for those of the file
-    unknown: str = ""  # token for what the vocabulary lacks, of a `.model` file
+    lower_case: bool = False  # the tokenizer lower-cases, even if its file does not
+    start: str = ""  # token before a text, if `has_own_ends`; "" for none
+    end: str = ""  # token after a text, likewise; also for a `.model` file
+    has_own_ends: bool = False  # `start` and `end` replace those of the file
+    unknown: str = ""  # unknown token of a `.model` file
 
     def tokenize(self, texts: str | Sequence[str], context_length: int) -> np.ndarray:
-        """Token ids of texts.
+        """Returns the token ids of texts.
 
         Args:
-            context_length: t. A longer text is cut so that its end marker stays; of a text with
-                more than 1,024 t characters, those behind them are not looked at.
+            context_length: t. A longer text is cut but keeps its end marker. Of each text, at most
+                1,024 t characters are read.
 
         Returns:
             int32 [b, t]; b is 1 for a single string.
 
         Raises:
-            ValueError: an element is no string, or the file cannot be read.
+            ValueError: an element is not a string, or the file cannot be read.
         """
         texts = check_texts(texts, context_length)
         encode, pad_id = self._opened()
@@ -71,15 +70,15 @@ class FileTokenizer:
         return ids
 
     def check(self) -> None:
-        """Opens the file.
+        """Opens the file to check it.
 
         Raises:
-            ValueError: it cannot be read, or lacks a token.
+            ValueError: the file cannot be read, or lacks a token.
         """
         self._opened()
 
     def describe(self) -> str:
-        """Settings and SHA-256 of the file: equal where all token ids are."""
+        """Returns the settings and the file's SHA-256; if these are equal, so are all token ids."""
         settings = {k: v for k, v in dataclasses.asdict(self).items() if k != "path"}
         digest = hashlib.sha256(pathlib.Path(self.path).read_bytes()).hexdigest()
         return f"{sorted(settings.items())} {digest}"
@@ -99,14 +98,14 @@ class FileTokenizer:
             return _open(self)
         except ValueError:
             raise
-        except Exception as error:  # of a damaged file both libraries raise nearly any type
+        except Exception as error:  # both libraries raise nearly any type for a damaged file
             raise ValueError(
                 f"{self.path}: not a tokenizer's file ({type(error).__name__}: {error!s:.200}); "
                 "download it again"
             ) from error
 
 
-# A text and the number of ids -> ids with the markers, without padding; and the id of padding.
+# (function from text and maximum length to ids with markers, without padding; padding id)
 _Opened = tuple[Callable[[str, int], list[int]], int]
 
 
@@ -140,10 +139,10 @@ def _open_json(settings: FileTokenizer) -> _Opened:
 
 
 def _open_model(settings: FileTokenizer) -> _Opened:
-    """Ids of a text as transformers' SiglipTokenizer makes them.
+    """Opens a `.model` file that gives the ids of transformers' SiglipTokenizer.
 
-    Every part of a text between markers that it spells out is encoded behind the unknown token,
-    whose pieces are left out again: this is what keeps a space at its start.
+    A text is split at the markers that it spells out. Each part is encoded after the unknown token,
+    whose pieces are then removed, which preserves a leading space.
     """
     try:
         import sentencepiece
@@ -177,7 +176,7 @@ def _open_model(settings: FileTokenizer) -> _Opened:
             part = re.sub(r"\s+", " ", part.translate(_PUNCTUATION)).strip()
             found += processor.encode(settings.unknown + part)[num_prefix:]
         found = found[: length - 1]
-        # A text that spells the marker out has it already.
+        # A text that spells out the marker already has it.
         return found if found[-1:] == [end] else [*found, end]
 
     return encode, find(settings.pad)

@@ -3,12 +3,12 @@
     python -m diht_jax.data.index gs://bucket/kept
     python -m diht_jax.data.index /data/laion /data/curated
 
-The folders hold TFRecord shards, ArrayRecord shards or webdataset tars, whoever wrote them;
-`data_prep.filter`, `data_prep.label` and `diht_jax.caption` write the index themselves. With it,
-training starts by a constant number of requests for any number of shards and processes. Run again,
-it looks only at shards that are new or have another size, and takes those that are gone out of the
-index; `--overwrite` looks at all of them. What was read of a run that was stopped is kept, and not
-read again.
+The folders hold TFRecord shards, ArrayRecord shards or webdataset tars from any writer.
+`data_prep.filter`, `data_prep.label` and `diht_jax.caption` write the index themselves. With an
+index, training starts with a constant number of requests for any number of shards and processes.
+Run again, the command reads only new or resized shards, and drops missing ones from the index;
+`--overwrite` reads all shards. A stopped run keeps what it has read, and the next run continues
+from there.
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ _NAMES_SHOWN = 3
 class IndexReport:
     """The outcome of `update_index`."""
 
-    path: str  # of the index
+    path: str  # path of the index
     num_shards: int
     num_records: int
-    num_read: int  # shards that had to be looked at
-    changes: Sequence[str] = ()  # how the folder differed from an older index, in words
+    num_read: int  # number of shards that had to be read
+    changes: Sequence[str] = ()  # differences from the older index, in words
 
 
 def define_flags() -> None:
-    """Defines this command's flags; not at import, since commands share names."""
+    """Defines this command's flags; not at import, since commands share flag names."""
     flags.DEFINE_integer("num_threads", 32, "Shards that are read at a time.", lower_bound=1)
     flags.DEFINE_bool(
         "overwrite", False, "Scan all shards again, and replace the index; no .idx is believed."
@@ -79,7 +79,7 @@ def define_flags() -> None:
 
 
 def main(folders: list[str]) -> None:
-    """Indexes the folders that stand on the command line."""
+    """Indexes the folders given on the command line."""
     given = flags.FLAGS
     if not folders:
         raise ValueError("expected at least one folder or URL of shards, such as gs://bucket/kept")
@@ -109,18 +109,18 @@ def update_index(
     labels: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> IndexReport:
-    """Writes the index of a folder, or brings it up to date.
+    """Writes the index of a folder, or updates it.
 
     Args:
-        overwrite: scan all shards, also those that an index describes.
-        vocabulary: what all shards are labelled with (`Vocabulary.describe`); None looks at
-            their statistics, if the folder has a vocabulary; of shards of labels it keeps what an
-            older index states.
-        labels: what `labels.shards.describe_labels` states of shards of labels; None likewise.
+        overwrite: scan all shards, including those that an index describes.
+        vocabulary: vocabulary of all shards (`Vocabulary.describe`). None reads it from their
+            statistics if the folder has a vocabulary; for label shards, None keeps the one in an
+            older index.
+        labels: for label shards, the result of `labels.shards.describe_labels`; None likewise.
 
     Raises:
-        ValueError: there is no shard, or some are broken (the others need not be read again), or
-            the folder cannot be written.
+        ValueError: there is no shard, the folder cannot be written, or shards are broken. A further
+            run does not read the intact shards again.
     """
     folder = os.fspath(folder).rstrip("/")
     path = os.path.join(folder, INDEX_NAME)
@@ -128,9 +128,9 @@ def update_index(
         sizes = _list_shards(folder)
         old = _old_index(folder, work)
         for part in work.glob(f"*{INDEX_SUFFIX}") if overwrite else ():
-            part.unlink()  # it may be of an `.idx`
+            part.unlink()  # may come from an untrusted `.idx`
         labels = labels or (old.labels if old else {})
-        if labels and old and vocabulary is None:  # nothing else in their folder states it
+        if labels and old and vocabulary is None:  # only the old index states it
             vocabulary = old.vocabulary
         old = None if overwrite else old
         changes, rows = [], {}
@@ -140,7 +140,7 @@ def update_index(
             is_same = vocabulary in (None, old.vocabulary) and labels == old.labels
             if is_same and not changes:
                 return IndexReport(path, len(old), int(old.starts[-1]), 0)
-            # Shards that the old index describes as they are.
+            # Shards that the old index describes correctly.
             rows = {name: row for name, row in old.rows.items() if sizes.get(name) == known[name]}
         unknown = [name for name in sizes if name not in rows]
         unread = [name for name in unknown if _load_kept(work, name, sizes[name]) is None]
@@ -175,7 +175,7 @@ def _find_vocabulary(folder: str, names: Iterable[str]) -> dict[str, Any] | None
 def _load_offsets(
     work: pathlib.Path, old: DatasetIndex | None, rows: Mapping[str, int], entry: ShardEntry
 ) -> np.ndarray:
-    """The offsets of a shard: of the old index, where it has a row there, or found since."""
+    """Returns the offsets of a shard, from the old index or from this run's scans."""
     row = rows.get(entry.name)
     if old is None or row is None:
         offsets = _load_kept(work, entry.name, entry.num_bytes)
@@ -189,7 +189,7 @@ def _load_offsets(
 
 
 def _write_index(path: str, work: pathlib.Path, head: bytes, offsets: Iterable[np.ndarray]) -> None:
-    """Writes an index; it appears whole or not at all."""
+    """Writes an index atomically."""
     local = work / INDEX_NAME if is_remote(path) else pathlib.Path(path)
     with local_output(local) as output, open(output, "wb") as file:
         file.write(encode_preamble(head) + head)
@@ -207,7 +207,7 @@ def _write_index(path: str, work: pathlib.Path, head: bytes, offsets: Iterable[n
 def is_indexable(path: str) -> bool:
     """Returns whether a file is named like a shard that an index can describe.
 
-    ArrayRecord shards are read where they are local.
+    ArrayRecord shards must be local.
     """
     kind = kind_of(path)
     return kind is not None and not (kind == "array_record" and is_remote(path))
@@ -221,7 +221,7 @@ def _look_at_all(
     num_threads: int,
     progress: bool,
 ) -> dict[str, ShardEntry]:
-    """The entries of shards; raises ValueError for those that cannot be read, and names them."""
+    """Reads the index entries of several shards; a ValueError names the shards that fail."""
     found, failures = {}, {}
     pool = futures.ThreadPoolExecutor(num_threads)
     bar = ProgressBar(
@@ -255,7 +255,7 @@ def _look_at_all(
 def _look(
     folder: str, work: pathlib.Path, name: str, size: int, *, trusts_index: bool
 ) -> ShardEntry:
-    """The entry of a shard, whose offsets are kept for a later run."""
+    """Reads the index entry of a shard, and keeps its offsets for a later run."""
     path, kind = os.path.join(folder, name), str(kind_of(name))
     offsets = _load_kept(work, name, size)
     if offsets is None:
@@ -271,12 +271,12 @@ def _look(
 
 
 def _index_of(name: str) -> ShardIndex:
-    """The `.idx` of shards of a format, by the name of one."""
+    """Returns the `.idx` format for a shard's file name."""
     return FORMATS[str(kind_of(name))].source.shard_type.index
 
 
 def _load_kept(work: pathlib.Path, name: str, size: int) -> np.ndarray | None:
-    """The offsets of a shard that an earlier run has found; None where they cannot be used."""
+    """Returns the offsets of a shard from an earlier run; None if they are not usable."""
     try:
         return _index_of(name).load(str(work / name), size)
     except (ValueError, OSError):  # damaged, or of an older shard
@@ -285,7 +285,7 @@ def _load_kept(work: pathlib.Path, name: str, size: int) -> np.ndarray | None:
 
 @contextlib.contextmanager
 def _locked_work(folder: str, work_dir: str | os.PathLike[str] | None) -> Generator[pathlib.Path]:
-    """The folder for parts, for this process alone; it is removed where all went well."""
+    """Yields the locked folder for partial results, which is removed on success."""
     if work_dir is not None or is_remote(folder):
         base = pathlib.Path(work_dir or f"{tempfile.gettempdir()}/diht_jax-{os.getuid()}")
         place = os.fsencode(folder if is_remote(folder) else os.path.abspath(folder))
@@ -300,7 +300,7 @@ def _locked_work(folder: str, work_dir: str | os.PathLike[str] | None) -> Genera
     except OSError as error:
         raise ValueError(f"{work}: cannot be written ({error.strerror})") from error
     with lock:
-        work.mkdir(parents=True, exist_ok=True)  # another process may have had the lock, and ended
+        work.mkdir(parents=True, exist_ok=True)  # a previous holder may have removed it
         try:
             yield work
         except BaseException:
@@ -311,7 +311,7 @@ def _locked_work(folder: str, work_dir: str | os.PathLike[str] | None) -> Genera
 
 
 def _list_shards(folder: str) -> dict[str, int]:
-    """Bytes of the shards of a folder, by name; ValueError where there are none."""
+    """Returns name -> bytes of the shards in a folder; ValueError if there are none."""
     if is_remote(folder):
         listed = find_inputs(folder).items()
         found = {os.path.basename(path): size for path, size in listed if size is not None}
@@ -328,7 +328,7 @@ def _list_shards(folder: str) -> dict[str, int]:
 
 
 def _old_index(folder: str, work: pathlib.Path) -> DatasetIndex | None:
-    """The index that is there, unless it is damaged; of a store, a local copy of it."""
+    """Reads the existing index, or returns None if it is damaged; copies it from a store."""
     try:
         index = read_index(folder)
     except TFRecordError as error:

@@ -1,8 +1,8 @@
-"""The public door to records: shards of pairs, read, written and decoded.
+"""The public API for record shards: find, read, write and decode them.
 
 source = open_source("/data/kept")       # TFRecord shards, ArrayRecord shards or tars
 record = source.decode(source[0])        # Record(key, image, caption, metadata, ...)
-picture = decode_rgb(record.image)       # PIL.Image in RGB, as it is shown
+picture = decode_rgb(record.image)       # PIL.Image in RGB, as displayed
 with open_writer("/data/own/pairs-00000.tfrecord") as writer:
     writer.write(encode_record(record))
 """

@@ -1,4 +1,4 @@
-"""The public names of `diht_jax.records.formats`, at the path that users know."""
+"""Public names of `diht_jax.records.formats`, kept at this path for users."""
 
 from diht_jax.records.formats import TFRecordSource, TFRecordWriter
 

@@ -1,13 +1,13 @@
 """CLIP's text tokenizer: captions to int32 ids, and back.
 
-The byte-pair encoding runs in the Rust library `tokenizers`; the merges are CLIP's own (see
-bpe_simple_vocab_16e6.md). No model and no image code may come in here.
+The Rust library `tokenizers` runs the byte-pair encoding. The merges are CLIP's (see
+bpe_simple_vocab_16e6.md). This module must not import model or image code.
 
-A small model has a small vocabulary: the bytes, the first of CLIP's merges, and the two markers.
-Any text can still be encoded; rare words become more pieces.
+A small model has a small vocabulary: the bytes, CLIP's first merges, and the two markers. Any text
+can still be encoded, but rare words become more pieces.
 
 Safe in threads and in forked workers: texts are encoded one by one, which never starts the
-library's thread pool, so there is nothing that a fork could leave locked.
+library's thread pool, so a fork cannot inherit a locked pool.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ CONTEXT_LENGTH = 77
 VOCAB_SIZE = 49_408
 START_OF_TEXT_ID = 49_406
 END_OF_TEXT_ID = 49_407
-_NUM_BYTES = 2 * 256  # pieces of one byte: within a word, and at its end
+_NUM_BYTES = 2 * 256  # pieces of one byte, within a word and at its end
 SMALLEST_VOCAB = _NUM_BYTES + 2
 
-# Looked at of a text, for each id that it may give. The longest piece of the vocabulary has 32
-# bytes, and cleaning hardly shortens a text to a 32nd; all of 10 MB would take ten seconds.
+# Characters read per id of the context length. The longest piece of the vocabulary has 32 bytes,
+# and cleaning hardly shortens a text to a 32nd. Reading all of 10 MB would take ten seconds.
 _CHARACTERS_PER_ID = 1024
 
 _MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
@@ -39,9 +39,9 @@ _START_OF_TEXT, _END_OF_TEXT = "<start_of_text>", "<end_of_text>"
 _END_OF_WORD = "</w>"
 
 # Words are: the two markers, contractions, runs of letters, single digits, runs of anything else.
-# CLIP's pattern ignores case; on lower-cased text this matters for two characters only: the long s
-# passes for an s, and U+0345 (whose upper case is a letter) falls out of every class. Characters
-# newer than the Unicode tables of `tokenizers` are always symbols here.
+# CLIP's pattern ignores case. On lower-cased text, this matters for two characters only: the long s
+# matches an s, and U+0345 (its upper case is a letter) matches no class. Characters newer than the
+# Unicode tables of `tokenizers` are always symbols.
 _WORD_PATTERN = (
     r"<[sſ]tart_of_text>|<end_of_text>|'[sſ]|'t|'re|'ve|'m|'ll|'d"
     r"|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
@@ -53,23 +53,23 @@ def tokenize(
     context_length: int = CONTEXT_LENGTH,
     vocab_size: int = VOCAB_SIZE,
 ) -> np.ndarray:
-    """Token ids as CLIP makes them: start, text, end, zeros.
+    """Tokenizes texts as CLIP does: start marker, text, end marker, zeros.
 
     Args:
-        texts: one text or a sequence of texts; cleaned here (broken Unicode and HTML entities
-            repaired, whitespace collapsed, lower-cased).
-        context_length: t, at least 2. A longer text is cut, and its last id is the end marker; of
-            a text with more than 1,024 t characters, those behind them are not looked at.
-        vocab_size: entries of the model's vocabulary, at least 514. The last two are the markers;
-            of more than CLIP's 49,408 the rest is unused.
+        texts: one text or a sequence of texts. They are cleaned here: broken Unicode and HTML
+            entities are repaired, whitespace is collapsed, and letters are lower-cased.
+        context_length: t, at least 2. A longer text is cut, and its last id is the end marker. At
+            most 1,024 t characters of a text are read.
+        vocab_size: entries of the model's vocabulary, at least 514. The last two are the markers.
+            Entries beyond CLIP's 49,408 are unused.
 
     Returns:
         int32 [b, t]; b is 1 for a single string.
 
     Raises:
-        ValueError: an element is no string, or `context_length` or `vocab_size` is too small.
+        ValueError: an element is not a string, or `context_length` or `vocab_size` is too small.
 
-    Source: the tokenizer of CLIP (arXiv 2103.00020), as open_clip has it.
+    Source: the tokenizer of CLIP (arXiv 2103.00020), as in open_clip.
     """
     texts = check_texts(texts, context_length)
     vocab_size = check_vocab_size(vocab_size)
@@ -81,10 +81,10 @@ def tokenize(
 
 
 def check_texts(texts: str | Sequence[str], context_length: int) -> list[str]:
-    """The parts of texts that are looked at.
+    """Checks texts, and returns the part of each that is tokenized.
 
     Raises:
-        ValueError: an element is no string, or `context_length` holds no text.
+        ValueError: an element is not a string, or `context_length` is invalid.
     """
     if not isinstance(context_length, int | np.integer):
         raise ValueError(f"context_length: expected an integer, got {context_length!r}")
@@ -104,10 +104,10 @@ def check_texts(texts: str | Sequence[str], context_length: int) -> list[str]:
 
 
 def check_vocab_size(vocab_size: int) -> int:
-    """Entries that are used of a model's vocabulary, at most CLIP's.
+    """Returns the number of used entries of a model's vocabulary, at most CLIP's.
 
     Raises:
-        ValueError: too few for the bytes and the markers.
+        ValueError: the size is too small for the bytes and the markers.
     """
     if vocab_size < SMALLEST_VOCAB:
         raise ValueError(
@@ -118,20 +118,19 @@ def check_vocab_size(vocab_size: int) -> int:
 
 
 def decode(ids: Iterable[int], vocab_size: int = VOCAB_SIZE) -> str:
-    """The cleaned text that a row of ids stands for.
+    """Decodes a row of ids to the cleaned text.
 
     Args:
-        ids: integers [t]: a row of `tokenize`, or a part of one. Start markers are left out, and
-            what follows the first end marker (padding) is ignored.
-        vocab_size: of `tokenize`.
+        ids: integers [t], a row of `tokenize` or a part of one. Start markers are skipped, and
+            everything after the first end marker (padding) is ignored.
+        vocab_size: argument of `tokenize`.
 
     Returns:
-        The text with one space after each word, where CLIP's vocabulary keeps no trace of the
-        original spacing ("it's" comes back as "it 's"). Bytes that a cut left incomplete become
-        U+FFFD.
+        The text with one space after each word, since CLIP's vocabulary does not keep the original
+        spacing ("it's" becomes "it 's"). Bytes of an incomplete character become U+FFFD.
 
     Raises:
-        ValueError: not one row, or an id outside of the vocabulary.
+        ValueError: the ids are not one row, or an id is outside the vocabulary.
     """
     ids = np.asarray(ids)
     if ids.ndim != 1 or not (np.issubdtype(ids.dtype, np.integer) or ids.size == 0):
@@ -153,19 +152,19 @@ def decode(ids: Iterable[int], vocab_size: int = VOCAB_SIZE) -> str:
 
 
 def repair_text(text: str) -> str:
-    """CLIP's cleaning but the lower case: `ftfy`, HTML unescaped twice, whitespace collapsed."""
+    """Applies CLIP's cleaning without lower-casing: `ftfy`, two HTML unescapes, single spaces."""
     if text.isascii() and text.isprintable() and "&" not in text:
         return " ".join(text.split())  # nothing to repair, nor to unescape
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
 def _encode_words(text: str, vocab_size: int) -> list[int]:
-    """Ids of a cleaned text, without the markers at its ends."""
+    """Returns the ids of a cleaned text, without start and end markers."""
     tokenizer = _tokenizer(vocab_size)
     if _START_OF_TEXT not in text and _END_OF_TEXT not in text:
         return tokenizer.encode(text, add_special_tokens=False).ids
-    # A caption that spells a marker out gets the marker's id, as in CLIP, but only where the
-    # pattern sees it as a word; the library's own special tokens would match anywhere.
+    # As in CLIP, a caption that spells out a marker gets the marker's id, but only if the pattern
+    # matches it as a word. The library's special tokens would match anywhere.
     markers = {_START_OF_TEXT: vocab_size - 2, _END_OF_TEXT: vocab_size - 1}
     ids = []
     for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text):
@@ -193,9 +192,9 @@ def _tokenizer(vocab_size: int) -> tokenizers.Tokenizer:
 
 @functools.cache
 def vocabulary(vocab_size: int = VOCAB_SIZE) -> list[str]:
-    """The vocabulary by id: bytes, bytes that end a word, merges, markers.
+    """Returns the vocabulary by id: bytes, bytes that end a word, merges, markers.
 
-    A printable character stands for each byte, those for visible bytes of Latin-1 first.
+    Each byte is represented by a printable character; visible bytes of Latin-1 come first.
     """
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
     return [
@@ -209,7 +208,7 @@ def vocabulary(vocab_size: int = VOCAB_SIZE) -> list[str]:
 
 @functools.cache
 def merges(vocab_size: int = VOCAB_SIZE) -> list[tuple[str, str]]:
-    """The merges that fill a vocabulary, in CLIP's order: those after the header."""
+    """Returns the first merges of CLIP, in order, that fill a vocabulary."""
     num_merges = vocab_size - SMALLEST_VOCAB
     packed = importlib.resources.files("diht_jax.data").joinpath(_MERGES_FILE).read_bytes()
     lines = gzip.decompress(packed).decode("utf-8").split("\n")

@@ -1,6 +1,6 @@
-"""Start-up of a job of several processes: TPU pods, Slurm, Open MPI, or by hand.
+"""Start-up of multi-process jobs on TPU pods, Slurm, Open MPI, or with explicit flags.
 
-It comes before anything asks JAX for devices. Meshes and batches are `sharding`'s.
+This must run before anything asks JAX for devices. Meshes and batches belong in `sharding`.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from diht_jax.distributed.roll_call import (
 from diht_jax.hardware.compiler import has_tpu
 from diht_jax.terminal import print_escaped
 
-flags.disclaim_key_flags()  # they are the command's own, and its --help lists them
+flags.disclaim_key_flags()  # each command's --help lists them as its own flags
 
-# A process that has not been heard of for so long ends the job; the others say which one it was.
+# The job ends if a process sends no heartbeat for this long; the others name that process.
 HEARTBEAT_TIMEOUT_SECS = 100
-# At the end of a process, the wait for the others, which may be gone.
+# How long a process waits at its end for the others, which may have died.
 SHUTDOWN_TIMEOUT_SECS = 60
-# What JAX reads of a Slurm step; a batch script that starts no step by `srun` has not all of it.
+# Variables of a Slurm step that JAX reads; a batch script without `srun` lacks some of them.
 _SLURM_STEP = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
-# What JAX answers of a host that is part of no cluster it knows.
+# JAX's answer for a host outside any known cluster.
 _NO_CLUSTER = (None, None, None)
 
 
 def define_flags() -> None:
-    """The flags that `start_from_flags` reads."""
+    """Defines the flags that `start_from_flags` reads."""
     flags.DEFINE_string(
         "coordinator_address",
         None,
@@ -66,7 +66,7 @@ def define_flags() -> None:
 
 
 def start_from_flags(begin: Callable[[int], None] | None = None) -> None:
-    """Joins the other processes of the job, if there are any, as the flags or the cluster say."""
+    """Joins the other processes of the job, if any, according to the flags or the cluster."""
     given = flags.FLAGS
     start(
         given.coordinator_address,
@@ -91,11 +91,11 @@ def start(
     Args:
         coordinator_address, num_processes, process_id, heartbeat_timeout_secs, start_warning_secs:
             see the flags.
-        begin: gets the number of this process once it is known, before the others are waited for;
-            not called where there are none.
+        begin: called with the number of this process once it is known, before waiting for the
+            others; not called if there are no others.
 
     Raises:
-        ValueError: some of the first three and not all, or numbers that do not fit.
+        ValueError: some but not all of the first three are given, or they do not match.
         ConnectionError: some processes did not come.
     """
     given = {
@@ -137,24 +137,24 @@ def start(
         jax.device_count(),
     )
     if jax.process_index() != 0:
-        # One log is enough; warnings and errors still come from every process.
+        # Only process 0 logs at INFO; warnings and errors still come from every process.
         logging.set_verbosity(logging.WARNING)
 
 
 def is_first() -> bool:
-    """Returns whether this process writes and prints; one of a job is enough."""
+    """Returns whether this is process 0, the one that writes and prints."""
     return jax.process_index() == 0
 
 
 def end_job(error: Exception, status: Callable[[Exception], int] = lambda _: 1) -> None:
     """Prints the error and ends this process at once, if it is one of several.
 
-    Not by `sys.exit`: on that way out JAX, Orbax and the decoding workers would wait for processes
-    that may be no more. The others notice that this one is gone.
+    It does not use `sys.exit`, since JAX, Orbax and the decoding workers would then wait for
+    processes that may have died. The other processes notice that this one is gone.
 
     Args:
-        status: of the process, from the error, once that is printed: where the first process has
-            ended, this one has a moment left.
+        status: returns the exit status for the error. It is called after the error is printed; if
+            process 0 has ended, this process has only a moment left.
     """
     if jax.process_count() == 1:
         return
@@ -166,16 +166,16 @@ def end_job(error: Exception, status: Callable[[Exception], int] = lambda _: 1) 
             "and its own log says why. Start the same command on all hosts again: it goes on from "
             "the last checkpoint"
         )
-    # A line of its own, behind the progress bar.
+    # Starts a new line after the progress bar.
     print_escaped("\n".join(["", *lines]), file=sys.stderr)
     sys.stderr.flush()
     os._exit(status(error))
 
 
 def find_cluster() -> str | None:
-    """The kind of job that this process is one of several of, or None.
+    """Returns the kind of cluster that starts this process as one of several, or None.
 
-    Looks at the environment only, not at the network.
+    It only reads the environment, not the network.
     """
     env = os.environ
     if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
@@ -195,12 +195,12 @@ def find_cluster() -> str | None:
 
 
 def _call_roll_of(cluster: str, warning_secs: float, begin: Callable[[int], None] | None) -> bool:
-    """Calls the roll of the processes that JAX finds; returns False where there are no others."""
+    """Calls the roll of the processes that JAX finds; returns False if there are no others."""
     if cluster == "TPU":
         os.environ.setdefault(PORT_VARIABLE, DEFAULT_PORT)
     is_alone = cluster == "TPU" and _is_alone()
     found = _NO_CLUSTER if is_alone else _ask_cluster(warning_secs)
-    if cluster == "TPU" and found == _NO_CLUSTER:  # a notebook's TPU, or a single machine
+    if cluster == "TPU" and found == _NO_CLUSTER:  # a notebook's TPU, or a single host
         logging.warning(
             "this host has TPUs and JAX finds no pod that it is part of: the command runs on this "
             "host alone. If there are more hosts, give --coordinator_address, --num_processes and "
@@ -216,9 +216,9 @@ def _call_roll_of(cluster: str, warning_secs: float, begin: Callable[[int], None
 
 
 def _is_alone() -> bool:
-    """True where nothing tells a host with TPUs of others: in notebooks, and outside of Google's.
+    """Returns whether a TPU host has no sign of others, as in notebooks and outside Google Cloud.
 
-    JAX would ask Google's metadata server all the same, and fail where there is none.
+    JAX would query Google's metadata server anyway, and fail if there is none.
     """
     env = os.environ
     listed = env.get("TPU_PROCESS_ADDRESSES", "") + env.get("TPU_WORKER_HOSTNAMES", "")
@@ -234,14 +234,14 @@ def _is_alone() -> bool:
 
 
 def with_port(address: str) -> str:
-    """An address as HOST:PORT; one without a port takes that of the environment, or 8476."""
+    """Returns an address as HOST:PORT; a missing port is that of the environment, or 8476."""
     if re.search(r"[^:]:\d+$", address):
         return address
     return f"{address}:{os.environ.get(PORT_VARIABLE, DEFAULT_PORT)}"
 
 
 def _ask_cluster(timeout_secs: float) -> tuple[str | None, int | None, int | None] | None:
-    """Address, number of processes and number of this one; None where JAX cannot be asked."""
+    """Returns (address, number of processes, number of this one); None if JAX cannot be asked."""
     try:
         from jax._src.clusters import ClusterEnv
 
@@ -251,6 +251,6 @@ def _ask_cluster(timeout_secs: float) -> tuple[str | None, int | None, int | Non
             timeout_secs,  # ty: ignore[invalid-argument-type]  # it may have a fraction
         )
         return found[:3]
-    except Exception as error:  # JAX asks again, and its own error ends the command
+    except Exception as error:  # JAX asks again, and its error then ends the command
         logging.warning("the job's processes are not known: %s. %s", error, advise("a port"))
         return None

@@ -1,7 +1,7 @@
-"""Names the processes of a job that do not come.
+"""Waits for all processes of a job, and names the missing ones.
 
-Before JAX connects the processes, the first one calls the roll on the same port: who is missing has
-a name then, and a closed port shows. JAX's own timeout ends with an abort after five minutes.
+Before JAX connects the processes, process 0 calls the roll on the same port. This names missing
+processes and reveals a closed port. JAX's own timeout aborts after five minutes.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from collections.abc import Callable
 
 from absl import logging
 
-# Processes of the job that have not come by then are named in the log, once more each time it has
-# passed again; after that number of times the start ends.
+# The log names missing processes after this interval, and again at each further interval; the start
+# fails after that many intervals.
 START_WARNING_SECS, LAST_WARNING = 60, 5
-# JAX's own default on TPUs, 8482, is closed by the firewall that Google makes for some slices
+# Not JAX's default on TPUs, 8482, which Google's firewall closes for some slices
 # (github.com/jax-ml/jax/issues/35905).
 DEFAULT_PORT = "8476"
 PORT_VARIABLE = "JAX_COORDINATOR_PORT"
@@ -34,14 +34,14 @@ def call_roll(
     warning_secs: float = START_WARNING_SECS,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Returns when all processes of a job have called it; the log names those that are missing.
+    """Blocks until all processes of a job have called it; the log names missing ones.
 
     Args:
-        address: HOST:PORT where the first process listens for as long as this lasts.
-        warning_secs: until the first message, and between two of them.
+        address: HOST:PORT where process 0 listens during the call.
+        warning_secs: time before the first message, and between messages.
 
     Raises:
-        ConnectionError: after the time of the last message some are still missing.
+        ConnectionError: some processes are still missing after the last interval.
     """
     if num_processes == 1:
         return
@@ -56,7 +56,7 @@ def call_roll(
         listener = socket.create_server(
             ("", int(port)), family=family, dualstack_ipv6=both, backlog=num_processes
         )
-    except OSError as error:  # JAX's own error ends the command where the port is taken
+    except OSError as error:  # if the port is taken, JAX's own error ends the command
         logging.warning("port %s cannot be opened for the roll call: %s", port, error)
         return
     with listener, selectors.DefaultSelector() as selector:
@@ -64,17 +64,17 @@ def call_roll(
 
 
 class _Lateness:
-    """Says from time to time what a start waits for, and ends it at last."""
+    """Logs at intervals what a start waits for, and finally fails."""
 
     def __init__(self, address: str, warning_secs: float, clock: Callable[[], float]):
         self.address, self._warning_secs, self._clock = address, warning_secs, clock
         self._begin, self._num_warnings = clock(), 0
 
     def check(self, text: str) -> None:
-        """Logs what is waited for, when it is time for a message.
+        """Logs `text` if a message is due.
 
         Raises:
-            ConnectionError: with the message, when it is time for the last one.
+            ConnectionError: with the message, if the last one is due.
         """
         waited = self._clock() - self._begin
         if waited < (self._num_warnings + 1) * self._warning_secs:
@@ -88,7 +88,7 @@ class _Lateness:
 
 
 def advise(port: str) -> str:
-    """Says what to look at where processes do not find each other at a port."""
+    """Returns advice for processes that do not find each other at a port."""
     return (
         f"Did the command start on all hosts, and does a firewall let them reach {port} of the "
         f"first one? --coordinator_address or {PORT_VARIABLE}, the same on all hosts, takes "
@@ -102,7 +102,7 @@ def _collect(
     num_processes: int,
     lateness: _Lateness,
 ) -> None:
-    """Waits until all other processes are connected at once, and lets them go."""
+    """Waits until all other processes are connected at the same time, then releases them."""
     present: dict[int, socket.socket] = {}
     selector.register(listener, selectors.EVENT_READ)
     with contextlib.ExitStack() as stack:
@@ -115,7 +115,7 @@ def _collect(
                         selector.register(connection, selectors.EVENT_READ, number)
                     else:
                         connection.close()
-                else:  # it says nothing more: it has ended
+                else:  # processes send nothing more, so this one has ended
                     selector.unregister(key.fileobj)
                     if present.get(key.data) is key.fileobj:
                         del present[key.data]
@@ -131,7 +131,7 @@ def _collect(
 
 
 def _greet(connection: socket.socket) -> tuple[int, socket.socket]:
-    """The number that a new connection gives; -1 for one that is none of ours."""
+    """Returns the process number sent by a new connection; -1 if it is not one of ours."""
     connection.settimeout(_ANSWER_SECS)
     try:
         words = connection.recv(_LONGEST_GREETING_BYTES).split()
@@ -142,11 +142,11 @@ def _greet(connection: socket.socket) -> tuple[int, socket.socket]:
 
 
 def _answer_roll(host: str, port: int, process_id: int, lateness: _Lateness) -> None:
-    """Tells the first process of this one, and waits for its word."""
+    """Announces this process to process 0, and waits to be released."""
     while True:
         try:
             connection = socket.create_connection((host, port), timeout=_ANSWER_SECS)
-        except OSError as error:  # no such name yet, nobody listens, no route, a timeout
+        except OSError as error:  # no such name yet, no listener, no route, a timeout
             problem = error.strerror or str(error)
         else:
             with connection:
@@ -158,7 +158,7 @@ def _answer_roll(host: str, port: int, process_id: int, lateness: _Lateness) -> 
 
 
 def _is_let_go(connection: socket.socket, process_id: int, lateness: _Lateness) -> bool:
-    """Returns whether to go on; false where the connection has ended before that."""
+    """Returns whether process 0 released this one; False if the connection ended first."""
     connection.settimeout(_POLL_SECS)
     try:
         connection.sendall(b"%s %d\n" % (_GREETING, process_id))
@@ -166,7 +166,7 @@ def _is_let_go(connection: socket.socket, process_id: int, lateness: _Lateness) 
         return False
     while True:
         try:
-            # The word, or JAX's service, which is there already.
+            # Process 0's word, or an answer of JAX's service if that runs already.
             return connection.recv(_LONGEST_GREETING_BYTES) != b""
         except TimeoutError:
             lateness.check(f"process 0 waits at {lateness.address} for others; its log names them")

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 _GREY, _BLUE, _RED, _PURPLE = "#656d76", "#0969da", "#cf222e", "#8250df"
 _GREEN = "#1a7f37"
 _BAR_COLORS = ("#8c959f", _BLUE, _GREEN, "#bf3989", "#9a6700")
-_LINE_LETTERS, _MOST_LETTERS = 24, 150  # of a text next to its pictures
-_BARS_ROOM = 0.76  # height of the bars of one metric, the distance of metrics being 1
-# Method of few-shot learning -> label, color and marker.
+_LINE_LETTERS, _MOST_LETTERS = 24, 150  # characters of a text next to its pictures
+_BARS_ROOM = 0.76  # height of a metric's group of bars, in units of the distance between metrics
+# Maps a few-shot method to label, color and marker.
 _METHODS = {
     "prompt_init": ("from the prompts (DiHT)", _BLUE, "o-"),
     "scratch": ("linear probe from scratch", _RED, "s--"),
@@ -33,10 +33,10 @@ _METHODS = {
 
 
 def draw_comparison(results: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Draws a bar for each result, and its interval, for every share that all of them have.
+    """Draws a bar with its interval per result, for each metric in percent that all results have.
 
-    Metrics of other units are left out: they do not fit on an axis in percent. Results without a
-    common share are a ValueError.
+    Metrics of other units do not fit on the axis and are left out. Results without a common metric
+    in percent are a ValueError.
     """
     first, *others = [{result["task"]: result for result in r["results"]} for r in results]
     rows = [
@@ -76,9 +76,9 @@ def draw_comparison(results: Sequence[dict[str, Any]], path: str | os.PathLike[s
 
 
 def draw_few_shot(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Draws what `evaluate_few_shot` has found: the accuracy of each method by the shots.
+    """Draws the accuracy of each few-shot method by the number of shots, from `evaluate_few_shot`.
 
-    Every draw is a faint dot, the line goes through the means, the bars are one standard deviation.
+    Faint dots are single draws, lines connect the means, and bars are one standard deviation.
     """
     figure = _new_figure(7.2, 4.6)
     axes = figure.add_subplot()
@@ -110,9 +110,9 @@ def draw_few_shot(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
 def draw_trade_off(
     record: Mapping[str, Any], metrics: Mapping[str, Metric], path: str | os.PathLike[str]
 ) -> None:
-    """Draws WiSE-FT: the target metric against the reference metric, a point for each alpha.
+    """Draws WiSE-FT: the target metric over the reference metric, with one point per alpha.
 
-    The record is that of `diht_jax.average`, with `grid`, `target` and `reference`.
+    The record comes from `diht_jax.average`, with `grid`, `target` and `reference`.
     """
     figure = _new_figure(6.2, 4.8)
     axes = figure.add_subplot()
@@ -142,9 +142,9 @@ def draw_trade_off(
 
 
 def draw_retrievals(examples: Mapping[str, Any]) -> bytes:
-    """Draws queries by text with their first pictures, framed green or red, as a PNG.
+    """Draws text queries with their top pictures, framed green or red, as a PNG.
 
-    The examples are those of `page.retrieval_examples`, with Pillow images.
+    The examples come from `page.retrieval_examples`, with Pillow images.
     """
     queries = examples["text_queries"]
     columns = 1 + max(len(query["tiles"]) for query in queries)
@@ -153,7 +153,7 @@ def draw_retrievals(examples: Mapping[str, Any]) -> bytes:
     grid = figure.subplots(len(queries), columns + 1, squeeze=False, gridspec_kw=shares)
     for query, (words, *cells) in zip(queries, grid, strict=True):
         text = textwrap.fill(textwrap.shorten(query["text"], _MOST_LETTERS), _LINE_LETTERS)
-        # A dollar sign would begin a formula.
+        # A dollar sign would start a formula.
         words.text(0, 0.5, text.replace("$", r"\$"), va="center", fontsize=9)
         words.axis("off")
         for tile, axes in itertools.zip_longest([*query["tiles"], query["right"]], cells):
@@ -170,7 +170,7 @@ def draw_retrievals(examples: Mapping[str, Any]) -> bytes:
 
 
 def _new_figure(width: float, height: float) -> Figure:
-    # A figure without pyplot, which would keep it and choose a window system.
+    # Avoids pyplot, which would keep the figure alive and choose a window system.
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")

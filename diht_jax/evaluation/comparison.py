@@ -1,9 +1,9 @@
-"""Results side by side or next to published numbers, and which differences are beyond chance.
+"""Comparison of results with each other or with published numbers, with confidence intervals.
 
-A difference B - A has an interval where both files hold the resamples of the same images: the two
-models are then measured on the same draws, so that what is hard for both drops out of the
-difference (the paired bootstrap). The interval is of this one difference; among 20 differences that
-are nothing but chance, one is expected to look beyond it.
+A difference B - A has an interval if both files hold the resamples of the same images. Both models
+are then measured on the same draws, so variation that they share cancels (the paired bootstrap).
+The interval is not corrected for multiple comparisons: among 20 differences without any true effect
+one is expected to look significant.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from diht_jax.evaluation.results import (
 from diht_jax.evaluation.suite import TASKS_BY_NAME, Number
 from diht_jax.terminal import format_table
 
-# Names of the results of a comparison; a table has room for these.
+# Names of the compared results; also limits how many a table shows.
 LETTERS = "ABCDEFGH"
 _MARK = "*"
 
-# Zero-shot numbers of the released DiHT weights, in percent, from the official repository
+# Zero-shot results of the released DiHT weights, in percent, from the official repository
 # (facebookresearch/diht): top-1 on ImageNet, recall at 1 on COCO and Flickr30K.
 _PUBLISHED_METRICS = (
     ("imagenet", "top1"),
@@ -49,11 +49,11 @@ PUBLISHED_PERCENT = {
 
 
 def format_comparison(*results: dict[str, Any]) -> str:
-    """A table of two or more results, how the others differ from the first, and the suite's means.
+    """Formats a table of two or more results, their differences to the first, and the suite means.
 
-    Tasks and metrics that only some of them have are shown with a dash, and a mean is over the
-    numbers that all have; a task that was not measured in the same way in all (other prompts, other
-    number of images) is named below the table.
+    Tasks and metrics that a result lacks show a dash. A mean is over the numbers that all results
+    have. Below the table, a note names each task that was measured differently (other prompts,
+    another number of images).
     """
     letters = LETTERS[: len(results)]
     by_task = [{result["task"]: result for result in r["results"]} for r in results]
@@ -98,7 +98,7 @@ def _compare_metrics(task: str, results: Sequence[dict[str, Any]]) -> list[list[
 
 
 def _compare_means(by_task: Sequence[Mapping[str, dict[str, Any]]]) -> list[list[str]]:
-    """A row for each mean of the suite of which all results have a number."""
+    """Returns a row for each suite mean to which all results contribute."""
     rows = []
     for mean in suite_means(by_task):
         label = f"{mean.name} ({mean.missing})" if mean.missing else mean.name
@@ -115,7 +115,7 @@ def _mean_samples(
     second: Mapping[str, dict[str, Any]],
     numbers: Sequence[Number],
 ) -> np.ndarray | None:
-    """Differences of the means over the resamples; None where a number cannot be paired."""
+    """Returns the resampled differences of a suite mean; None if a number cannot be paired."""
     differences = []
     for task, metrics in numbers:
         found = [paired_differences(first[task], second[task], metric) for metric in metrics]
@@ -127,7 +127,7 @@ def _mean_samples(
 
 
 def _difference_cells(unit: str, value: float, samples: np.ndarray | None) -> list[str]:
-    """The difference and its interval, which is empty without resamples."""
+    """Formats the difference and its interval, which is empty without resamples."""
     difference = _format_difference(unit, value)
     if samples is None:
         return [difference, ""]
@@ -140,7 +140,7 @@ def _difference_cells(unit: str, value: float, samples: np.ndarray | None) -> li
 def _format_difference(unit: str, value: float) -> str:
     digits = {"share": 2, "score": 4, "rank": 1}[unit]
     value = 100 * value if unit == "share" else value
-    # Adding 0.0 turns a -0.0 that rounding left into 0.0.
+    # Adding 0.0 turns a -0.0 from rounding into 0.0.
     return f"{round(value, digits) + 0.0:+,.{digits}f}"
 
 
@@ -157,7 +157,7 @@ def _differing_protocols(task: str, results: Sequence[dict[str, Any]]) -> list[s
 
 
 def published_results(model: str) -> dict[str, Any]:
-    """The published numbers of one of `PUBLISHED_PERCENT`, in the form of a results file."""
+    """Returns the published numbers of a model of `PUBLISHED_PERCENT` as a results dictionary."""
     results: dict[str, dict[str, Any]] = {}
     for (task, metric), percent in zip(_PUBLISHED_METRICS, PUBLISHED_PERCENT[model], strict=True):
         kind = TASKS_BY_NAME[task].kind

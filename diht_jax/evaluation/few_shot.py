@@ -1,9 +1,9 @@
-"""Few-shot linear probing that starts at the prompts, and two other probes.
+"""Few-shot linear probing from the zero-shot classifier, and two other probes.
 
-The first, and a probe from scratch as its baseline, are those of DiHT (arXiv 2301.02280, section
-"Few-shot linear probing"). The third is penalised for its distance from the prompts, of which the
-paper remarks that such a probe ignores the supervision. Images are embedded once; `linear_probe`
-fits the probes.
+The first probe, and its baseline from scratch, are those of DiHT (arXiv 2301.02280, section
+"Few-shot linear probing"). The third has a penalty on its distance from the prompts; the paper
+remarks that such a probe ignores the supervision. Images are embedded once; `linear_probe` fits the
+probes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from diht_jax.evaluation.sources.registry import open_units
 from diht_jax.terminal import ProgressBar
 
 ALL = "all"
-# Part of the protocol in the results file.
+# Describes the protocol in the results file.
 _IN_WORDS = {
     "prompt_init": "starts at logit scale x zero-shot classifier, moves inside the radii",
     "prompt_penalty": "starts there too; weight decay / 2 x squared distance from it",
@@ -48,33 +48,33 @@ PROMPT_INIT, SCRATCH, PENALTY = "prompt_init", "scratch", "prompt_penalty"
 class FewShotOptions:
     """Settings of few-shot linear probing."""
 
-    # Training images a class; "all" for all of them, which is one draw.
+    # Training images per class. "all" uses every image, in a single draw.
     shots: tuple[int | str, ...] = (1, 2, 4, 8, 16, ALL)
-    num_draws: int = 5  # how often they are drawn; the k shots of a draw are among its 2k shots
+    num_draws: int = 5  # random draws; the k shots of a draw are contained in its 2k shots
     seed: int = 0  # of the draws and of the split
-    # Of the training images, class by class, held out to choose settings on, where there is no
-    # validation source; and the most of a class, None for no limit.
+    # Share of each class's training images held out for validation if there is no validation
+    # source; and the upper limit per class, None for no limit.
     validation_fraction: float = 0.2
     validation_per_class: int | None = None
-    # The grid of ||W||_2, as fractions of the norm of the zero-shot classifier; and of ||b||_2, in
-    # logits.
+    # The grid for ||W||_2, as fractions of the norm of the zero-shot classifier; and the grid for
+    # ||b||_2, in logits.
     radii: tuple[float, ...] = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
     bias_radii: tuple[float, ...] = (0.0, 0.3, 1.0, 3.0)
-    # The grid of the probe from scratch, and of the penalty towards the prompts.
+    # The grid for the probe from scratch and for the penalty towards the prompts.
     weight_decays: tuple[float, ...] = tuple(10.0 ** (x / 2) for x in range(2, -15, -1))
-    num_steps: int = 500  # gradient steps of a fit
-    # WiSE-FT of the classifier (arXiv 2109.01903): weights of the fitted classifier in its mean
-    # with the zero-shot one, each measured.
+    num_steps: int = 500  # gradient steps per fit
+    # WiSE-FT of the classifier (arXiv 2109.01903): weights of the fitted classifier in its average
+    # with the zero-shot classifier. Each average is evaluated.
     alphas: tuple[float, ...] = ()
 
 
 class FewShotData(NamedTuple):
-    """Embedded splits of a classification data set with its zero-shot classifier; C classes."""
+    """Embedded splits of a classification data set with its zero-shot classifier (C classes)."""
 
-    train: LabelledEmbeddings  # what shots are drawn from
-    validation: LabelledEmbeddings  # what settings are chosen on
-    test: LabelledEmbeddings  # what is reported
-    zero_shot: np.ndarray  # float32 [d, C], the classifier of the prompts times the logit scale
+    train: LabelledEmbeddings  # shots are drawn from these
+    validation: LabelledEmbeddings  # settings are chosen on these
+    test: LabelledEmbeddings  # accuracy is reported on these
+    zero_shot: np.ndarray  # float32 [d, C], embeddings of the prompts times the logit scale
 
 
 def evaluate_few_shot(
@@ -90,16 +90,16 @@ def evaluate_few_shot(
     Args:
         model: a `LoadedModel`, or anything with the same methods.
         train: classification task that shots are drawn from.
-        test: one to measure on; its class names, templates and label field count.
-        validation: settings are chosen on it; by default a part of `train` is held out.
+        test: task to report on; its class names, templates and label field are used.
+        validation: task for choosing settings; by default a part of `train` is held out.
 
     Returns:
         JSON-able: `protocol`, `counts`, `zero_shot` and, for each number of shots, `results`; see
         `measure_few_shot`.
 
     Raises:
-        ValueError: a source cannot be read, or has other classes, another label field than that of
-            the test, or too few images.
+        ValueError: a source that cannot be read, has other classes or another label field than the
+            test task, or has too few images.
     """
     options, batching = options or FewShotOptions(), batching or Batching()
     _check_label_fields((train, validation or train), test)
@@ -152,14 +152,14 @@ def _check_label_fields(others: Sequence[Task], test: Task) -> None:
 def measure_few_shot(
     data: FewShotData, options: FewShotOptions, *, progress: bool = False
 ) -> dict[str, Any]:
-    """The few-shot protocol on embeddings.
+    """Runs the few-shot protocol on embeddings.
 
     Returns:
         `zero_shot`: {"test", "validation"}, fractions of 1; `results`: one entry for each number
-        of shots with `shots`, `examples` (a draw), `draws` and, for "prompt_init", "scratch" and
-        "prompt_penalty", `test` and `validation` (a value a draw), `test_mean`, `test_std` (None
-        with one draw), `chosen` (a setting a draw); with alphas also `wise_ft` for the two that
-        start from the prompts: `alpha` and `test_mean` of each.
+        of shots with `shots`, `examples` (per draw), `draws` and, for "prompt_init", "scratch" and
+        "prompt_penalty", `test` and `validation` (one value per draw), `test_mean`, `test_std`
+        (None for one draw), `chosen` (one setting per draw). With alphas, the two probes that
+        start from the prompts also have `wise_ft`: `alpha` and `test_mean` of each.
     """
     no_bias = np.zeros(data.zero_shot.shape[1], np.float32)
     zero_shot = {
@@ -168,8 +168,8 @@ def measure_few_shot(
     }
     norm = float(np.linalg.norm(data.zero_shot))
     decays = [ProbeSettings(weight_decay=x) for x in sorted(set(options.weight_decays))[::-1]]
-    # The first setting, no move at all, is the zero-shot classifier: with it in the grid the choice
-    # on the validation split cannot be worse.
+    # The first setting, which allows no move, is the zero-shot classifier. With it in the grid the
+    # choice cannot be worse on the validation split.
     radii, bias_radii = sorted({0.0, *options.radii}), sorted({0.0, *options.bias_radii})
     balls = [ProbeSettings(r * norm, b, 0.0) for r, b in itertools.product(radii, bias_radii)]
     methods = {
@@ -207,7 +207,7 @@ def measure_few_shot(
 
 
 def _describe_fit(data: FewShotData, fitted: FittedProbes) -> dict[str, Any]:
-    """Accuracies of the probes of all draws."""
+    """Returns the accuracies of the probes of all draws."""
     probes = zip(fitted.weights, fitted.bias, strict=True)
     test = [probe_accuracy(data.test, weights, bias) for weights, bias in probes]
     return {
@@ -221,7 +221,7 @@ def _describe_fit(data: FewShotData, fitted: FittedProbes) -> dict[str, Any]:
 def _interpolate(
     data: FewShotData, fitted: FittedProbes, alphas: Sequence[float]
 ) -> list[dict[str, float]]:
-    """Test accuracy of the means of the zero-shot and each draw's classifier."""
+    """Returns test accuracies of the zero-shot classifier averaged with each draw's classifier."""
     rows, start = [], data.zero_shot
     for alpha in alphas:
         test = [
@@ -235,9 +235,9 @@ def _interpolate(
 def split_by_class(
     examples: LabelledEmbeddings, options: FewShotOptions
 ) -> tuple[LabelledEmbeddings, LabelledEmbeddings]:
-    """Divides examples into what shots are drawn from and the validation split.
+    """Splits examples into those that shots are drawn from and the validation split.
 
-    Every class has at least one example in both; a class with a single one is a ValueError.
+    Both have at least one example of every class; a class with a single example is a ValueError.
     """
     rng = np.random.default_rng(options.seed)
     kept, held_out = [], []
@@ -261,8 +261,8 @@ def draw_shots(
 ) -> list[LabelledEmbeddings]:
     """Draws `shots` examples of every class, `options.num_draws` times.
 
-    Draw i with k shots is a part of draw i with more shots. A class with fewer examples gives all
-    it has. With "all" there is nothing to draw: one draw of everything.
+    Draw i with k shots is contained in draw i with more shots. A class with fewer examples
+    contributes all of them. With "all" there is one draw, which has every example.
     """
     if isinstance(shots, str):
         return [examples]
@@ -284,7 +284,7 @@ def draw_shots(
 
 
 def format_few_shot(result: dict[str, Any]) -> str:
-    """A table of the test accuracies, in percent."""
+    """Formats a table of the test accuracies, in percent."""
     zero_shot = result["zero_shot"]["test"]
     lines = [
         f"zero-shot: {100 * zero_shot:.2f}%",
@@ -307,7 +307,7 @@ def format_few_shot(result: dict[str, Any]) -> str:
 def _embed(
     model: EmbeddingModel, tasks: Sequence[Task], batching: Batching
 ) -> tuple[list[LabelledEmbeddings], Measured]:
-    """All sources in one pass, so that they share their classes; the last task has the prompts."""
+    """Embeds all sources in one pass, with shared classes and the prompts of the last task."""
     prompts = dataclasses.replace(tasks[-1], options={})  # all classes compete
     try:
         parts = [open_units(task.source, task.source_options) for task in tasks]

@@ -1,7 +1,7 @@
-"""Linear classifiers on embeddings: many settings fitted at once, on the devices.
+"""Linear classifiers on embeddings: fits many settings at once, on the devices.
 
-The problem is convex and so is the set the classifier may move in, so nothing has to be tuned but
-the settings themselves: the step follows from the data. Sampling, files and tasks do not live here.
+The problem and the feasible set are convex, and the step size follows from the data, so only the
+settings themselves need tuning. This module knows nothing of sampling, files or tasks.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ import numpy as np
 
 from diht_jax import sharding
 
-# Logits that exist at once on one device, over all draws and settings of a call: 128 MiB.
+# Limit of logits held at once on a device, over all draws and settings of a call: 128 MiB.
 _LOGITS_AT_ONCE = 2**25
 _MOST_EXAMPLES_A_BLOCK = 4096
 
 
 class ProbeSettings(NamedTuple):
-    """The limits of a classifier's distance from its start, or the cost of it."""
+    """Limits on, or a penalty for, a classifier's distance from its start."""
 
-    radius: float = math.inf  # most that the Euclidean norm of W (all entries) may be
-    bias_radius: float = math.inf  # the same of b
-    # Factor `c` of the penalty `c / 2 * ||W||^2` that is added to the mean loss.
+    radius: float = math.inf  # upper bound of the Euclidean norm of W (all entries)
+    bias_radius: float = math.inf  # upper bound of the norm of b
+    # Factor `c` of the penalty `c / 2 * ||W||^2` added to the mean loss.
     weight_decay: float = 0.0
 
 
@@ -43,21 +43,21 @@ class LabelledEmbeddings:
         return len(self.labels)
 
     def take(self, indices: np.ndarray) -> LabelledEmbeddings:
-        """The examples at `indices`."""
+        """Returns the examples at `indices`."""
         return LabelledEmbeddings(self.image_emb[indices], self.labels[indices])
 
 
 class FittedProbes(NamedTuple):
-    """The best setting of every draw; D draws."""
+    """The best setting of each of D draws."""
 
-    accuracy: np.ndarray  # float64 [D, G], on the validation split, of every setting
-    chosen: np.ndarray  # int [D], the setting with the largest; among equals the first
-    weights: np.ndarray  # float32 [D, d, C], of the chosen setting, start included
+    accuracy: np.ndarray  # float64 [D, G], validation accuracy of every setting
+    chosen: np.ndarray  # int [D], the setting with the best accuracy; the first among ties
+    weights: np.ndarray  # float32 [D, d, C], chosen setting, start included
     bias: np.ndarray  # float32 [D, C]
 
 
 def project_onto_ball(x: jax.Array, radius: jax.Array | float) -> jax.Array:
-    """The point of the ball `||x||_2 <= radius` nearest to `x`; the norm is over all entries."""
+    """Projects `x` onto the ball `||x||_2 <= radius`; the norm is over all entries."""
     norm = jnp.linalg.norm(x.ravel())
     return jnp.where(norm > radius, x * (radius / jnp.maximum(norm, 1e-30)), x)
 
@@ -70,24 +70,24 @@ def fit_probes(
     *,
     num_steps: int = 500,
 ) -> FittedProbes:
-    """Fits every setting to every draw, and keeps per draw what does best on `validation`.
+    """Fits every setting to every draw; selects the best setting of each draw on `validation`.
 
-    Solves, as DiHT (arXiv 2301.02280, section "Few-shot linear probing") states it, with
-    `radius` for its delta,
+    Solves this problem of DiHT (arXiv 2301.02280, section "Few-shot linear probing"), where the
+    paper's delta is `radius`,
 
         min_{||W||_2 <= radius, ||b||_2 <= bias_radius}
             mean_i CE(y_i, x_i^T (W + start) + b) + weight_decay / 2 * ||W||_2^2
 
-    by projected gradient descent. Ours: the norm of W is over all entries; the loss is a mean; all
-    examples in every step, of size 1 / L with L a bound on the curvature, extrapolated as in
-    Beck and Teboulle, "A Fast Iterative Shrinkage-Thresholding Algorithm" (2009), and restarted
-    where the extrapolation points uphill (O'Donoghue and Candes, arXiv 1204.3982).
+    by projected gradient descent. Choices of this implementation: the norm of W is over all
+    entries; the loss is a mean; each step uses all examples. The step size is 1 / L, with L a bound
+    on the curvature. FISTA momentum (Beck and Teboulle, "A Fast Iterative Shrinkage-Thresholding
+    Algorithm", 2009) restarts where it points uphill (O'Donoghue and Candes, arXiv 1204.3982).
 
     Args:
         draws: training examples, the same number n in each.
-        validation: examples the settings are compared on.
-        start: float [d, C], the classifier to start from; zeros for a probe from scratch.
-        settings: G of them, the most cautious first.
+        validation: examples for comparing the settings.
+        start: float [d, C], the initial classifier; zeros for a probe from scratch.
+        settings: G settings, the most cautious first.
         num_steps: gradient steps.
     """
     assert len({len(draw) for draw in draws}) == 1 and len(draws[0]) and len(validation)
@@ -105,7 +105,7 @@ def fit_probes(
     table = np.array(settings, np.float32)
     for first in range(0, len(table), chunk):
         part = table[first : first + chunk]
-        padded = np.pad(part, ((0, chunk - len(part)), (0, 0)), "edge")  # to one shape
+        padded = np.pad(part, ((0, chunk - len(part)), (0, 0)), "edge")  # one shape for all chunks
         padded = jax.device_put(padded, sharding.batch_sharding(mesh))
         hits, weights, bias = _fit_chunk(*fixed, padded, num_steps=num_steps)
         accuracy.append(np.asarray(hits, np.float64)[: len(part)].T / len(validation))
@@ -123,7 +123,7 @@ def fit_probes(
 
 
 def probe_accuracy(examples: LabelledEmbeddings, weights: np.ndarray, bias: np.ndarray) -> float:
-    """Share of the examples whose class has the largest of the logits with [d, C] and [C]."""
+    """Returns the accuracy of a linear classifier with weights [d, C] and bias [C]."""
     blocks = (x[0] for x in _stack_blocks([examples], weights.shape[1]))
     return int(_count_hits(*blocks, weights, bias)) / len(examples)
 
@@ -131,7 +131,7 @@ def probe_accuracy(examples: LabelledEmbeddings, weights: np.ndarray, bias: np.n
 def _stack_blocks(
     draws: Sequence[LabelledEmbeddings], num_classes: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """[D, blocks, block, d] embeddings, [D, blocks, block] labels and mask."""
+    """Returns embeddings [D, blocks, block, d], and labels and mask [D, blocks, block]."""
     size = len(draws[0])
     most = max(1, _LOGITS_AT_ONCE // (8 * num_classes * len(draws)))
     count = -(-size // min(most, _MOST_EXAMPLES_A_BLOCK))
@@ -152,7 +152,7 @@ def _stack_blocks(
 
 @functools.partial(jax.jit, static_argnames="num_steps")
 def _fit_chunk(train, held_out, start, settings, *, num_steps):
-    """Hits [G, D], weights [G, D, d, C] and bias [G, D, C] of settings [G, 3]."""
+    """Returns hits [G, D], weights [G, D, d, C] and bias [G, D, C] for settings [G, 3]."""
     held_out = jax.tree.map(lambda x: x[0], held_out)
 
     def fit(setting, image_emb, labels, mask):
@@ -165,7 +165,7 @@ def _fit_chunk(train, held_out, start, settings, *, num_steps):
 
 
 def _fit_one(image_emb, labels, mask, start, setting, num_steps):
-    """The moved part W [d, C] and the bias [C]; examples in blocks, see `_stack_blocks`."""
+    """Returns the learned offset W [d, C] and the bias [C]; examples as in `_stack_blocks`."""
     radius, bias_radius, weight_decay = setting
     step_size = 1.0 / (_curvature(image_emb, mask) + weight_decay)
     num_examples = mask.sum()
@@ -205,10 +205,10 @@ def _fit_one(image_emb, labels, mask, start, setting, num_steps):
 
 
 def _curvature(image_emb: jax.Array, mask: jax.Array) -> jax.Array:
-    """A bound on the largest curvature of the mean loss in (W, b).
+    """Bounds the largest curvature of the mean loss in (W, b).
 
-    The Hessian of cross-entropy in the logits is at most 1/2 (Böhning 1992), so the bound is half
-    of the largest eigenvalue of the mean of [x, 1] [x, 1]^T.
+    The Hessian of cross-entropy with respect to the logits is at most 1/2 (Böhning 1992), so the
+    bound is half of the largest eigenvalue of the mean of [x, 1] [x, 1]^T.
     """
     x = image_emb.reshape(-1, image_emb.shape[-1])
     valid = mask.reshape(-1)

@@ -1,7 +1,7 @@
-"""The page of a results file: all numbers, and examples of each task.
+"""The HTML page of a results file: all numbers, and examples of each task.
 
-Examples are drawn at random with a fixed seed, never picked. A protocol gives its result as data;
-`EXAMPLES` has what makes an example section of it, and `pages/templates/evaluation.html` draws it.
+Examples are drawn at random with a fixed seed, never picked by hand. Protocols return plain data;
+the functions in `EXAMPLES` build example sections, `pages/templates/evaluation.html` renders them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from diht_jax.pages.render import render, thumbnail
 if TYPE_CHECKING:
     from PIL import Image
 
-# Rows of `EncodedImages` -> their pictures, for the page as data URIs.
+# Maps rows of `EncodedImages` to their pictures, as data URIs for the page.
 PictureLoader = Callable[[Sequence[int]], dict[int, Any]]
 
 _QUERIES, _ANSWERS = 6, 5
@@ -39,10 +39,10 @@ _QUESTIONS, _MOST_CAPTIONS = 10, 5
 
 @dataclasses.dataclass
 class ResultsPage:
-    """The page of a results file; written anew after each task."""
+    """The page of a results file, rewritten after each task."""
 
-    path: pathlib.Path  # of the HTML file
-    sections: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # of the tasks so far
+    path: pathlib.Path  # the HTML file
+    sections: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # one per task so far
 
     def add(
         self,
@@ -52,10 +52,10 @@ class ResultsPage:
         result: dict[str, Any],
         logit_scale: float,
     ) -> str | None:
-        """Adds the examples of a task; returns the page's path where its kind has any.
+        """Adds the examples of a task; returns the page's path, or None for kinds without examples.
 
-        The units of its source that hold the chosen pictures are read once more; a source for which
-        that fails costs the examples, not the numbers.
+        The source units that hold the chosen pictures are read again. If that fails, the page lacks
+        the examples of this task; its numbers are kept.
         """
         if task.kind not in EXAMPLES:
             return None
@@ -73,7 +73,7 @@ class ResultsPage:
         return str(self.path)
 
     def write(self, results: dict[str, Any]) -> None:
-        """Writes the page of what the results file holds."""
+        """Writes the page for the contents of a results file."""
         render(
             "evaluation.html",
             self.path,
@@ -86,7 +86,7 @@ class ResultsPage:
 def retrieval_examples(
     task: Task, measured: Measured, load: PictureLoader, logit_scale: float
 ) -> dict[str, Any]:
-    """Queries both ways, each with its first answers, and the right one if it is not among them."""
+    """Returns queries both ways, with the top answers and the best right answer of each."""
     result: RetrievalResult = measured.result
     image_emb, notes = measured.encoded.image_emb, measured.encoded.notes
     texts = draw_rows(len(result.captions), _QUERIES).tolist()
@@ -139,7 +139,7 @@ def retrieval_examples(
 def classification_examples(
     task: Task, measured: Measured, load: PictureLoader, logit_scale: float
 ) -> dict[str, Any]:
-    """Classified samples, the confusions of few classes, and the accuracy of each class."""
+    """Returns classified samples, the confusion matrix of few classes, and per-class accuracy."""
     result: ClassificationResult = measured.result
     names, labels = result.classes.names, result.classes.labels
     chosen = draw_rows(len(result.predictions), _SAMPLES).tolist()
@@ -185,7 +185,7 @@ def classification_examples(
 def caption_choice_examples(
     task: Task, measured: Measured, load: PictureLoader, logit_scale: float
 ) -> dict[str, Any]:
-    """Questions with the similarity of each caption, and the groups with the lowest accuracy."""
+    """Returns questions with the similarity of each caption, and the least accurate groups."""
     result: CaptionChoiceResult = measured.result
     chosen = draw_rows(len(result.questions), _QUESTIONS).tolist()
     rows = result.image_of_question[chosen].tolist()
@@ -214,7 +214,7 @@ def caption_choice_examples(
     }
 
 
-# Kind of a task -> what makes its example section: (task, measured, pictures, logit scale).
+# Maps a task kind to the builder of its example section: (task, measured, pictures, logit scale).
 EXAMPLES: dict[str, Callable[[Task, Measured, PictureLoader, float], dict[str, Any]]] = {
     "classification": classification_examples,
     "retrieval": retrieval_examples,
@@ -223,19 +223,19 @@ EXAMPLES: dict[str, Callable[[Task, Measured, PictureLoader, float], dict[str, A
 
 
 def draw_rows(population: int, count: int, *, seed: int = 0) -> np.ndarray:
-    """Draws up to `count` different rows, in increasing order, the same every time."""
+    """Draws up to `count` distinct rows, in increasing order; deterministic for a seed."""
     return np.sort(np.random.default_rng(seed).permutation(population)[:count])
 
 
 def closest_items(
     query: np.ndarray, gallery: np.ndarray, right: np.ndarray
 ) -> tuple[dict[int, float], int]:
-    """The first items of a gallery for a query, in the order of the ranks, with similarities.
+    """Returns the top items of a gallery with their similarities, and the best right item's index.
 
-    And the index of the first one that is right.
+    Items are in the order that the ranks use.
     """
     similarities = np.asarray(gallery, np.float32) @ np.asarray(query, np.float32)
-    # Among equals the right one goes last, as in the ranks.
+    # Among ties the right item comes last, as in the ranks.
     order = np.lexsort((right, -similarities))
     best = order[np.argmax(right[order])]
     first = order[:_ANSWERS]
@@ -248,9 +248,9 @@ def read_pictures(
     rows: Sequence[int],
     convert: Callable[[Image.Image], Any] = thumbnail,
 ) -> dict[int, Any]:
-    """What `convert` makes of the pictures of some rows.
+    """Applies `convert` to the pictures of some rows; returns the results by row.
 
-    The parts of the source that hold them are read once more, instead of keeping all pictures.
+    Reads the source units that hold them again, which avoids keeping all pictures in memory.
     """
     order_of = {row: encoded.orders[row] for row in rows}
     found = read_again(units, order_of.values())

@@ -1,8 +1,8 @@
-"""The results file: its numbers, their intervals and means over suites, and its table.
+"""The results file: metrics, confidence intervals, means over suites, and its table.
 
-Every number is shown by its unit (`protocols.base.Metric`), which the file states next to the
-metrics. Intervals come from resampling what was measured: the protocol knows how a metric follows
-from how often each item was drawn.
+Values are formatted by the unit of their metric (`protocols.base.Metric`), which the file records
+next to the metrics. Intervals come from bootstrap resampling: a protocol computes its metrics from
+the number of times that each item was drawn.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _MOMENT_SECS = 2.0
 
 
 def begin_results(name: str, model: LoadedModel, *, ema: bool) -> dict[str, Any]:
-    """The part of a results file that is about the model, named as the user typed it."""
+    """Returns the model's part of a results file, with the model named as the user typed it."""
     return {
         "model": name,
         "step": model.step,
@@ -55,24 +55,24 @@ def begin_results(name: str, model: LoadedModel, *, ema: bool) -> dict[str, Any]
 
 
 def write_results(path: str | pathlib.Path, results: dict[str, Any]) -> None:
-    """Writes the results of a run as JSON with a checksum; the folder is made when missing."""
+    """Writes the results of a run as JSON with a checksum; creates the folder if missing."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_object(str(path), results, with_checksum=True, indent=2, sort_keys=False)
 
 
 def drawn_path(path: pathlib.Path, suffix: str) -> pathlib.Path:
-    """Where a page or plot is drawn next to a results file: by its name without ".json"."""
+    """Returns the path of the page or plot next to a results file: its name without ".json"."""
     name = path.name.removesuffix(".json").removesuffix(suffix)
     return path.with_name(name + suffix)
 
 
 def check_output(path: pathlib.Path, drawn: pathlib.Path | None) -> None:
-    """Raises ValueError where results cannot be written, before anything is measured.
+    """Raises ValueError if results cannot be written there; called before measuring.
 
     Args:
-        path: of the results file; its folder is made when missing.
-        drawn: the page or plot that is written next to it, if any.
+        path: results file; its folder is created if missing.
+        drawn: page or plot written next to it, if any.
     """
     if path.is_dir():
         raise ValueError(f"--output={path}: a folder; name a file, such as {path}/results.json")
@@ -86,9 +86,9 @@ def check_output(path: pathlib.Path, drawn: pathlib.Path | None) -> None:
 
 
 def read_results(path: str | pathlib.Path) -> dict[str, Any]:
-    """Reads what `write_results` wrote; a file without a checksum is taken as it is.
+    """Reads a results file; one without a checksum is accepted unchecked.
 
-    A ValueError names a file that is missing, is no such file, or was changed.
+    Raises ValueError for a file that is missing, is no results file, or was modified.
     """
     try:
         text = pathlib.Path(path).read_bytes()
@@ -111,14 +111,14 @@ def read_results(path: str | pathlib.Path) -> dict[str, Any]:
 
 
 def format_results(results: dict[str, Any]) -> str:
-    """Formats all tasks and metrics, each by its unit, and the means over the suite, as a table."""
+    """Formats a table of all tasks and metrics with their units, and the means over the suite."""
     rows = result_rows(results)
     header = ("task", "metric", "result", "95% interval" if any(row[3] for row in rows) else "", "")
     return f"{describe_model(results)}\n{format_table(header, rows, 'llrll')}"
 
 
 def result_rows(results: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
-    """Task, metric, value, interval and a note of every metric, and of the means over the suite."""
+    """Returns (task, metric, value, interval, note) for every metric and every suite mean."""
     rows, by_task = [], {}
     for result in results["results"]:
         by_task[result["task"]] = result
@@ -148,7 +148,7 @@ def result_rows(results: dict[str, Any]) -> list[tuple[str, str, str, str, str]]
 
 
 def named_metrics(results: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """The metrics of the results of tasks by "TASK/METRIC"."""
+    """Returns the metrics of all results, keyed by "TASK/METRIC"."""
     return {
         f"{result['task']}/{name}": value
         for result in results
@@ -157,7 +157,7 @@ def named_metrics(results: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def describe_metrics(result: dict[str, Any]) -> str:
-    """The metrics of one task in a line, such as "cifar10: top-1 51.24%, top-5 90.00%"."""
+    """Formats the metrics of one task on a line: "cifar10: top-1 51.24%, top-5 90.00%"."""
     shown = []
     for name, value in result["metrics"].items():
         metric = metric_of(result, name)
@@ -166,19 +166,19 @@ def describe_metrics(result: dict[str, Any]) -> str:
 
 
 def describe_model(results: dict[str, Any]) -> str:
-    """Model, step and whether the average was taken, in a line."""
+    """Formats model, step and the use of the moving average on a line."""
     step = results.get("step")
     average = ", moving average" if results.get("ema") else ""
     return f"{results['model']}" + ("" if step is None else f", step {step:,}") + average
 
 
 def metric_of(result: Mapping[str, Any], name: str) -> Metric:
-    """The unit and the label of a metric of one task's result.
+    """Returns the unit and label of a metric of one task's result.
 
-    The unit is the one that the file states, the label that of the task's kind. Metrics that this
-    version does not know are scores under their own name.
+    The unit comes from the file, the label from the task's kind. A metric that is unknown to this
+    version is a score labelled with its own name.
     """
-    # Here, since it imports JAX, and the command's --help should not have to wait for that.
+    # Imported here because it imports JAX, which would slow down the command's --help.
     from diht_jax.evaluation.protocols.base import Metric
     from diht_jax.evaluation.protocols.registry import PROTOCOLS
 
@@ -188,26 +188,26 @@ def metric_of(result: Mapping[str, Any], name: str) -> Metric:
 
 
 def format_value(unit: str, value: float) -> str:
-    """A metric's value by its unit: "51.24%", "0.2874", rank "1,203.5"."""
+    """Formats a metric's value by its unit: share "51.24%", score "0.2874", rank "1,203.5"."""
     if unit == "share":
         return f"{100 * value:.2f}%"
     return f"{value:,.1f}" if unit == "rank" else f"{value:,.4f}"
 
 
 class Mean(NamedTuple):
-    """A mean over the numbers of a group that all of some results have."""
+    """A mean over those numbers of a group that all compared results have."""
 
     name: str
     numbers: list[Number]
-    values: list[float]  # of each result
-    missing: str  # such as "3 missing"; empty where nothing is
+    values: list[float]  # one per results file
+    missing: str  # note such as "3 missing"; empty if none is
 
 
 def suite_means(by_task: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[Mean]:
-    """The means over DiHT's suite; over DataComp's where one of the tasks is in its list alone.
+    """Returns the means over DiHT's suite, plus DataComp's if any task is only on its list.
 
-    Of each results file come the results of its tasks by name. A group without a number is left
-    out.
+    Args:
+        by_task: for each results file, its results by task. Groups without a number are left out.
     """
     tasks = set().union(*by_task)
     if TASKS_BY_NAME.keys().isdisjoint(tasks):
@@ -229,7 +229,7 @@ def suite_means(by_task: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[Mean
 
 
 def _value(result: Mapping[str, Any], metrics: Sequence[str], mean: str) -> float | None:
-    """A number for a mean in a task's result; None where it is not there, or measured otherwise."""
+    """Returns a task's number for a mean; None if missing or measured by another protocol."""
     measured = result.get("metrics", {})
     if any(name not in measured for name in metrics):
         return None
@@ -251,16 +251,16 @@ def resample(
     num_resamples: int = NUM_RESAMPLES,
     progress: bool = False,
 ) -> dict[str, np.ndarray]:
-    """The bootstrap of Efron (1979): `num_items` draws with replacement, many times.
+    """Computes metrics on bootstrap resamples (Efron 1979) of `num_items` draws with replacement.
 
-    The draws depend on the numbers alone, so that two models, measured on the same
-    items, are measured on the same resamples. A bar is shown where it takes more than a moment.
+    The draws depend on the counts alone, so two models measured on the same items are measured on
+    the same resamples. Slow computations show a progress bar.
 
     Args:
-        measure: metrics from int [num_items], how often each item was drawn.
-        num_items: independent items: images, for all protocols here.
-        num_resamples: how many times.
-        progress: whether there is a bar, on stderr.
+        measure: computes metrics from int [num_items], the number of draws of each item.
+        num_items: number of independent items, which are images in most protocols.
+        num_resamples: number of resamples.
+        progress: show a bar on stderr.
 
     Returns:
         Metric -> float64 [num_resamples].
@@ -276,13 +276,13 @@ def resample(
 
 
 def percentile_interval(samples: np.ndarray) -> list[float]:
-    """[low, high] with `LEVEL` of the resamples between them; NaN, which is no value, left out."""
+    """Returns the central [low, high] that holds `LEVEL` of the resamples; NaNs are ignored."""
     tail = 50 * (1 - LEVEL)
     return np.nanpercentile(samples, [tail, 100 - tail]).tolist()
 
 
 def describe_samples(samples: dict[str, np.ndarray], items: str, num_items: int) -> dict[str, Any]:
-    """All that pairing two models needs, for the results file; `items` is a digest of the items."""
+    """Encodes resamples for the results file; `items` is a digest that identifies the items."""
     texts = {}
     for name, values in samples.items():
         texts[name] = base64.b64encode(values.astype("<f4").tobytes()).decode()
@@ -293,9 +293,9 @@ def describe_samples(samples: dict[str, np.ndarray], items: str, num_items: int)
 def paired_differences(
     first: Mapping[str, Any], second: Mapping[str, Any], name: str
 ) -> np.ndarray | None:
-    """The second result's resamples of a metric minus the first's, float64 [resamples].
+    """Returns the second result's resamples of a metric minus the first's, float64 [resamples].
 
-    None where one has no resamples, or of other draws or items than the other's.
+    None if either has no resamples, or if their draws or items differ.
     """
     one, other = (result.get("resamples", {"values": {}}) for result in (first, second))
     if not (name in one["values"] and name in other["values"] and one["draws"] == other["draws"]):
@@ -304,7 +304,7 @@ def paired_differences(
 
 
 def decode_resamples(result: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Metric -> its values in the resamples, float32 [n]; raises ValueError where damaged."""
+    """Decodes the resamples of each metric, float32 [n]; raises ValueError if damaged."""
     described = result.get("resamples", {"values": {}})
     decoded = {
         name: np.frombuffer(base64.b64decode(text, validate=True), "<f4")

@@ -1,9 +1,9 @@
-"""The tasks that are known by name (`tasks.toml`), and the numbers of DiHT's suite and DataComp's.
+"""The built-in tasks (`tasks.toml`), and the numbers that DiHT's suite and DataComp average.
 
-Metrics are those that DataComp reports: its `tasklist.yml`, `eval_utils` and `aggregate_scores.py`
-(arXiv 2304.14108; github.com/mlfoundations/datacomp), without FairFace and UTKFace, which have no
-main metric. A task counts for DataComp's means as it measures it: on the folder of its download,
-and a retrieval on the bare captions. CIFAR-10 and others are in none but the mean of all.
+Main metrics are those of DataComp's `tasklist.yml`, `eval_utils` and `aggregate_scores.py` (arXiv
+2304.14108; github.com/mlfoundations/datacomp), without FairFace and UTKFace, which have no main
+metric. A task counts for DataComp's means only if measured in the same way: on the folder of its
+download, and retrieval with bare captions. Some, such as CIFAR-10, only count for the mean of all.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 
 CLASSIFICATION, MULTILABEL, RETRIEVAL = "classification", "multilabel", "retrieval"
 NO_SOURCE = ""
-BENCHMARK_PREFIX = "clip_benchmark:"  # of a source in CLIP_benchmark's layout
+BENCHMARK_PREFIX = "clip_benchmark:"  # prefix of a source in CLIP_benchmark's layout
 CAPTION_SLOT = "{caption}"
 
-# Where DataComp's own download makes no folder: what it takes from Hugging Face's cache instead.
+# Folders for data that DataComp's download script leaves in Hugging Face's cache.
 _OTHER_FOLDERS = {
     "retrieval/flickr_1k_test_image_text_retrieval": "wds_flickr30k",
     "retrieval/mscoco_2014_5k_test_image_text_retrieval": "wds_mscoco_captions",
@@ -30,29 +30,29 @@ _OTHER_FOLDERS = {
 
 @dataclasses.dataclass(frozen=True)
 class SuiteEntry:
-    """A task by name."""
+    """The definition of a built-in task."""
 
-    split: str  # what of the data set is evaluated
-    kind: str = CLASSIFICATION  # of `protocols.registry.PROTOCOLS`
-    source: str = NO_SOURCE  # of `sources.registry`
-    # How users give a source, what follows `NAME=`, where there is none; where empty, the folder of
+    split: str  # which part of the data set is evaluated
+    kind: str = CLASSIFICATION  # a key of `protocols.registry.PROTOCOLS`
+    source: str = NO_SOURCE  # for `sources.registry`
+    # For a task without a default source: what users write after `NAME=`. Empty means the folder of
     # DataComp's download.
     form: str = ""
-    # The first is the one that DiHT, or DataComp, reports.
+    # The first is the one that DiHT or DataComp reports.
     metrics: Sequence[str] = ("top1", "top5", "mean_per_class")
-    numbers: int = 0  # how many of the 29 it gives
-    datacomp: str = ""  # its key in DataComp's `tasklist.yml`, such as "vtab/dtd"
-    # As `base.parse_templates` takes them; the kind's own where None.
+    numbers: int = 0  # how many of DiHT's 29 numbers it contributes
+    datacomp: str = ""  # key in DataComp's `tasklist.yml`, such as "vtab/dtd"
+    # In a form that `base.parse_templates` accepts; None uses the defaults of the kind.
     templates: str | Sequence[str] | None = None
-    # As `base.read_class_names` takes them; they come with the data where None.
+    # In a form that `base.read_class_names` accepts; None takes them from the data.
     class_names: str | Sequence[str] | None = None
-    tfds_class_names: str | None = None  # better ones for a TFDS source, in the order of its labels
+    tfds_class_names: str | None = None  # better names for a TFDS source, in its label order
     source_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the protocol
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for the protocol
 
 
 def datacomp_folder(key: str) -> str:
-    """The folder of a task below that of DataComp's download, such as "wds_vtab-dtd_test"."""
+    """Returns a task's folder name in DataComp's download, such as "wds_vtab-dtd_test"."""
     made = f"wds_{key.removeprefix('fairness/').replace('/', '-')}_test"
     return _OTHER_FOLDERS.get(key, made)
 
@@ -64,17 +64,17 @@ SUITE: dict[str, SuiteEntry] = {
 TASKS_BY_NAME: dict[str, SuiteEntry] = SUITE | {
     name: SuiteEntry(**fields) for name, fields in _tables["benchmarks"].items()
 }
-# DataComp's key -> the task here.
+# Maps DataComp's keys to built-in task names.
 DATACOMP: dict[str, str] = {
     entry.datacomp: name for name, entry in TASKS_BY_NAME.items() if entry.datacomp
 }
 
-# A number of a suite: the mean of some metrics of a task.
+# A number of a suite: a task, and its metrics that are averaged.
 Number = tuple[str, Sequence[str]]
 
 
 def main_metrics(task: str) -> Sequence[str]:
-    """The metrics of a task whose mean is its number for DataComp (and for CLIP_benchmark)."""
+    """Returns the metrics whose mean is the task's number in DataComp and CLIP_benchmark."""
     entry = TASKS_BY_NAME[task]
     return entry.metrics if entry.kind == RETRIEVAL else entry.metrics[:1]
 
@@ -86,7 +86,7 @@ def _name_means(
     return {**means, f"{prefix}mean of all {len(everything)}": everything}
 
 
-# The name of each mean -> its numbers: those that DiHT's suite counts, and DataComp's.
+# Maps the name of each mean to its numbers: those counted by DiHT's suite and by DataComp.
 _counted: dict[str, list[Number]] = {
     group: [
         (name, (metric,))

@@ -1,7 +1,7 @@
-"""Tasks from what users write: a text on a command line, or a section of a config.
+"""Parses tasks from user input: a text on a command line, or a section of a config.
 
-Both forms are read into a `_Request` first, and what follows is common to them, so that they mean
-the same. Nothing is read here but files of class names.
+Both forms are first read into a `_Request` and then handled by the same code, which gives them the
+same meaning. Apart from files of class names, no data is read here.
 """
 
 from __future__ import annotations
@@ -40,49 +40,49 @@ from diht_jax.readers import tfds
 from diht_jax.readers.registry import name_options, option_defaults
 from diht_jax.storage.files import exists, join
 
-# The options of the readers whose values are texts, and those of the layouts of benchmarks.
+# Reader options with text values, and the options of the benchmark layouts.
 _READER_OPTIONS = option_defaults()
 SOURCE_OPTIONS = tuple(
     name
     for name in dict.fromkeys([*_READER_OPTIONS, *registry.OPTIONS])
     if name not in _READER_OPTIONS or isinstance(_READER_OPTIONS[name].default, str | None)
 )
-# DataComp measures with these, where a task here has options of its own.
+# Options that DataComp's measurement needs where the defaults of a task differ.
 _DATACOMP_OPTIONS = {RETRIEVAL: "?caption_template={caption}", MULTILABEL: "?interpolation=all"}
 _DATACOMP = "datacomp:"
 _TASK_FIELDS = {field.name for field in dataclasses.fields(Task)}
 
 
 def parse_tasks(texts: str | Sequence[str], **defaults: Any) -> list[Task]:
-    """Tasks from their text form.
+    """Parses tasks from their text form.
 
     Args:
-        texts: each one of
+        texts: one or more of these forms:
 
             NAME                a built-in task, such as "cifar10"
-            NAME=SOURCE         the same on another source, such as "cifar10=/data/test.tar"
+            NAME=SOURCE         a built-in task on another source: "cifar10=/data/test.tar"
             KIND:SOURCE         "retrieval:/data/a.tar", "classification:tfds:food101:validation"
-            NAME=KIND:SOURCE    the same under a name of your choice
+            NAME=KIND:SOURCE    the same with a name of your choice
             clip_benchmark:DIR[:SPLIT], NAME=clip_benchmark:DIR
-                                kind, class names and templates of a folder in that layout
-            datacomp:DIR        the tasks whose folders DataComp's download has put into DIR
+                                kind, class names and templates come from the folder
+            datacomp:DIR        the tasks whose folders DataComp's download script wrote to DIR
 
-            and after each of them options: "?templates=a {};the {}", "?class_names=FILE",
-            "?label=FIELD", "?caption_template={caption}", or one of the source, such as
-            "?data_dir=DIR"; more with "&" between them.
-        **defaults: `class_names`, `templates` or `caption_template` as in `Task`, for all tasks
-            whose protocol has such an option and that do not give it.
+            Options follow the source: "?templates=a {};the {}", "?class_names=FILE",
+            "?label=FIELD", "?caption_template={caption}", or an option of the source, such as
+            "?data_dir=DIR". Further options are joined with "&".
+        **defaults: `class_names`, `templates` or `caption_template` as in `Task`, for each task
+            whose protocol has that option and that does not set it.
 
     Returns:
-        One task per text, in order; of "datacomp:DIR" several.
+        One task per text, in order; "datacomp:DIR" may yield several.
 
     Raises:
-        ValueError: an unknown task, kind or option (names the nearest), a name used twice, a
+        ValueError: an unknown task, kind or option (suggests the nearest), a duplicate name, a
             built-in task without a source, default class names for several classifications.
     """
     whole: list[str] = []
     for text in map(str.strip, [texts] if isinstance(texts, str) else texts):
-        if whole and text.isdecimal():  # "?splits=1,2,3", cut apart at its commas
+        if whole and text.isdecimal():  # "?splits=1,2,3", which was split at its commas
             whole[-1] += f",{text}"
         elif text.startswith(_DATACOMP):
             whole += expand_datacomp(text)
@@ -108,16 +108,16 @@ def parse_tasks(texts: str | Sequence[str], **defaults: Any) -> list[Task]:
 
 
 def parse_config_tasks(tasks: str | Mapping[str, Any] | None) -> list[Task]:
-    """Tasks from `config.evaluation.tasks`.
+    """Parses the tasks of `config.evaluation.tasks`.
 
     Args:
-        tasks: texts of `parse_tasks` with commas between them; or name -> section, where a section
-            has `kind` and `source`, the options of the kind and those of the source. A section with
-            the name of a built-in task needs no kind, and no source where that task has one; one
-            with a source "clip_benchmark:DIR" needs no kind. A key that is None is not set.
+        tasks: comma-separated texts for `parse_tasks`; or a mapping from name to section, which
+            has `kind`, `source`, and the options of both. A section named after a built-in task
+            needs no kind, and no source if that task has one. A section with a source
+            "clip_benchmark:DIR" needs no kind. A key set to None counts as not set.
 
     Returns:
-        One task per text, in order; or per section, in the order of a ConfigDict, by name.
+        One task per text, in order; or one per section, in the order of a ConfigDict, by name.
 
     Raises:
         ValueError: as `parse_tasks`; the message begins with the key, such as
@@ -129,7 +129,7 @@ def parse_config_tasks(tasks: str | Mapping[str, Any] | None) -> list[Task]:
 
 
 def open_source(task: Task) -> Units:
-    """The parts of a task's source; reads no image.
+    """Opens the source of a task as units; reads no image.
 
     Errors name options as in a task, such as "?image_column=".
     """
@@ -141,7 +141,7 @@ def open_source(task: Task) -> Units:
 
 
 def check_task(task: Task) -> Protocol:
-    """The protocol of a task; raises ValueError where the task lacks what it needs."""
+    """Returns the protocol of a task; raises ValueError if the task lacks what it needs."""
     protocol = PROTOCOLS[task.kind]
     try:
         if protocol.check is not None:
@@ -152,7 +152,7 @@ def check_task(task: Task) -> Protocol:
 
 
 def expand_datacomp(text: str) -> list[str]:
-    """The tasks of "datacomp:DIR" whose folders are there, as texts of `parse_tasks`."""
+    """Returns the texts for `parse_tasks` of all existing task folders of a "datacomp:DIR"."""
     root = text.removeprefix(_DATACOMP)
     texts, missing = [], []
     for theirs, ours in DATACOMP.items():
@@ -176,13 +176,13 @@ def expand_datacomp(text: str) -> list[str]:
 
 
 class _Request(NamedTuple):
-    """One task as a user writes it, before anything is looked up.
+    """One task as a user writes it, before any lookup.
 
-    Without a kind it is the built-in task of its name. Options are by the name that the user types,
-    with texts or the values of a config.
+    Without a kind it is the built-in task of that name. Options are keyed by the name that the user
+    types; their values are texts or config values.
     """
 
-    where: str  # begins the messages: "task 'cifar10?label=x'", "config.evaluation.tasks.cifar"
+    where: str  # prefix of messages: "task 'cifar10?label=x'", "config.evaluation.tasks.cifar"
     name: str
     kind: str | None
     source: str
@@ -190,27 +190,27 @@ class _Request(NamedTuple):
     is_text: bool = True
 
     def error(self, message: str, option: str | None = None) -> ValueError:
-        """An error that says where its cause stands."""
+        """Returns an error whose message names the task and option at fault."""
         key = f".{option}" if option and not self.is_text else ""
         return ValueError(f"{self.where}{key}: {message}")
 
 
 def _read_text(text: str) -> _Request:
     where = f"task '{text}'"
-    # A "?" also stands in globs, so only "?word=" starts the options.
+    # "?" also occurs in globs, so only "?word=" starts the options.
     body, *behind = re.split(r"\?(?=\w+=)", text, maxsplit=1)
     options = dict(re.findall(r"(?s)(\w+)=(.*?)(?=&\w+=|\Z)", "".join(behind)))
     named = re.match(r"([\w.-]+)=(.*)", body)
     name, body = named.groups() if named else (None, body)
     kind, _, source = body.partition(":")
-    # "winoground" is a task as well as a kind.
+    # "winoground" is both a task and a kind.
     if kind in PROTOCOLS and body not in TASKS_BY_NAME:
         if not source:
             raise ValueError(f"{where}: expected a source after '{kind}:'")
         return _Request(where, name or _name_of_source(source), kind, source, options)
     if name in TASKS_BY_NAME:
         return _Request(where, name, None, body, options)
-    if kind == registry.BENCHMARK:  # the folder knows its kind
+    if kind == registry.BENCHMARK:  # the folder states its kind
         kind = registry.words_of_source(body, {})["kind"]
         return _Request(where, name or _name_of_source(source), kind, body, options)
     if name is None and body in TASKS_BY_NAME:
@@ -289,13 +289,13 @@ def _make_task(request: _Request, defaults: Mapping[str, Any]) -> Task:
             raise ValueError(f"{source} is a '{found}' set, not a '{kind}' one")
     fields |= words
     if entry is not None:
-        # In CLIP_benchmark's layout the labels are those of the folder's own class names.
+        # In CLIP_benchmark's layout the labels index the folder's own class names.
         fields |= _fields_of_entry(entry, source, (words if is_folder else {}) | given)
     fields |= given
     own = {}
     for key in _TASK_FIELDS & fields.keys():
         own[key] = fields.pop(key)
-    # An annotation file's reader is named where kind or options leave no choice.
+    # Kinds or options that only an annotation file can satisfy name its reader.
     reader = protocol.reader
     by_name = source.endswith(".jsonl") and "image_name" in source_options
     if reader is None and (by_name or source.endswith(".json")) and prefix not in registry.LAYOUTS:
@@ -311,7 +311,7 @@ def _make_task(request: _Request, defaults: Mapping[str, Any]) -> Task:
 
 
 def _parse_options(request: _Request, kind: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Options of the task, by the field of `Task` where they have one, and those of the source."""
+    """Splits options into fields of `Task` (or its protocol options) and options of the source."""
     given, source_options = {}, {}
     options = PROTOCOLS[kind].options
     for name, value in request.options.items():
@@ -329,7 +329,7 @@ def _parse_options(request: _Request, kind: str) -> tuple[dict[str, Any], dict[s
 
 
 def _source_options_of_entry(entry: SuiteEntry, source: str) -> dict[str, str]:
-    """Options of a task by name that its own source, or one of the form it asks for, has."""
+    """Returns the options of a named task that apply to its default source, form or layout."""
     prefix = source.partition(":")[0]
     if prefix in registry.LAYOUTS:
         known = registry.LAYOUTS[prefix].options
@@ -339,9 +339,9 @@ def _source_options_of_entry(entry: SuiteEntry, source: str) -> dict[str, str]:
 
 
 def _fields_of_entry(entry: SuiteEntry, source: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a task by name; class names that it lacks are those of its data.
+    """Returns the `Task` fields of a named task, except those that the user gives.
 
-    What the user gives is not made: it may come with a package that is absent.
+    Given fields are not computed, because they may need a package that is not installed.
     """
     fields: dict[str, Any] = dict(entry.options)
     names = entry.class_names
@@ -355,7 +355,7 @@ def _fields_of_entry(entry: SuiteEntry, source: str, given: Mapping[str, Any]) -
 
 
 def _name_of_source(source: str) -> str:
-    """Names a task: "/data/emoji.tar" -> "emoji", "tfds:food101:test" -> "food101_test"."""
+    """Returns a task name for a source: "emoji" for "/data/emoji.tar", "food101_test" for TFDS."""
     is_path = "/" in source or "." in source
     stem = pathlib.PurePath(source).name.split(".")[0] if is_path else source.removeprefix("tfds:")
     return re.sub(r"[^\w-]+", "_", stem).strip("_") or "task"

@@ -1,7 +1,7 @@
-"""Evaluating a model on a task, and the task of what a run holds out.
+"""Evaluates a model on a task, and defines the task of a run's held-out data.
 
-A task is a data source with a protocol: `sources` reads the one, `protocols` measures by the other.
-The model may be a loaded one or the live parameters of a training run.
+A task combines a data source (`sources`) with a protocol that measures it (`protocols`). The model
+may be a loaded one or the live parameters of a training run.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from diht_jax.records.train_data import (
 )
 from diht_jax.storage.files import map_many
 
-# Shows the examples of a task, from the task, its source, what was measured, its entry in the
-# results file, and the logit scale; returns the file that they are in, if they are in any.
+# Shows examples, given the task, its source, the measurement, its entry in the results file, and
+# the logit scale. Returns the file that holds them, or None.
 ShowExamples = Callable[[Task, Units, Measured, dict[str, Any], float], str | None]
 
 __all__ = ["Task", "evaluate_task", "parse_config_tasks", "parse_tasks"]
 
-# The task of what a run holds out.
+# Name of the task on a run's held-out data.
 VALIDATION = "validation"
 
 
@@ -64,21 +64,21 @@ def evaluate_task(
 
     Args:
         model: a `LoadedModel`, or anything with the same methods.
-        task: what is measured.
-        units: the task's source, where it was opened before (`task_parsing.open_source`).
-        batch_size: images, and texts, a batch over all devices.
-        num_threads: decoding threads; None is one per core, 16 at most.
-        limit: number of entries of the source, from the first on; None is all.
+        task: the task to measure.
+        units: source of the task, if already open (see `task_parsing.open_source`).
+        batch_size: images, and texts, per batch over all devices.
+        num_threads: decoding threads; None is one per core, at most 16.
+        limit: use only the first `limit` entries of the source; None is all.
         show: shows the examples of the task, such as `page.ResultsPage.add`; None for none.
-        num_resamples: for bootstrap intervals; 0 leaves them out.
+        num_resamples: bootstrap resamples for the intervals; 0 for no intervals.
         progress: show bars on stderr.
 
     Returns:
-        JSON-able: the task's entry in the results file, as docs/guides/evaluate/evaluate.md
-        describes it; a share is a fraction of 1.
+        JSON-able: the task's entry in the results file, described in
+        docs/guides/evaluate/evaluate.md; shares are fractions of 1.
 
     Raises:
-        ValueError: a source that cannot be read or does not hold what the task needs.
+        ValueError: a source that cannot be read or lacks what the task needs.
     """
     start = time.perf_counter()
     protocol = check_task(task)
@@ -127,7 +127,7 @@ def evaluate_task(
 
 
 def _intervals(measured: Measured, num_resamples: int, progress: bool) -> dict[str, Any]:
-    """Entries of a task's result about intervals of its metrics."""
+    """Returns the entries of a task's result about confidence intervals."""
     size = measured.num_items
     samples = resample(measured.measure, size, num_resamples=num_resamples, progress=progress)
     intervals = (
@@ -143,10 +143,10 @@ def _intervals(measured: Measured, num_resamples: int, progress: bool) -> dict[s
 
 
 def training_template(model: EmbeddingModel) -> str:
-    """The text that a model was trained with for a caption, such as "a photo of {caption}.".
+    """Returns the text template that a model was trained with, such as "a photo of {caption}.".
 
-    `data.text_template` of its run, or what all sources of a mixture have in its place. "{caption}"
-    for a model that comes without a run.
+    This is `data.text_template` of its run, or the template that all sources of a mixture share.
+    For a model without a run it is "{caption}".
     """
     data = getattr(getattr(model, "config", None), "data", None)
     if data is None:
@@ -157,11 +157,11 @@ def training_template(model: EmbeddingModel) -> str:
 
 
 def validation_tasks(config: ml_collections.ConfigDict) -> list[Task]:
-    """Retrieval on what a run holds out, with the captions as it trains on them.
+    """Returns retrieval tasks on a run's held-out data, with captions as in training.
 
     Returns:
-        One task for each source, called "validation", of several sources "validation_NAME"; none
-        where nothing is held out.
+        One task per source: "validation" for a single source, "validation_NAME" for several. Empty
+        if nothing is held out.
     """
     data = config.data
     if not data.get("validation_share"):
@@ -179,7 +179,7 @@ def validation_tasks(config: ml_collections.ConfigDict) -> list[Task]:
 
 
 def _open_held_out(config: ml_collections.ConfigDict, source: TrainSource) -> Units:
-    """The held-out records of a source of `config.data.train`, some in each part."""
+    """Opens the held-out records of a source of `config.data.train`, in units of a few records."""
     records = open_records(source.path)
     held_out = held_out_records(records, config.data, config.seed)
 

@@ -1,1 +1,1 @@
-"""Methods beyond the paper, which no recipe switches on; off, they add nothing to the step."""
+"""Methods beyond the paper, which no recipe enables; disabled, they add nothing to the step."""

@@ -1,16 +1,16 @@
-"""Affinity distillation: pairs of the batch are as similar as stored CLIP teachers find them.
+"""Affinity distillation: the similarities of the batch match those of stored CLIP embeddings.
 
 With similarities `s_ij = logit_scale * <image_i, text_j>` of the student, those of teacher k,
 `t_ij = <image_i, text_j>_k / temperature_k`, and K teachers, a row of images has
 
     L_i = 1/K sum_k KL(softmax_j t_ij || softmax_j s_ij)
 
-over all texts j of the global batch, and a row of texts the same over all images; the loss is the
-mean of both directions. Pairs that a teacher has not embedded are neither rows nor columns.
+over all texts j of the global batch. A row of texts has the same loss over all images, and the loss
+is the mean of both directions. Pairs that a teacher has not embedded are excluded as rows and
+columns.
 
-Every device gathers the embeddings of all, [N, d] of the student and of each teacher, and compares
-some of its rows with them at a time; the backward pass compares them again. So no [b, N] array is
-held, but [N, d] arrays are.
+Every device gathers all embeddings, [N, d] of the student and of each teacher, and processes its
+rows in chunks, which the backward pass recomputes. So it holds [N, d] arrays, but no [b, N] array.
 
 Source: MobileCLIP, arXiv 2311.17049, "Multi-modal distillation loss".
 """
@@ -35,20 +35,20 @@ from diht_jax.losses.dense import inner_products
 from diht_jax.losses.objective import AxisName, Parameters, Term, check_scalar
 from diht_jax.sharding import BATCH_AXES
 
-# Similarities of one model that a device holds at once.
+# Largest number of similarities of one model that a device holds at once.
 _MOST_SIMILARITIES = 1 << 24
 
 
 class TeacherEmbeddings(NamedTuple):
-    """One teacher's embeddings of the pairs; rows of zeros where it has not embedded one."""
+    """One teacher's embeddings of the pairs; zeros for pairs that it has not embedded."""
 
-    image_emb: Num[Array, "b D"]  # of any length
-    text_emb: Num[Array, "b D"]
-    temperature: Float[Array, ""] | float  # divides its similarities
+    image_emb: Num[Array, "b D"]  # of any norm
+    text_emb: Num[Array, "b D"]  # of any norm
+    temperature: Float[Array, ""] | float  # divisor of its similarities
 
 
 class _Rows(NamedTuple):
-    """Images or texts: the student's, those of each teacher, and which ones count."""
+    """Embeddings of images or texts by student and teachers, and a mask of the included rows."""
 
     student: Float[Array, "b d"]
     teachers: tuple[Float[Array, "b D"], ...]
@@ -63,19 +63,19 @@ def affinity_loss(
     *,
     axis_name: AxisName = None,
 ) -> Float[Array, ""]:
-    """The mean loss of the pairs of the global batch that all teachers have embedded.
+    """Computes the affinity loss, the mean over pairs that all teachers have embedded.
 
     Args:
-        image_emb: L2-normalised; row i and row i of `text_emb` are a pair. Inside `shard_map`, the
-            rows of this device.
+        image_emb: L2-normalised; row i is the partner of row i of `text_emb`. Inside `shard_map`,
+            the rows of this device.
         text_emb: L2-normalised, of the same dtype.
         logit_scale: after exp; the same on every device.
-        teachers: at least one; nothing is propagated back to them.
-        axis_name: mesh axes that the batch is split over, or None.
+        teachers: at least one, without gradients.
+        axis_name: mesh axes that the global batch is split over, or None.
 
     Returns:
-        The same scalar on every device: float32, or float64 for float64 embeddings; 0 where no
-        pair counts.
+        Scalar, the same on every device: float32, or float64 for float64 embeddings; 0 if no pair
+        is included.
 
     Raises:
         ValueError: wrong shapes or dtypes of the student.
@@ -114,9 +114,9 @@ def sharded_affinity_loss(
     *,
     mesh: Mesh,
 ) -> Float[Array, ""]:
-    """`affinity_loss` of a global batch on a mesh of `sharding.create_mesh`, replicated."""
+    """Computes `affinity_loss` of a global batch on a mesh of `sharding.create_mesh`."""
     rows, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
-    specs: Any = (rows, rows, whole)  # in the places of arrays
+    specs: Any = (rows, rows, whole)  # specs instead of arrays
     of_teacher = TeacherEmbeddings(*specs)
     return jax.shard_map(
         functools.partial(affinity_loss, axis_name=BATCH_AXES),
@@ -133,7 +133,7 @@ def _normalized(rows: Num[Array, "b D"], dtype: Any) -> Float[Array, "b D"]:
 
 
 def _sum_over_rows(rows: _Rows, partners: _Rows, axis_name: AxisName) -> Float[Array, ""]:
-    """Sums the losses of the local rows, compared with the partners of all devices."""
+    """Sums the losses of the local rows over the partners of all devices."""
     everyone = partners
     if axis_name:
         everyone = jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name, tiled=True), partners)
@@ -157,7 +157,7 @@ def _sum_over_rows(rows: _Rows, partners: _Rows, axis_name: AxisName) -> Float[A
 
 
 class AffinityDistillation(Term):
-    """The affinity loss against teachers whose embeddings are stored with the data.
+    """The affinity loss, with teachers' embeddings stored in the data.
 
     The data must be labelled (`data_prep.label` with `config.clip_teachers`).
 
@@ -165,10 +165,10 @@ class AffinityDistillation(Term):
     """
 
     settings: ClassVar[dict[str, Any]] = {
-        "weight": Key(0.0, NOT_NEGATIVE),  # of this loss; 0 leaves it out
-        # What each teacher's similarities are divided by, or one for all; (): 1 / its logit scale.
+        "weight": Key(0.0, NOT_NEGATIVE),  # weight of this loss; 0 disables it
+        # Divisor of each teacher's similarities, or one for all; (): 1 / its logit scale.
         "temperatures": Key((), POSITIVE),
-        # Numbers in an embedding of each teacher in the data; training fills them in.
+        # Embedding size of each teacher in the data; filled in by training.
         "widths": Key((), COUNT),
         "teachers_hash": placeholder(str),  # filled in by training
     }
@@ -186,7 +186,7 @@ class AffinityDistillation(Term):
         """See `Term`.
 
         Raises:
-            ValueError: the teachers are known neither from data nor from the config.
+            ValueError: widths or temperatures are set neither by the data nor by the config.
         """
         for key, meaning in (
             ("widths", "embeddings, (768,)"),
@@ -200,13 +200,13 @@ class AffinityDistillation(Term):
         return sum(self.section.widths)
 
     def bind_data(self, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-        """The config with widths, temperatures and hash of the teachers of the data.
+        """Returns the config with widths, temperatures and hash of the teachers in the data.
 
         Raises:
-            ValueError: the data have no embeddings, or others than the config names, or they are of
-                other crops than the student is to see.
+            ValueError: the data have no embeddings, or not those that the config names, or the
+                student's captions or crops differ from the teachers'.
         """
-        # Here, since the defaults of a config are read without any data.
+        # Imported here, because the defaults of a config are read without any data.
         from diht_jax.records.labels.clip_embeddings import find_clip_embeddings
 
         name, section = self.name, self.section
@@ -249,7 +249,7 @@ class AffinityDistillation(Term):
         *,
         mesh: Mesh,
     ) -> dict[str, tuple[float, jax.Array]]:
-        """The loss over the pairs that all teachers have embedded; see `Term.of_batch`."""
+        """Computes the loss over the pairs that all teachers have embedded; see `Term.of_batch`."""
         temperatures = tuple(self.section.temperatures)
         if len(temperatures) == 1:
             temperatures *= len(self.section.widths)

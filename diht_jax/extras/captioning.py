@@ -1,8 +1,8 @@
 """Captioning: a causal decoder predicts a caption from the tokens of the image tower.
 
-The encoder-decoder of CoCa (arXiv 2205.01917), simplified: the decoder has embeddings and blocks of
-its own, so that the text tower stays CLIP's, and looks at all tokens of the picture instead of a
-pooled few. Its blocks are torch's `nn.TransformerDecoderLayer` with the norms first.
+A simplified version of CoCa (arXiv 2205.01917): the decoder has separate embeddings and blocks, so
+the text tower remains CLIP's, and it attends to all tokens of the image instead of a few pooled
+ones. Its blocks are those of torch's `nn.TransformerDecoderLayer` with `norm_first`.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ DECODER = "caption_decoder"
 
 
 class Captioning(Term):
-    """Cross-entropy of each next token of a caption, the mean over all tokens of the global batch.
+    """Cross-entropy of the next token of a caption, the mean over all tokens of the global batch.
 
-    The end of a text is a token to be predicted, what follows it is not. The decoder is stored with
-    the parameters of the model; `LoadedModel.caption` writes captions with it.
+    The end-of-text token is predicted; tokens after it are ignored. The decoder is stored with the
+    parameters of the model, and `LoadedModel.caption` generates captions with it.
 
-    Source: CoCa, arXiv 2205.01917, which weighs it by 2 and the contrastive loss by 1.
+    Source: CoCa, arXiv 2205.01917, with a weight of 2 (and 1 for the contrastive loss).
     """
 
     settings: ClassVar[dict[str, Any]] = {
-        "weight": Key(0.0, NOT_NEGATIVE),  # of this loss; 0 leaves it out
-        "layers": Key(6, COUNT),  # of the decoder, which is as wide as the text tower
-        # As config.model.remat, of the decoder's blocks.
+        "weight": Key(0.0, NOT_NEGATIVE),  # weight of this loss; 0 disables it
+        "layers": Key(6, COUNT),  # layers of the decoder, which is as wide as the text tower
+        # Like config.model.remat, for the decoder's blocks.
         "remat": Key("none", OneOf(POLICIES)),
-        "chunk_tokens": Key(2048, COUNT),  # tokens of a device whose logits are held at once
+        "chunk_tokens": Key(2048, COUNT),  # tokens with logits in memory at once, on each device
     }
     reads_image_tokens: bool = True
 
     def parameters(self, key: jax.Array, widths: dict[str, int], dtype: DTypeLike) -> Parameters:
-        """The decoder; see `CaptionDecoder`."""
+        """Returns the parameters of a `CaptionDecoder`; see `Term.parameters`."""
         decoder = CaptionDecoder(
             self.arch, self.section.layers, param_dtype=dtype, rngs=ParameterKeys(key)
         )
@@ -56,7 +56,7 @@ class Captioning(Term):
     def of_examples(
         self, params: Parameters, features: dict[str, jax.Array], examples: dict[str, jax.Array]
     ) -> dict[str, jax.Array]:
-        """The sum over a caption's tokens; see `Term.of_examples`."""
+        """Computes the sum over the tokens of each caption; see `Term.of_examples`."""
         image_tokens, tokens = features["image_tokens"], examples["tokens"]
         decoder = merge_decoder(
             params[DECODER], self.arch, dtype=image_tokens.dtype, remat=self.section.remat
@@ -81,28 +81,28 @@ class Captioning(Term):
         *,
         mesh: Mesh,
     ) -> dict[str, tuple[float, jax.Array]]:
-        """The mean over the batch's tokens, in nats; see `Term.of_batch`."""
+        """Computes the mean over the batch's tokens, in nats; see `Term.of_batch`."""
         count = jnp.sum(is_predicted(examples["tokens"], self.arch.end_of_text_id))
         loss = jnp.sum(encoded["captioning_loss"]) / jnp.maximum(count, 1)
         return {"captioning_loss": (self.section.weight, loss)}
 
 
 def is_predicted(tokens: jax.Array, end_of_text_id: int | None) -> jax.Array:
-    """int32 [b, t] -> bool [b, t - 1]: which of the tokens behind the first count."""
+    """Returns a mask of the predicted tokens after the first, int32 [b, t] -> bool [b, t - 1]."""
     end = find_end_of_text(tokens, end_of_text_id)
     return jnp.arange(1, tokens.shape[1]) <= end[:, None]
 
 
-# Keys and values of the captions so far, and of the pictures, of each block.
+# For each block, keys and values of the captions so far and of the images.
 Cache = list[dict[str, jax.Array]]
 
 
 class CrossAttention(nnx.Module):
-    """Multi-head attention of the caption's tokens to the picture's."""
+    """Multi-head attention of the caption's tokens to the image's tokens."""
 
     def __init__(self, width: int, image_width: int, heads: int, init: BlockInit, **dtypes: Any):
         self.heads = heads
-        # Keys and values come from vectors of another width, and keep their scale.
+        # This initialisation keeps the scale of image tokens, which have another width.
         image_init = normal_init(image_width**-0.5)
         self.q_proj = Linear(width, width, kernel_init=init.attention_in, **dtypes)
         self.k_proj = Linear(image_width, width, kernel_init=image_init, **dtypes)
@@ -126,7 +126,7 @@ class CrossAttention(nnx.Module):
 
 
 class DecoderBlock(nnx.Module):
-    """x + attention(norm(x)), then x + cross_attention(norm(x)), then x + mlp(norm(x))."""
+    """Decoder block: causal self-attention, cross-attention and MLP, each residual and pre-norm."""
 
     def __init__(self, arch: Architecture, init: BlockInit, **dtypes: Any):
         width, heads, epsilon = arch.text_width, arch.text_heads, arch.layer_norm_epsilon
@@ -147,7 +147,7 @@ class DecoderBlock(nnx.Module):
     def at(
         self, x: jax.Array, position: jax.Array, cache: dict[str, jax.Array]
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Like a call, for one token [b, 1, width], with the cache of the tokens before it."""
+        """Runs the block on one token [b, 1, width], with the cache of the previous tokens."""
         b, _, width = x.shape
         layer = self.attention
         qkv = layer.in_proj(self.attention_norm(x)).reshape(b, 1, 3, layer.heads, -1)
@@ -169,7 +169,7 @@ class DecoderBlock(nnx.Module):
 
 
 class CaptionDecoder(nnx.Module):
-    """Embeddings, blocks, and logits by the token embedding, which is the output layer too."""
+    """Causal caption decoder; its output layer shares the weights of the token embedding."""
 
     def __init__(
         self,
@@ -183,13 +183,13 @@ class CaptionDecoder(nnx.Module):
     ):
         """Builds the decoder, with the text tower's width, heads, context length and vocabulary.
 
-        `remat` is a name of `layers.POLICIES`. `dtype` is that of the computation, but logits are
-        float32. `rngs` needs the stream `params`.
+        `remat` is one of `layers.POLICIES`. `dtype` is that of the computation, except for logits,
+        which are float32. `rngs` must have the stream `params`.
         """
         width = arch.text_width
         dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.dtype, self.remat, self.head_dim = dtype, remat, width // arch.text_heads
-        # In the parameters' dtype, as in the text tower.
+        # The lookup is in the parameters' dtype, as in the text tower.
         self.token_embedding = nnx.Embed(
             arch.vocab_size,
             width,
@@ -206,10 +206,10 @@ class CaptionDecoder(nnx.Module):
         self.final_norm = layer_norm(width, epsilon=arch.layer_norm_epsilon, **dtypes)
 
     def __call__(self, tokens: jax.Array, image_tokens: jax.Array) -> jax.Array:
-        """Features of which `output_kernel` makes the logits of each next token of a caption.
+        """Computes the features of captions; times `output_kernel`, they are next-token logits.
 
-        Of tokens int32 [b, t], t up to the context length, and `VisionTransformer.tokens`
-        [b, s, image_width]; returns [b, t, width], where a position knows the tokens up to it.
+        Maps tokens int32 [b, t], with t up to the context length, and `VisionTransformer.tokens`
+        [b, s, image_width] to [b, t, width]. A position depends only on tokens up to it.
         """
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         x, image_tokens = x.astype(self.dtype), image_tokens.astype(self.dtype)
@@ -225,11 +225,11 @@ class CaptionDecoder(nnx.Module):
         return self.final_norm(x)
 
     def output_kernel(self) -> jax.Array:
-        """[width, vocabulary]: features times this are logits."""
+        """Returns the kernel [width, vocabulary] that maps features to logits."""
         return self.token_embedding.embedding[...].T
 
     def start(self, image_tokens: jax.Array, length: int) -> Cache:
-        """The cache of `step` for some pictures, with room for captions of `length` tokens."""
+        """Creates the cache of `step` for some images and captions of up to `length` tokens."""
         b, cache = image_tokens.shape[0], []
         for block in self.blocks:
             keys, values = block.cross_attention.keys_and_values(image_tokens.astype(self.dtype))
@@ -240,10 +240,10 @@ class CaptionDecoder(nnx.Module):
         return cache
 
     def step(self, tokens: jax.Array, position: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """The logits of the next token, from one token and the cache of those before it.
+        """Computes next-token logits from one token and the cache of the previous tokens.
 
-        Of the tokens int32 [b] at `position`; returns float32 [b, vocabulary], and the cache with
-        this position.
+        `tokens` are int32 [b] at `position`. Returns float32 [b, vocabulary], and the cache
+        including this position.
         """
         x = self.token_embedding(tokens[:, None]) + self.positional_embedding[position]
         x, after = x.astype(self.dtype), []
@@ -259,7 +259,7 @@ class CaptionDecoder(nnx.Module):
 def merge_decoder(
     params: dict[str, Any], arch: Architecture, *, dtype: DTypeLike, remat: str = "none"
 ) -> CaptionDecoder:
-    """The decoder with these parameters, whose number of blocks is theirs."""
+    """Returns the decoder with the given parameters, which determine its number of blocks."""
     layers = len(params["blocks"])
     abstract = nnx.eval_shape(
         lambda: CaptionDecoder(arch, layers, remat=remat, dtype=dtype, rngs=ParameterKeys(0))
@@ -278,20 +278,20 @@ def decode_captions(
     top_k: int | None = None,
     temperature: jax.Array | float = 1.0,
 ) -> jax.Array:
-    """Captions of pictures, token by token until all of them have ended.
+    """Generates captions of images, token by token until all have ended.
 
     Args:
         decoder: with parameters.
         image_tokens: float [b, s, image_width].
-        keys: random keys [b], of the draws.
-        start_id: first token of every caption; it is not drawn again.
+        keys: random keys [b] for sampling.
+        start_id: first token of every caption; never generated again.
         end_id: last token of a caption.
-        length: most tokens, start and end included; up to the context length.
-        top_k: number of likeliest tokens to draw from; None takes the likeliest.
-        temperature: what logits are divided by before a draw.
+        length: largest number of tokens, including start and end; up to the context length.
+        top_k: number of most likely tokens to sample from; None is greedy decoding.
+        temperature: divisor of the logits before sampling.
 
     Returns:
-        int32 [b, length]: start, text, end, zeros. A caption that would be longer has no end.
+        int32 [b, length]: start, text, end, zeros. A truncated caption has no end.
     """
 
     def choose(logits: jax.Array, position: jax.Array) -> jax.Array:

@@ -1,8 +1,8 @@
-"""Matryoshka representations: the loss of the first numbers of the embeddings as well.
+"""Matryoshka representations: adds the losses of prefixes of the embeddings.
 
-The first 64, 128, ... numbers of an embedding, made to unit length again, count as an embedding of
-their own, so that embeddings can be cut afterwards (`load_model(RUN, dim=128)`). All sizes together
-cost at most as much as their sum is longer than the whole embeddings.
+The first 64, 128, ... dimensions of an embedding, normalised again, have their own loss, so that
+embeddings can be truncated after training (`load_model(RUN, dim=128)`). The cost grows at most by
+the ratio of the sum of all sizes to the full size.
 
 Source: Kusupati et al., arXiv 2205.13147.
 """
@@ -28,15 +28,15 @@ def loss_of_sizes(
     text_emb: Float[Array, "N d"],
     sizes: dict[int, float],
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The weighted sum of a loss over sizes of the embeddings.
+    """Computes the weighted sum of a loss over prefixes of the embeddings.
 
     Args:
-        loss: from embeddings of images and texts to a scalar and metrics, `loss` among them.
+        loss: maps embeddings of images and texts to a scalar and metrics, which include `loss`.
         image_emb, text_emb: L2-normalised.
-        sizes: numbers of an embedding -> weight; rising, and the last one is d.
+        sizes: size of the prefix -> weight, in increasing order; the last size is d.
 
     Returns:
-        The sum, and the metrics of the whole embeddings, with `loss_64` and the like for each size.
+        The sum, and the metrics of the full embeddings with `loss_64` etc. for each size.
     """
     total: Any = 0.0
     parts: dict[str, Any] = {}
@@ -49,19 +49,19 @@ def loss_of_sizes(
 
 
 def first_numbers(emb: Float[Array, "N d"], size: int) -> Float[Array, "N size"]:
-    """The first numbers at unit length; the whole embeddings as they are."""
+    """Truncates embeddings and normalises them again; full ones are returned unchanged."""
     return emb if size == emb.shape[1] else l2_normalize(emb[:, :size]).astype(emb.dtype)
 
 
 def weighted_sizes(section: ml_collections.ConfigDict, embed_dim: int) -> dict[int, float]:
-    """The sizes of the embeddings that have a loss, with its weight.
+    """Returns the sizes of the embeddings that have a loss, with their weights.
 
     Args:
         section: `matryoshka` of a config.
-        embed_dim: size of the whole embeddings, whose weight is 1.
+        embed_dim: size of the full embeddings, which have a weight of 1.
 
     Raises:
-        ValueError: sizes that do not rise up to less than `embed_dim`, or not a weight for each.
+        ValueError: sizes are not increasing or not below `embed_dim`, or weights do not match them.
     """
     sizes, weights = tuple(section.sizes), tuple(section.weights)
     wrong = [size for size in sizes if type(size) is not int or not 1 <= size < embed_dim]

@@ -1,1 +1,1 @@
-"""Chips, topologies, FLOPs, traffic of compiled programs, and bounds on their time."""
+"""Chips and topologies, and the FLOPs, memory traffic and roofline of compiled programs."""

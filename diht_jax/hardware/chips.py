@@ -1,28 +1,28 @@
-"""What chips can do in a second, and the floating-point operations (FLOPs) of matrix products.
+"""Peak rates of chips, and the number of floating-point operations (FLOPs) of matrix products.
 
-The numbers of accelerators, one row per device, are all public:
+All numbers in the table of chips are public:
 
   * TPU: Google Cloud's TPU documentation, pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and
     "TPU7x" (https://docs.cloud.google.com/tpu/docs/v5e and so on): "Peak compute per chip (bf16)",
     "HBM capacity", "HBM bandwidth", and half of the "bidirectional inter-chip interconnect (ICI)
-    bandwidth per chip". For v4, whose page has no ICI figure, 6 links of 50 GB/s (Jouppi et al.,
-    arXiv 2304.01433). Capacities are binary: the compiler's own limits show it.
-  * GPU: NVIDIA's data sheets; dense bfloat16 tensor-core rate (float16 where a chip has no
-    bfloat16), never the one with sparsity; half of NVLink's two-way figure. Between hosts: a
-    network card for each GPU, as in the data sheets of DGX A100 (8 ConnectX-6 of 200 Gb/s) and of
+    bandwidth per chip". The page of v4 has no ICI bandwidth: 6 links of 50 GB/s (Jouppi et al.,
+    arXiv 2304.01433). Capacities are in GiB, like the compiler's own limits.
+  * GPU: NVIDIA's data sheets; the dense bfloat16 tensor-core rate (float16 if a chip has no
+    bfloat16), without sparsity; half of NVLink's bidirectional bandwidth. Between hosts: one
+    network card per GPU, as in the data sheets of DGX A100 (8 ConnectX-6 of 200 Gb/s) and of
     DGX H100, H200 and B200 (8 ConnectX-7 of 400 Gb/s).
-  * float32 in full precision: NVIDIA's data sheets, without tensor cores. The clock of a TPU's
-    core: its bfloat16 peak over what its units for products do in a cycle.
-  * Latencies over ICI: about 1 us a hop ("How to Scale Your Model", Austin et al. 2025,
-    https://jax-ml.github.io/scaling-book: question 3 of the chapter on sharded matrices has two
-    hops take roughly 2 us, the chapter on inference calls 1 us a hop a collective's fixed cost).
-  * Latencies between GPUs: those that NCCL itself chooses algorithms by (ring, protocol "Simple",
-    in src/graph/tuning.cc of NCCL 2.19 and later): 8.4 us to start a collective, and for each step
-    3.4 us over NVLink, 5.7 us over PCIe, 14 us over a network (InfiniBand or Ethernet alike).
+  * float32 in full precision: NVIDIA's data sheets, without tensor cores. The clock of a TPU core:
+    its bfloat16 peak divided by the FLOPs of its matrix units in a cycle.
+  * ICI latency: about 1 us a hop ("How to Scale Your Model", Austin et al. 2025,
+    https://jax-ml.github.io/scaling-book: question 3 of the chapter on sharded matrices has about
+    2 us for two hops; the chapter on inference has a fixed cost of 1 us a hop for a collective).
+  * GPU latency: the values by which NCCL chooses its algorithms (ring, protocol "Simple", in
+    src/graph/tuning.cc of NCCL 2.19 and later): 8.4 us to start a collective, and for each step
+    3.4 us over NVLink, 5.7 us over PCIe, 14 us over a network (InfiniBand or Ethernet).
 
-FLOPs are counted from a jaxpr. XLA's own cost analysis counts the body of a loop once, for any trip
-count, and so flatters scanned layers and ring losses; here every body counts as often as it runs.
-Nothing is compiled or executed.
+FLOPs are counted from a jaxpr, without compiling or executing it. The body of a loop is multiplied
+by its trip count. XLA's own cost analysis counts it once, and so underestimates scanned layers and
+ring losses.
 """
 
 from __future__ import annotations
@@ -39,33 +39,33 @@ from jax.interpreters import partial_eval
 
 GIB = 1 << 30
 
-# Seconds that it takes to start a collective, and for each of its steps, by the kind of link.
+# Seconds to start a collective and seconds for each of its steps, by the kind of link.
 START_SECS = {"ici": 0.0, "nvlink": 8.4e-6, "pcie": 8.4e-6, "network": 8.4e-6}
 STEP_SECS = {"ici": 1e-6, "nvlink": 3.4e-6, "pcie": 5.7e-6, "network": 14e-6}
-# Seconds that a collective takes at least, however little it sends, by its slowest link.
+# Least seconds of a collective of any size, by its slowest link.
 LATENCY_SECS = {link: START_SECS[link] + step for link, step in STEP_SECS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device as JAX sees it: a whole chip, but one of the two cores of a TPU7x."""
+    """Peak rates of one JAX device: a whole chip, or one of the two cores of a TPU7x."""
 
     name: str  # short name, such as "v5e"
     kind: str  # regular expression for JAX's `device_kind`
     peak_flops: float  # bfloat16 multiply-adds times 2, per second
-    hbm_bytes: int  # memory
-    hbm_bytes_per_sec: float  # its bandwidth
-    # Out of the chip over all its links (ICI, NVLink), one direction; 0 where there are none.
+    hbm_bytes: int  # memory capacity
+    hbm_bytes_per_sec: float  # memory bandwidth
+    # Bandwidth of all links of the chip (ICI, NVLink) in one direction; 0 if there are none.
     link_bytes_per_sec: float
-    num_links: int = 0  # of the torus, 2 per axis; 0 where every chip reaches every other one alike
-    # From one GPU to other hosts, one direction; 0 where not known.
+    num_links: int = 0  # links of a torus, 2 per axis; 0 if all chips are connected alike
+    # Bandwidth from one GPU to other hosts in one direction; 0 if unknown.
     network_bytes_per_sec: float = 0.0
-    float32_flops: float = 0.0  # the same for float32 in full precision; 0 where not known
-    # Of a TPU's core, which issues one bundle of instructions a cycle; 0 for GPUs.
+    float32_flops: float = 0.0  # `peak_flops` for float32 in full precision; 0 if unknown
+    # Clock of a TPU core, which issues one bundle of instructions a cycle; 0 for GPUs.
     clock_hz: float = 0.0
 
     def link(self, *, between_hosts: bool) -> str:
-        """The kind of link, a key of `LATENCY_SECS`, inside a host (a slice) or between hosts."""
+        """Returns the kind of link, a key of `LATENCY_SECS`, inside a host or between hosts."""
         if self.num_links:
             return "ici"
         if between_hosts:
@@ -108,11 +108,11 @@ CHIPS: tuple[Chip, ...] = (
 
 
 def find_chip(device_kind: str) -> Chip | None:
-    """The row of a kind of device, or None.
+    """Returns the chip of a kind of device, or None if it is unknown.
 
     Args:
-        device_kind: of a `jax.Device`, such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3", or a short
-            name of the table.
+        device_kind: of a `jax.Device`, such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3", or the
+            short name of a chip.
     """
     for chip in CHIPS:
         if device_kind == chip.name or re.fullmatch(chip.kind, device_kind):
@@ -123,16 +123,16 @@ def find_chip(device_kind: str) -> Chip | None:
 def count_flops(fn: Callable[..., Any], *args: Any) -> int:
     """Counts the FLOPs of the matrix products of `fn(*args)`, summed over all devices of the mesh.
 
-    Those of convolutions too; a multiply-add is two. A scan counts as often as it is long, a branch
-    as its most expensive case, the body of a `shard_map` once for each device of its mesh axes.
-    Values that no result depends on count nothing, as in a compiled program. Recomputation
-    (`jax.checkpoint`) counts again. What is replicated outside of `shard_map` counts once.
+    Convolutions are included; a multiply-add is two FLOPs. The body of a scan is multiplied by its
+    length, and that of a `shard_map` by the number of devices along its mesh axes. A conditional
+    counts as its most expensive branch. As in a compiled program, recomputation (`jax.checkpoint`)
+    counts and unused values do not. Replicated computation outside of `shard_map` counts once.
 
     Args:
         *args: arrays or `jax.ShapeDtypeStruct`s, in any tree.
 
     Raises:
-        ValueError: a while loop, whose trip count is not known.
+        ValueError: there is a while loop, whose trip count is unknown.
     """
     return count_jaxpr_flops(jax.make_jaxpr(fn)(*args).jaxpr)
 
@@ -141,11 +141,11 @@ def count_jaxpr_flops(jaxpr: Jaxpr | ClosedJaxpr, *, leave_out: str | None = Non
     """Counts the FLOPs of a jaxpr; see `count_flops`.
 
     Args:
-        leave_out: a `jax.named_scope` of the function whose operations do not count.
+        leave_out: name of a `jax.named_scope` to exclude.
     """
     if isinstance(jaxpr, ClosedJaxpr):
         jaxpr = jaxpr.jaxpr
-    # Without what none of the results depends on.
+    # Remove what no result depends on.
     live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
     read = set(map(id, live.outvars))
     for eqn in live.eqns:
@@ -179,7 +179,7 @@ def _count_equation(eqn: Any) -> int:
             return count_jaxpr_flops(params["jaxpr"]) * num_devices
         case "pallas_call":
             estimate = params["cost_estimate"]
-            if estimate is not None:  # without what the kernel multiplies by zeros
+            if estimate is not None:  # excludes the kernel's multiplications by zero
                 return estimate.flops
             return count_jaxpr_flops(params["jaxpr"]) * math.prod(params["grid_mapping"].grid)
         case name if name in _CUDNN_PRODUCTS:
@@ -191,17 +191,17 @@ def _count_equation(eqn: Any) -> int:
                 "count_flops: a while loop, whose trip count is not known; loop with jax.lax.scan "
                 "or with jax.lax.fori_loop over Python integers"
             )
-    # The functions that jit, checkpoint, custom derivatives and the like call.
+    # Inner functions of jit, checkpoint, custom derivatives and other calls.
     inner = [value for value in params.values() if isinstance(value, Jaxpr | ClosedJaxpr)]
     return sum(map(count_jaxpr_flops, inner))
 
 
 def _count_convolution(eqn: Any) -> int:
-    """Every output element sums over the window and its group's input channels.
+    """Counts the FLOPs of a convolution, without multiplications by padding or dilation zeros.
 
-    A convolution's gradients are convolutions over padded or dilated inputs; the zeros put in
-    there cost nothing, so the smallest of the three equivalent counts is the true one: output,
-    input or kernel elements, each times what it meets.
+    The gradients of a convolution are convolutions over padded or dilated inputs, whose zeros do
+    not count. The true number is therefore the smallest of three equivalent counts: by output,
+    input or kernel elements.
     """
     image, kernel, out = (variable.aval for variable in (*eqn.invars[:2], *eqn.outvars))
     spec = eqn.params["dimension_numbers"]
@@ -214,7 +214,7 @@ def _count_convolution(eqn: Any) -> int:
     return 2 * examples * channels_in * channels_out * pairs
 
 
-# Kernels of cuDNN's attention, and how many products of queries and keys each computes.
+# cuDNN's attention kernels, and the number of [queries, keys] matrix products in each.
 _CUDNN_PRODUCTS = {
     "dot_product_attention_fwd_wrapper": 2,
     "dot_product_attention_bwd_wrapper": 5,

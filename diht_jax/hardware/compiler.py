@@ -1,6 +1,6 @@
-"""Settings of XLA that the training command makes: flags for its machine, and a compile cache.
+"""XLA settings of the training command: compiler flags for its machine, and a compilation cache.
 
-Both are set before JAX has asked for devices. What a user has set in the environment stays.
+Both must be set before JAX initialises its devices. The user's environment takes precedence.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from typing import Any
 import jax
 from absl import logging
 
-# NVIDIA GPUs. Collectives run next to the computation (the scheduler hides their latency, on a
-# stream that goes first, also those between the trips of a loop), and small ones as one.
+# NVIDIA GPUs. Collectives overlap with computation (latency-hiding scheduler, high-priority stream,
+# pipelining across the iterations of a loop), and small ones are combined.
 # From JAX's GPU performance tips and MaxText's settings for H100s, without
-# xla_gpu_enable_pipelined_all_gather: with split parameters and micro-batches it pulls a whole
-# forward pass into the next trip (docs/benchmarks/gpus.md).
-# Each process times the kernels it chooses from by itself: divided among the processes, as XLA does
-# by default, those that compile a program wait a day for one that has it in its cache already.
+# xla_gpu_enable_pipelined_all_gather: with sharded parameters and micro-batches it moves a whole
+# forward pass into the next iteration (docs/benchmarks/gpus.md).
+# Every process autotunes all kernels. With sharded autotuning, XLA's default, processes that
+# compile a program would wait a day for a process that finds it in its cache.
 GPU_FLAGS = (
     "--xla_gpu_shard_autotuning=false",
     "--xla_gpu_enable_latency_hiding_scheduler=true",
@@ -38,8 +38,8 @@ GPU_FLAGS = (
     "--xla_gpu_enable_pipelined_all_reduce=true",
     "--xla_gpu_enable_pipelined_reduce_scatter=true",
 )
-# TPUs. The latency-hiding scheduler is on by default; these fuse collectives with computation and
-# let gradients be summed while the backward pass goes on. From MaxText's settings for v5e and v5p.
+# TPUs. The latency-hiding scheduler is on by default. These flags fuse collectives with computation
+# and overlap the reduction of gradients with the backward pass. From MaxText's for v5e and v5p.
 TPU_FLAGS = (
     "--xla_enable_async_all_gather=true",
     "--xla_tpu_enable_async_collective_fusion=true",
@@ -49,22 +49,22 @@ TPU_FLAGS = (
     "--xla_tpu_enable_data_parallel_all_reduce_opt=true",
     "--xla_tpu_data_parallel_opt_different_sized_ops=true",
 )
-# Kernels whose sums have one order; the others are not taken.
+# Excludes kernels with a nondeterministic order of summation.
 DETERMINISTIC_FLAGS = ("--xla_gpu_exclude_nondeterministic_ops=true",)
-# Where the compilers read them: the platform's name -> (environment variable, flags).
+# Platform name -> (environment variable that its compiler reads, flags).
 FLAGS = {"gpu": ("XLA_FLAGS", GPU_FLAGS), "tpu": ("LIBTPU_INIT_ARGS", TPU_FLAGS)}
 
 _CPU_INFO = pathlib.Path("/proc/cpuinfo")
 
 
 def set_flags(platform_name: str | None, extra: Sequence[str] = ()) -> str:
-    """Adds the flags for a platform to the environment, but for those that it has already.
+    """Adds the flags of a platform to the environment, except those that are already set.
 
     Args:
-        platform_name: "gpu", "tpu", or anything else for none.
+        platform_name: "gpu" or "tpu"; any other platform has no flags.
 
     Returns:
-        One line for the log; empty where there is nothing to set.
+        One line for the log; empty if there is nothing to set.
     """
     if platform_name not in FLAGS:
         return ""
@@ -77,11 +77,11 @@ def set_flags(platform_name: str | None, extra: Sequence[str] = ()) -> str:
 
 
 def deterministic_flags(platform_name: str | None, folder: str) -> tuple[str, ...]:
-    """What a GPU needs for the same bits at every start; empty for other platforms.
+    """Returns the flags for bit-identical results across starts on GPUs; empty for other platforms.
 
     Args:
-        folder: keeps which kernels were the fastest, so that the next start takes the same ones; is
-            made. A URL keeps nothing: there the compiled programs have to be kept.
+        folder: local folder for autotuning results, so that later starts choose the same kernels;
+            created if missing. With a URL they are not stored; cache compiled programs instead.
     """
     if platform_name != "gpu":
         return ()
@@ -94,15 +94,15 @@ def deterministic_flags(platform_name: str | None, folder: str) -> tuple[str, ..
 
 
 def compiler_options(platform_name: str) -> dict[str, bool | int]:
-    """The same flags for one compilation, but for those that the environment has already.
+    """Returns the flags of a platform as compiler options, except those set in the environment.
 
-    A compiler that is loaded reads no environment any more, and a program may be compiled for
-    another platform than this process's own. Flags of GPUs that this version of XLA has no option
-    for are left out: of jax 0.11.2, those that pipeline sums, which it still takes as flags.
+    A compiler does not read the environment again after it is loaded, and a program may be compiled
+    for another platform than this process's own. GPU flags without an option in this version of XLA
+    are omitted: in jax 0.11.2 those that pipeline reductions, which it still accepts as flags.
 
     Args:
-        platform_name: of the devices to compile for: "gpu", "cuda", "tpu", or anything else for
-            none.
+        platform_name: of the devices to compile for: "gpu", "cuda" or "tpu"; any other platform
+            has no flags.
 
     Returns:
         `compiler_options` of `jax.stages.Lowered.compile`.
@@ -111,7 +111,7 @@ def compiler_options(platform_name: str) -> dict[str, bool | int]:
     variable, wanted = FLAGS.get(platform_name, ("", ()))
     given = {_flag_name(flag) for flag in os.environ.get(variable, "").split()}
     taken = [flag for flag in wanted if _flag_name(flag) not in given]
-    if platform_name == "gpu":  # all of XLA's platforms know the names of its own options
+    if platform_name == "gpu":  # these are XLA's own options, which every platform can check
         taken = [flag for flag in taken if refusal(flag) is None]
     pairs = (flag.lstrip("-").split("=") for flag in taken)
     return {name: json.loads(value) for name, value in pairs}
@@ -119,7 +119,7 @@ def compiler_options(platform_name: str) -> dict[str, bool | int]:
 
 @functools.cache
 def refusal(flag: str) -> str | None:
-    """Error of this process's compiler for a flag as an option, or None."""
+    """Returns the error of this process's compiler for a flag as an option, or None."""
     name, _, value = flag.lstrip("-").partition("=")
     lowered = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((8,), "float32"))
     try:
@@ -130,9 +130,9 @@ def refusal(flag: str) -> str | None:
 
 
 def accelerator() -> str | None:
-    """The accelerator that JAX is going to take: "gpu", "tpu" or None.
+    """Returns the accelerator that JAX will use: "gpu", "tpu" or None.
 
-    Looks at the environment and at device files only: JAX reads its flags when it looks itself.
+    Reads only the environment and device files, because initialising JAX would fix its flags.
     """
     chosen = os.environ.get("JAX_PLATFORMS", "").split(",")[0]
     if chosen:
@@ -146,22 +146,22 @@ def accelerator() -> str | None:
 
 
 def has_tpu() -> bool:
-    """True if this host has TPUs and the package that drives them."""
+    """Returns whether this host has TPUs and the package libtpu."""
     found = _has_device("accel[0-9]*") or _has_device("vfio/[0-9]*")
     return found and importlib.util.find_spec("libtpu") is not None
 
 
 def keep_programs(folder: str | None, max_gib: float = math.inf) -> None:
-    """Keeps compiled programs for the next start, unless the environment names a folder for that.
+    """Enables JAX's persistent compilation cache, unless the environment sets its folder.
 
-    Those that take over a second to compile (`JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS`).
-    Programs for a CPU may use instructions that another CPU lacks, also where JAX takes both for
-    the same; hence a subfolder for each kind of CPU.
+    It stores programs that take over a second to compile
+    (`JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS`). Programs for a CPU may use instructions that
+    another CPU lacks, even if JAX does not distinguish them; so each kind of CPU has a subfolder.
 
     Args:
-        folder: a path, `~` allowed, or the URL of a store; empty or None keeps nothing.
-        max_gib: of a subfolder; what was used least recently makes room. Nothing is deleted in a
-            store, whose files cannot be locked, nor where `JAX_COMPILATION_CACHE_MAX_SIZE` is set.
+        folder: path (`~` is expanded) or URL; empty or None disables the cache.
+        max_gib: size limit of a subfolder, with least-recently-used eviction. It does not apply to
+            URLs, whose files cannot be locked, or if `JAX_COMPILATION_CACHE_MAX_SIZE` is set.
     """
     settings: Any = jax.config  # has an attribute for each of its flags
     if not folder or settings.jax_compilation_cache_dir:
@@ -188,10 +188,10 @@ def keep_programs(folder: str | None, max_gib: float = math.inf) -> None:
 
 
 def _add_times_of_use(folder: pathlib.Path) -> None:
-    """Gives a time of last use to the programs that lack one: those kept without a bound.
+    """Adds missing access-time files to a cache that may have been written without a size limit.
 
-    JAX writes that time next to each program of a cache with a bound. Where one is missing, as also
-    after a process was killed between the two, it can make no room and keeps nothing any more.
+    JAX writes this file next to each program if the cache has a limit. If one is missing, also
+    after a process was killed between the two writes, JAX cannot evict and stores nothing anymore.
     """
     for program in folder.glob("*-cache"):
         time_of_use = folder / f"{program.name.removesuffix('-cache')}-atime"
@@ -210,14 +210,14 @@ def _flag_name(flag: str) -> str:
 
 
 def _cpu_digest() -> str:
-    """Sixteen digits that differ between kinds of CPU."""
+    """Returns a hash of 16 hexadecimal digits that identifies the kind of CPU."""
     facts = f"{platform.machine()} {platform.processor()}"
     try:
         info = _CPU_INFO.read_text()
     except OSError:
         info = ""
     for key in ("vendor_id", "cpu family", "model", "model name", "flags", "Features"):
-        # Of the first core.
+        # The first core's entry.
         found = re.search(rf"^{key}\s*:(.*)$", info, re.MULTILINE)
         facts += f"\n{key}: {found[1].strip() if found else ''}"
     return hashlib.sha256(facts.encode()).hexdigest()[:16]

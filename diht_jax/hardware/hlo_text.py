@@ -1,4 +1,4 @@
-"""The text of optimised HLO: instructions, sizes of arrays, and groups of devices."""
+"""Parser of the text of optimised HLO: instructions, array sizes, and groups of devices."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from collections.abc import Iterator
 import numpy as np
 
 _BITS = {"pred": 8, "bf16": 16, "f8": 8, "token": 0, "tuple": 0, "opaque": 0}
-# Devices in HLO's notation: [4,8]T(1,0) is 0, 1, ... 31 as [4, 8], transposed.
+# Devices in HLO's iota notation: [4,8]T(1,0) is 0, 1, ... 31 as [4, 8], transposed.
 _IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation."""
+    """One instruction (line) of a computation."""
 
     name: str
     type_text: str
     opcode: str
     operands: tuple[str, ...]
-    text: str  # what follows the operands
+    text: str  # attributes after the operands
     is_root: bool
 
     def callee(self, attribute: str) -> str:
-        """The computation that an attribute such as `body` names."""
+        """Returns the name of the computation in an attribute such as `body`."""
         found = re.search(rf"\b(?:{attribute})=%?([\w.\-]+)", self.text)
         assert found is not None
         return found.group(1)
@@ -34,7 +34,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A program: its computations by name, each with its instructions by name."""
+    """An HLO module: its computations by name, each with its instructions by name."""
 
     computations: dict[str, dict[str, Instruction]]
     entry: str
@@ -79,7 +79,7 @@ def _parse_instruction(text: str, name: str, root: str | None) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Index of the parenthesis that closes the one at `start`."""
+    """Returns the index of the parenthesis that closes the one at `start`."""
     depth = 0
     for index in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[index], 0)
@@ -89,7 +89,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def arrays_of(type_text: str) -> Iterator[tuple[int, bool]]:
-    """Yields (bytes, whether in main memory) for each array of a type, which may be a tuple."""
+    """Yields (bytes, whether it is in HBM) for each array of a type, which may be a tuple."""
     pattern = r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?"
     for dtype, sizes, layout in re.findall(pattern, type_text):
         elements = math.prod(int(size) for size in sizes.split(",") if size)
@@ -104,26 +104,26 @@ def _bits(dtype: str) -> int:
 
 
 def all_bytes(type_text: str) -> int:
-    """Size of all arrays of a type."""
+    """Returns the bytes of all arrays of a type."""
     return sum(size for size, _ in arrays_of(type_text))
 
 
 def main_memory_bytes(type_text: str) -> int:
-    """Size of the arrays of a type that are in main memory."""
+    """Returns the bytes of the arrays of a type that are in HBM."""
     return sum(size for size, in_main_memory in arrays_of(type_text) if in_main_memory)
 
 
 def _shape(type_text: str) -> list[int]:
-    """Shape of the first array of a type."""
+    """Returns the shape of the first array of a type."""
     sizes = re.search(r"\[([\d,]*)\]", type_text)
     return _integers(sizes.group(1)) if sizes and sizes.group(1) else []
 
 
 def product_flops(instruction: Instruction, computation: dict[str, Instruction]) -> tuple[int, int]:
-    """FLOPs of one matrix product: (all others, those of float32 numbers in full precision).
+    """Returns the FLOPs of one matrix product, as (lower precision, full-precision float32).
 
-    Of `dot`, and of what XLA calls cuBLAS, cuDNN's convolutions and its attention for. A TPU's
-    products are convolutions, whose cost its compiler estimates.
+    Counts `dot`, and calls of cuBLAS and of cuDNN's convolutions and attention. On TPUs, matrix
+    products are convolutions, whose cost the compiler estimates.
     """
     text = instruction.text
     library = re.search(r"__cublas\$|__cudnn\$(?:conv|fmha)", text)
@@ -153,17 +153,16 @@ def product_flops(instruction: Instruction, computation: dict[str, Instruction])
 
 
 def _json_integers(key: str, text: str) -> list[int]:
-    """The first list of this name in the text of a JSON object, of numbers in quotes."""
+    """Returns the first list of quoted integers with this key in the text of a JSON object."""
     found = re.search(rf'"{key}":\s*\[([^\]]*)\]', text)
     return [int(number) for number in re.findall(r"\d+", found.group(1))] if found else []
 
 
 def read_groups(text: str, num_devices: int) -> np.ndarray:
-    """Reads `replica_groups`, in any of its three notations, or the pairs of a permutation.
+    """Reads `replica_groups` in any of its three notations, or the pairs of a permutation.
 
     Returns:
-        int [groups, devices], positions in the mesh; one group of all devices where the text names
-        none.
+        int [groups, devices], positions in the mesh; one group of all devices if the text has none.
     """
     mesh = re.search(r"replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}", text)
     if mesh:
@@ -201,7 +200,7 @@ def _integers(text: str) -> list[int]:
 def trip_count(
     module: Module, loop: Instruction, computation: dict[str, Instruction]
 ) -> int | None:
-    """Number of times a `while` of a computation runs; None where its text does not say so."""
+    """Returns the trip count of a `while` of a computation, or None if it is unknown."""
     known = re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.text)
     if known:
         return int(known.group(1))
@@ -222,7 +221,7 @@ def trip_count(
 
 
 def _start_value(loop: Instruction, index: int, computation: dict[str, Instruction]) -> int | None:
-    """The constant that a loop's counter starts from."""
+    """Returns the constant initial value of a loop's counter, or None."""
     state = computation.get(loop.operands[0])
     if state is None or state.opcode != "tuple":
         return None

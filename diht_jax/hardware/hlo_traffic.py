@@ -1,7 +1,7 @@
 """Work, memory traffic and collectives of a compiled program, read from its optimised HLO.
 
-Every instruction counts as often as it runs, by the trip counts of the loops around it. The FLOPs
-of a whole step are counted by `chips`, on the jaxpr.
+Every instruction is multiplied by the trip counts of its enclosing loops. The FLOPs of a whole step
+are counted from the jaxpr instead (`chips.count_flops`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ COLLECTIVES = (
 )
 
 _PRODUCTS = ("dot", "convolution")
-# Instructions that read and write nothing themselves.
+# Instructions without memory traffic.
 _FREE = frozenset(
     [
         "parameter",
@@ -57,60 +57,60 @@ class Collective:
     """One kind of communication, summed over the program, for one device."""
 
     kind: str  # one of `COLLECTIVES`
-    group_size: int  # devices that take part together; 2 for a permutation
-    count: int  # how often it runs
-    payload_bytes: int  # of the array that is reduced, gathered (its whole) or passed on
-    # What a device sends over its links with a bandwidth-optimal algorithm: (g-1)/g of the payload
-    # to gather, to scatter or to exchange, twice that to reduce, all of it to permute.
+    group_size: int  # devices of a group; 2 for a permutation
+    count: int  # number of executions
+    payload_bytes: int  # of the array that is reduced, gathered (the result) or sent
+    # Bytes that a device sends with a bandwidth-optimal algorithm: (g-1)/g of the payload to
+    # gather, scatter or exchange, twice that to all-reduce, all of it to permute.
     sent_bytes: int
-    span: int  # devices of the mesh from the first to the last one that communicate, at most
+    span: int  # largest extent of a group in the mesh, from its first to its last device
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one instruction does on one device each time it runs, in the order of the program."""
+    """Work of one execution of an instruction on one device, in the order of the program."""
 
-    # "products", "kernels" (attention), "element-wise" (with sums), "copies", "collectives", or
-    # "loop".
+    # "products", "kernels" (attention), "element-wise" (includes reductions), "copies",
+    # "collectives", or "loop".
     kind: str
     memory_bytes: int = 0  # read from and written to main memory (HBM)
-    cycles: int = 0  # of a TPU's core in products, as its compiler estimates them, and in kernels
-    flops: int = 0  # of matrix products, those of `float32_flops` left out; not known on a TPU
-    float32_flops: int = 0  # of matrix products of float32 numbers in their full precision
-    collective: Collective | None = None  # communication, once
-    starts: str | None = None  # name of what goes on while the next instructions run
-    waits_for: str | None = None  # name of what has to be done before the next instruction begins
+    cycles: int = 0  # of a TPU core: the compiler's estimate for products, the count for kernels
+    flops: int = 0  # of matrix products, without `float32_flops`; unknown on a TPU
+    float32_flops: int = 0  # of matrix products of float32 numbers in full precision
+    collective: Collective | None = None  # communication of one execution
+    starts: str | None = None  # name of the asynchronous operation that it starts
+    waits_for: str | None = None  # name of the asynchronous operation that it waits for
     body: tuple[Work, ...] = ()  # of a loop
-    trips: int = 1  # how often the body runs
+    trips: int = 1  # trip count of the loop
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
     """Memory traffic and communication of one device."""
 
-    # Read from and written to the device's main memory (HBM), by the operands and results of the
-    # program's instructions.
+    # Read from and written to the device's main memory (HBM) by operands and results of
+    # instructions.
     memory_bytes: int
-    collectives: tuple[Collective, ...]  # by kind and group size, largest first
-    unknown_loops: int  # loops whose trip count could not be read; their bodies are counted once
+    collectives: tuple[Collective, ...]  # by kind, group size and span, most sent bytes first
+    unknown_loops: int  # number of loops with an unknown trip count, counted as one iteration
     # `memory_bytes` by the `kind` of `Work`, largest first.
     bytes_by_kind: dict[str, int] = dataclasses.field(default_factory=dict)
-    work: tuple[Work, ...] = ()  # all of it, in the order of the program
-    unknown_kernels: int = 0  # a TPU's own kernels whose cycles are not known
+    work: tuple[Work, ...] = ()  # all work, in the order of the program
+    unknown_kernels: int = 0  # number of TPU (Mosaic) kernels whose cycles are unknown
 
     @property
     def sent_bytes(self) -> int:
-        """Over the links, all collectives together."""
+        """Bytes sent over the links by all collectives."""
         return sum(c.sent_bytes for c in self.collectives)
 
 
 def count_traffic(hlo_text: str, kernel_cycles: Mapping[str, int] | None = None) -> Traffic:
-    """Counts what a program moves and computes, with the cycles of its `tpu_kernels` by name."""
+    """Counts the traffic and work of a program; `kernel_cycles` are those of its `tpu_kernels`."""
     return _Counter(parse_module(hlo_text), kernel_cycles or {}).run()
 
 
 def tpu_kernels(hlo_text: str) -> list[str]:
-    """Names of the instructions that run a TPU's own (Mosaic) kernels."""
+    """Returns the names of the instructions that run TPU (Mosaic) kernels."""
     return re.findall(r"^\s+(?:ROOT )?%?([\w.\-]+) = .*\"tpu_custom_call\"", hlo_text, re.MULTILINE)
 
 
@@ -130,7 +130,7 @@ def _is_bookkeeping(instruction: Instruction) -> bool:
 
 
 def flatten(work: Iterable[Work], times: int = 1) -> Iterator[tuple[int, Work]]:
-    """Yields what is no loop, each with how often it runs."""
+    """Yields (number of executions, work) for all work inside and outside of loops."""
     for item in work:
         if item.body:
             yield from flatten(item.body, times * item.trips)
@@ -139,13 +139,13 @@ def flatten(work: Iterable[Work], times: int = 1) -> Iterator[tuple[int, Work]]:
 
 
 class _Counter:
-    """Walks the computations from the entry."""
+    """Counts the traffic of a module by visiting its computations from the entry."""
 
     def __init__(self, module: Module, kernel_cycles: Mapping[str, int]):
         self._module = module
         self._kernel_cycles = kernel_cycles
         self._unknown_loops = self._unknown_kernels = 0
-        # The TPU compiler spreads one collective over several fusions, each a link of a chain.
+        # The TPU compiler splits a collective over several fusions, which form a chain.
         self._links_left = collections.Counter(
             chain
             for computation in module.computations.values()
@@ -239,7 +239,7 @@ class _Counter:
         return "copies" if is_copy else "element-wise"
 
     def _has_product(self, name: str) -> bool:
-        """True if a computation holds a matrix product, at any depth."""
+        """Returns whether a computation contains a matrix product, at any depth."""
         return any(
             instruction.opcode in _PRODUCTS
             or (instruction.opcode == "fusion" and self._has_product(instruction.callee("calls")))
@@ -255,7 +255,7 @@ class _Counter:
         operands = [computation[name] for name in instruction.operands if name in computation]
         written = main_memory_bytes(instruction.type_text)
         if opcode in ("copy-start", "slice-start"):
-            # (destination, source, context); a slice's source is first, and whole.
+            # (destination, source, context); for a slice the whole source is first.
             arrays = list(arrays_of(instruction.type_text))[:2]
             moved = min(size for size, _ in arrays)
             return sum(moved for _, in_main_memory in arrays if in_main_memory)
@@ -271,7 +271,7 @@ class _Counter:
         return sum(read) + written
 
     def _fusion_bytes(self, body: dict[str, Instruction], read: list[int]) -> int:
-        """Like its parts: a slice of an operand reads the slice, an update in place writes it."""
+        """Counts only the slices that a fusion reads of its operands or updates in place."""
         total = 0
         users = collections.defaultdict(list)
         for instruction in body.values():
@@ -345,7 +345,7 @@ class _Counter:
         share = (size - 1) / size
         sent = share * payload
         if kind == "all-reduce" and computation_name.startswith("all-reduce-scatter"):
-            kind = "reduce-scatter"  # which the TPU compiler fuses of an all-reduce and a slice
+            kind = "reduce-scatter"  # the TPU compiler fuses an all-reduce with a slice
         elif kind == "all-reduce":
             sent = 2 * share * payload
         elif kind == "all-gather":

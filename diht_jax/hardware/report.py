@@ -1,8 +1,8 @@
-"""A compiled training step in numbers, and as text.
+"""Report of a compiled training step: memory, FLOPs, traffic and bounds on its time.
 
-The numbers are collected by `diht_jax.compile`. The times are bounds and not measurements, at the
-rates of `chips`: the program's instructions one after the other as they are scheduled, and, as an
-older and weaker bound, the largest of all products, all memory traffic and all communication.
+`diht_jax.compile` collects the numbers. Times are bounds at the rates of `chips`, not measurements.
+The main bound runs the instructions in sequence, as scheduled. A weaker one is the maximum of all
+products, all memory traffic and all communication.
 """
 
 from __future__ import annotations
@@ -16,61 +16,60 @@ from diht_jax.hardware.hlo_traffic import Collective, Traffic
 from diht_jax.hardware.schedule import scheduled_secs
 from diht_jax.hardware.topologies import Topology
 
-# Side of the photos -> images per second of one core, read, decoded, cropped to 224 px and
-# tokenized: `diht_jax` of benchmarks/results/input_pipeline.json, on an AMD EPYC.
+# Image side -> images per second that one AMD EPYC core reads, decodes, crops to 224 px and
+# tokenizes: `diht_jax` of benchmarks/results/input_pipeline.json.
 IMAGES_PER_CORE_SEC = {"384 px": 1438.9, "512 px": 980.2, "256 to 1024 px": 810.4}
 
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """The least time that a step can take, and what follows for MFU."""
+    """Lower bounds on the time of a step, and the resulting upper bounds on MFU."""
 
     compute_secs: float  # matrix products at the peak rate
     memory_secs: float  # memory traffic at the memory's bandwidth
-    network_secs: float  # what is sent, at the bandwidth of the links that can be used for it
-    latency_secs: float  # latencies of the collectives, one after the other
-    # The largest of products, memory, and network with its latency: everything else hidden behind
-    # it.
+    network_secs: float  # sent bytes at the bandwidth of the links that a collective can use
+    latency_secs: float  # sum of the latencies of the collectives
+    # Maximum of products, memory, and network with latency, if everything overlaps.
     step_secs: float
     mfu: float  # bound, `model_flops / (peak step_secs)`
-    # Seconds of the program as it is scheduled, by what the instructions do.
+    # Seconds of the program as scheduled, by the kind of `hlo_traffic.Work`.
     secs_by_kind: dict[str, float]
-    scheduled_secs: float  # their sum, the bound that is reported
+    scheduled_secs: float  # their sum, or `step_secs` if larger; the reported bound
     scheduled_mfu: float  # bound, `model_flops / (peak scheduled_secs)`
 
 
 @dataclasses.dataclass(frozen=True)
 class StepReport:
-    """A compiled training step. Everything is for one device and one step."""
+    """Numbers of a compiled training step, for one device and one step."""
 
-    topology: Topology  # what it was compiled for
+    topology: Topology  # the target of the compilation
     mesh: dict[str, int]  # size of each axis
     batch_size: int  # global, in examples
     attention: dict[str, str]  # kernel of each tower
-    loss_form: tuple[str, str]  # how the contrastive loss is computed, and why
+    loss_form: tuple[str, str]  # form of the contrastive loss, and the reason for it
     # The config's settings that trade FLOPs for memory.
     micro_batch: int | None
     remat: str
-    memory_limit_bytes: int | None  # what a program may use; None where not known
-    argument_bytes: int  # state and batch; the state is donated: its result needs no other room
-    # Set aside for intermediate values; None where the compiler gave up.
+    memory_limit_bytes: int | None  # available to a program; None if unknown
+    argument_bytes: int  # state and batch; the donated state shares its memory with the result
+    # Allocated for intermediate values; None if the compiler rejected the program as too large.
     temporary_bytes: int | None
-    peak_bytes: int  # all values that are alive at once, the program included
-    # What must fit. On a TPU the peak, which is what its compiler's own limit follows (its size of
-    # the temporaries counts more than is ever held); elsewhere, where the peak leaves temporaries
-    # out, arguments, results, temporaries and the program.
+    peak_bytes: int  # all values that are live at once, including the program
+    # The number to compare with the limit. On a TPU it is the peak, like in the compiler's own
+    # check; the size of its temporaries counts more than is live at once. Elsewhere the peak
+    # excludes temporaries, so it is the sum of arguments, results, temporaries and the program.
     needed_bytes: int
-    fits: bool  # whether it runs within the memory
-    flops: int  # of matrix products, recomputation included
-    model_flops: int  # without, which MFU is measured by
-    traffic: Traffic | None  # memory and communication; None where the compiler gave up
-    # Time spent on this machine.
+    fits: bool  # whether it fits into memory
+    flops: int  # of matrix products, including recomputation
+    model_flops: int  # without recomputation, for MFU
+    traffic: Traffic | None  # None if the compiler rejected the program as too large
+    # Wall time on this machine.
     trace_secs: float
     compile_secs: float
 
     @property
     def roofline(self) -> Roofline | None:
-        """The bound on the step's time; None where chip or traffic are not known."""
+        """Bounds on the step's time; None if chip or traffic are unknown."""
         chip, traffic = self.topology.chip, self.traffic
         if chip is None or traffic is None:
             return None
@@ -93,7 +92,7 @@ class StepReport:
 
 
 def collective_secs(topology: Topology, collective: Collective) -> tuple[float, float]:
-    """Seconds that it takes to send all that a collective sends, and one latency of it."""
+    """Returns the seconds to send the bytes of a collective, and the latency of one execution."""
     bandwidth = link_bandwidth(topology, collective)
     assert topology.chip is not None  # it has a bandwidth
     link = topology.chip.link(between_hosts=crosses_hosts(topology, collective))
@@ -101,12 +100,12 @@ def collective_secs(topology: Topology, collective: Collective) -> tuple[float, 
 
 
 def link_bandwidth(topology: Topology, collective: Collective) -> float:
-    """Bytes per second that a device can send in a collective; the chip must be known.
+    """Returns the bytes per second that a device can send in a collective; needs a known chip.
 
-    On a torus of d axes a chip has 2 d links. A permutation uses one of them; a collective over
-    all devices can use all; one over some of the devices is counted as a ring along one axis, both
-    ways. GPUs of a host send through a switch, at the full rate. Between hosts the members of a
-    group that share a host share their network cards; in a permutation every GPU has its own.
+    On a torus of d axes a chip has 2 d links. A permutation uses one of them, and a collective over
+    all devices all of them. A collective over some devices counts as a bidirectional ring along one
+    axis. GPUs of a host send through a switch at the full rate. Between hosts, the members of a
+    group on the same host share their network cards; in a permutation every GPU has its own.
     """
     chip, is_permutation = topology.chip, collective.kind == "collective-permute"
     assert chip is not None
@@ -124,12 +123,12 @@ def link_bandwidth(topology: Topology, collective: Collective) -> float:
 
 
 def crosses_hosts(topology: Topology, collective: Collective) -> bool:
-    """True if GPUs of several hosts take part: more of the mesh than the GPUs of a host."""
+    """Returns whether GPUs of several hosts take part: the span exceeds the GPUs of a host."""
     return collective.span > topology.shape[-1]
 
 
 def describe_step(report: StepReport) -> str:
-    """Formats memory, FLOPs, traffic, communication, roofline and verdict as a page."""
+    """Formats memory, FLOPs, traffic, communication, roofline and verdict as text."""
     devices = report.topology.devices
     micro_batch = "none" if report.micro_batch is None else f"{report.micro_batch:,}"
     lines = [
@@ -159,7 +158,7 @@ def describe_step(report: StepReport) -> str:
 
 
 def num_hosts(topology: Topology) -> int:
-    """Hosts that read the input: GPUs by the shape, a TPU slice as its compiler counts them."""
+    """Returns the number of hosts: for GPUs from the shape, for a TPU slice from its compiler."""
     chip = topology.chip
     if chip is not None and not chip.num_links:
         return math.prod(topology.shape[:-1])
@@ -167,7 +166,7 @@ def num_hosts(topology: Topology) -> int:
 
 
 def describe_input(topology: Topology, images_per_sec: float) -> list[str]:
-    """Formats how many cores of each host keep up with the images per second of all devices."""
+    """Formats the CPU cores of a host that decode `images_per_sec`, the rate of all devices."""
     hosts = num_hosts(topology)
     of_host = images_per_sec / hosts
     cores = {side: math.ceil(of_host / rate) for side, rate in IMAGES_PER_CORE_SEC.items()}
@@ -185,7 +184,7 @@ def describe_input(topology: Topology, images_per_sec: float) -> list[str]:
 
 
 def describe_try(report: StepReport, changes: dict[str, Any]) -> str:
-    """Formats an attempt at other settings as one line."""
+    """Formats the result of other settings as one line."""
     outcome = "fits" if report.fits else "too large"
     least = f", {_ms(estimate.scheduled_secs)}" if (estimate := report.roofline) else ""
     return (
@@ -200,7 +199,7 @@ def describe_changes(changes: dict[str, Any]) -> str:
 
 
 def describe_proposal(before: StepReport, best: StepReport, changes: dict[str, Any]) -> str:
-    """Formats the fastest settings that fit as flags, with what they change."""
+    """Formats the fastest settings that fit as flags, with the change in step time."""
     if not changes:
         return "none of them is faster and fits"
     gained = ""
@@ -210,7 +209,7 @@ def describe_proposal(before: StepReport, best: StepReport, changes: dict[str, A
 
 
 def describe_found(changes: dict[str, Any] | None) -> str:
-    """Formats settings that fit as flags; None stands for none that does."""
+    """Formats settings that fit as flags; None means that no settings fit."""
     if changes is None:
         return "none fits; take more devices, a larger config.mesh.fsdp, or a smaller batch"
     return f"what fits: {describe_changes(changes)}"
@@ -309,7 +308,7 @@ def _verdict(report: StepReport) -> str:
 
 
 def _has_hosts(report: StepReport) -> bool:
-    """True for GPUs of several hosts."""
+    """Returns whether the topology is GPUs of several hosts."""
     chip, shape = report.topology.chip, report.topology.shape
     return chip is not None and not chip.num_links and len(shape) > 1
 

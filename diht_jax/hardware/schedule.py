@@ -1,14 +1,14 @@
-"""The least time of a compiled program that runs one instruction after the other.
+"""Lower bound on the time of a compiled program whose instructions run in sequence.
 
-XLA runs a device's instructions in order: a LayerNorm does not run under the next product. Each
-takes the longest of its memory traffic, its products and, for a TPU's own kernels, its cycles; only
-what the program itself starts and waits for later (copies, collectives) goes on under what stands
-between. Copies take the memory's time that those instructions leave, collectives the links'.
+XLA runs a device's instructions in order: a LayerNorm does not overlap with the next product. The
+time of an instruction is the maximum of its memory traffic, its products and, for a TPU (Mosaic)
+kernel, its cycles. Only asynchronous operations (copies, collectives) overlap with the instructions
+between their start and end, in the memory or link bandwidth that these leave free.
 
-A TPU's own kernel that waits for its own products, or for the vector units, takes longer than its
-bytes and its products; nothing in the optimised HLO says how long. The compiler can write the
-instruction bundles of each kernel, of which a core issues one a cycle. They are counted with the
-trips of the loops around them, branches as if they were taken. Waiting for memory is not in them.
+A TPU kernel that waits for its products or for the vector units takes longer than its traffic and
+FLOPs. Optimised HLO does not contain its time, but the compiler can dump each kernel's instruction
+bundles, of which a core issues one a cycle. Bundles are multiplied by the trip counts of their
+loops, and all branches count as taken. Stalls for memory are not included.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _BACK = re.compile(r"sbr\.rel \(!%(p\d+)_p\d+\)")
 def scheduled_secs(
     work: Iterable[Work], chip: Chip, collective_secs: Callable[[Collective], float]
 ) -> dict[str, float]:
-    """Seconds that the program takes at least, by the `kind` of `Work`, largest first.
+    """Returns the least seconds of a program by the `kind` of `Work`, largest first.
 
     Args:
-        collective_secs: of one collective, latency included.
+        collective_secs: returns the seconds of one collective, including latency.
     """
     timeline = _Timeline(chip, collective_secs)
     timeline.run(work)
@@ -49,14 +49,14 @@ def scheduled_secs(
 
 
 class _Timeline:
-    """Runs the work of one computation once."""
+    """Simulates one execution of a computation."""
 
     def __init__(self, chip: Chip, collective_secs: Callable[[Collective], float]):
         self._chip, self._collective_secs = chip, collective_secs
-        self.secs: Any = collections.Counter()  # by kind; fractions, which its type does not know
-        # Time in which memory, or the links, were free for what goes on besides.
+        self.secs: Any = collections.Counter()  # by kind; Any, because a Counter's type is int
+        # Seconds for which the memory or the links were idle.
         self.free = {"copies": 0.0, "collectives": 0.0}
-        # What goes on, in order, with the seconds that it still needs.
+        # Asynchronous operations in flight, in order, with their remaining seconds.
         self._pending: dict[str, dict[str, float]] = {"copies": {}, "collectives": {}}
 
     def run(self, work: Iterable[Work]) -> None:
@@ -122,10 +122,10 @@ class _Timeline:
 
 @functools.cache
 def request_dump() -> pathlib.Path | None:
-    """Asks the TPU compiler for bundles, and returns the folder that it writes them to.
+    """Makes the TPU compiler dump instruction bundles, and returns the folder of the dump.
 
-    To be called before libtpu is loaded, which reads its flags then and never again. None where
-    `LIBTPU_INIT_ARGS` asks for a dump of the user's own.
+    Must be called before libtpu is loaded, because it reads its flags only then. Returns None if
+    the user's `LIBTPU_INIT_ARGS` already request a dump.
     """
     given = os.environ.get("LIBTPU_INIT_ARGS", "")
     if "xla_jf_dump" in given:
@@ -142,7 +142,7 @@ def request_dump() -> pathlib.Path | None:
 
 
 def read_kernels(names: Collection[str]) -> dict[str, int]:
-    """Cycles of kernels of the last program that was compiled, by name; empties the folder."""
+    """Returns the cycles of kernels of the last compiled program by name; empties the dump."""
     folder = request_dump() if names else None
     if folder is None:
         return {}
@@ -153,7 +153,7 @@ def read_kernels(names: Collection[str]) -> dict[str, int]:
 
 
 def read_cycles(folder: pathlib.Path, names: Collection[str]) -> dict[str, int]:
-    """Cycles of the kernels with these names, for those that a folder has bundles of."""
+    """Returns the cycles of the kernels with these names that are known from a dump."""
     written = {}
     for path in folder.glob("*-final_bundles.txt"):
         found = re.fullmatch(r"\d+-(.+)-\d+-final_bundles\.txt", path.name)
@@ -172,7 +172,7 @@ def read_cycles(folder: pathlib.Path, names: Collection[str]) -> dict[str, int]:
 
 
 def _read_same(text: str) -> dict[str, str]:
-    """Instruction -> the equal one that was compiled for it."""
+    """Maps each deduplicated instruction to the equal one that was compiled."""
     same, compiled = {}, ""
     for line in text.splitlines():
         if line.startswith("key:"):
@@ -184,7 +184,7 @@ def _read_same(text: str) -> dict[str, str]:
 
 @dataclasses.dataclass
 class _Loop:
-    """Bundles of a loop's body, those of the loops in it by their trips."""
+    """Bundles of a loop's body, with inner loops multiplied by their trip counts."""
 
     depth: int
     cycles: int = 0
@@ -194,13 +194,13 @@ class _Loop:
 
 
 def count_cycles(text: str) -> int | None:
-    """Counts the bundles in the text of a file `final_bundles` that one run of a kernel issues.
+    """Counts the bundles that one run of a kernel issues, from the text of its `final_bundles`.
 
-    A loop runs as often as its exit test says, at most as often as its copies from main memory have
-    windows: a pipelined loop makes two more trips, for the first copy in and the last one out.
+    The trip count of a loop comes from its exit test, but is at most the number of windows of its
+    copies: a pipelined loop has two more iterations, for the first copy in and the last copy out.
 
     Returns:
-        None where the trips of a loop are not known.
+        The cycles, or None if the trip count of a loop is unknown.
     """
     loops, tests = [_Loop(0)], {}
     for line in text.splitlines():
@@ -232,7 +232,7 @@ def count_cycles(text: str) -> int | None:
 
 
 def _close(loops: list[_Loop]) -> bool:
-    """Adds the innermost loop to the one around it; False where its trips are not known."""
+    """Adds the innermost loop to the enclosing one; returns False if its trips are unknown."""
     inner = loops.pop()
     if inner.trips is None or not loops:
         return False

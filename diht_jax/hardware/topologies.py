@@ -1,8 +1,8 @@
 """Topologies of other machines, for ahead-of-time compilation.
 
-A topology is named as Google Cloud names slices, `v5e:16x16`, and GPUs after the same pattern,
-`h100:8` (one host) or `h100:4x8` (hosts x GPUs of a host). Its devices can be put into a mesh,
-lowered and compiled for, but hold no array. Nothing about models or training here.
+Names of TPU slices are those of Google Cloud, `v5e:16x16`. GPUs follow the same pattern: `h100:8`
+(one host) or `h100:4x8` (hosts x GPUs of a host). The devices can form a mesh to lower and compile
+for, but cannot hold arrays.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ LOCAL = "local"
 class Topology:
     """Devices to compile for."""
 
-    name: str  # as asked for
-    chip: Chip | None  # what one of them can do; None for a kind that the table lacks
+    name: str  # as requested
+    chip: Chip | None  # peak rates of a device; None if it is not in the table
     shape: tuple[int, ...]  # of the torus, or (hosts, GPUs of a host)
     devices: tuple[jax.Device, ...]  # in the compiler's order
-    memory_limit_bytes: int | None  # what a program may use on one device; None where not known
-    # For `jax.stages.Lowered.compile`: the flags that training sets, and what compiling without the
-    # devices needs.
+    memory_limit_bytes: int | None  # available to a program on one device; None if unknown
+    # For `jax.stages.Lowered.compile`: the flags of training, and those for compiling without the
+    # devices.
     compiler_options: dict[str, bool | int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class _TpuFamily:
-    """A family of slices: its name for the compiler, and the slices that Google Cloud lists."""
+    """A family of TPU slices: its chip config for the compiler, and Google Cloud's slices."""
 
-    config: str  # a "megacore" is one device for the two cores of a chip
+    config: str  # with "megacore", the two cores of a chip are one device
     largest: tuple[int, ...]
-    small: tuple[str, ...]  # besides these: multiples of 4 along every axis of a 3D torus
+    small: tuple[str, ...]  # 3D tori also have all multiples of 4 along every axis
 
 
 _SMALL_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -59,7 +59,7 @@ _TPUS = {
 }
 
 # Compute capability, streaming multiprocessors, shared memory of a block (KiB), level-2 cache
-# (MiB), clock (GHz): the facts of NVIDIA's data sheets that XLA's code generation asks for.
+# (MiB), clock (GHz), from NVIDIA's data sheets, for XLA's code generation.
 _GPUS = {
     "a100": ((8, 0), 108, 163, 40, 1.41),
     "a100_80gb": ((8, 0), 108, 163, 40, 1.41),
@@ -69,7 +69,7 @@ _GPUS = {
 
 
 def known_topologies() -> str:
-    """One line for error messages and --help."""
+    """Returns a one-line list of the known topologies, for error messages and --help."""
     tpus = ", ".join(
         f"{name}:{'x'.join(map(str, family.largest))}" for name, family in _TPUS.items()
     )
@@ -78,16 +78,16 @@ def known_topologies() -> str:
 
 
 def parse_topology(name: str) -> tuple[str, tuple[int, ...]]:
-    """Family and shape of another machine's topology; needs no compiler for it.
+    """Parses the name of another machine's topology; its compiler need not be installed.
 
     Args:
         name: such as "v5e:16x16" or "h100:8".
 
     Returns:
-        Such as "v5e", (16, 16), and "h100", (8,): of the torus, or hosts and GPUs of a host.
+        Family, and shape of the torus or hosts and GPUs: "v5e", (16, 16) or "h100", (8,).
 
     Raises:
-        ValueError: no such topology (lists the known ones).
+        ValueError: there is no such topology (lists the known ones).
     """
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
     family = match.group(1) if match else name.partition(":")[0]
@@ -107,13 +107,13 @@ def parse_topology(name: str) -> tuple[str, tuple[int, ...]]:
 
 
 def get_topology(name: str) -> Topology:
-    """The topology called `name`.
+    """Returns the topology called `name`.
 
     Args:
         name: such as "v5e:16x16", "h100:8", or "local" for the devices of this process.
 
     Raises:
-        ValueError: no such topology (lists the known ones), or the compiler for it is missing
+        ValueError: there is no such topology (lists the known ones), or its compiler is missing
             (says what to install).
     """
     if name == LOCAL:
@@ -129,7 +129,7 @@ def get_topology(name: str) -> Topology:
         devices, options = _tpu_devices(name, family, shape), compiler_options("tpu")
     else:
         devices = _gpu_devices(name, family, shape)
-        # Triton's products are chosen by running them, which takes a GPU; cuBLAS's are not.
+        # Unlike cuBLAS, Triton's matrix products are autotuned by running them on a GPU.
         options = {"xla_gpu_enable_triton_gemm": False, **compiler_options("gpu")}
     return Topology(name, chip, shape, devices, _memory_limit(devices, chip), options)
 
@@ -142,7 +142,7 @@ def _memory_limit(devices: tuple[jax.Device, ...], chip: Chip | None) -> int | N
         return None
     if platform == "tpu":
         return chip.hbm_bytes
-    # The part of a GPU's memory that JAX takes.
+    # The fraction of a GPU's memory that JAX preallocates.
     share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))
     return int(share * chip.hbm_bytes)
 
@@ -180,10 +180,10 @@ def _tpu_devices(name: str, family: str, shape: tuple[int, ...]) -> tuple[jax.De
 
 
 def _keep_libtpu_offline() -> None:
-    """Sets the environment, which libtpu reads when it is loaded, to that of no TPU host.
+    """Sets the environment that libtpu reads when it is loaded, for use without TPUs.
 
-    Otherwise it asks the cloud's metadata server for the host's name, complains, and locks the
-    machine's TPUs against a second process.
+    Otherwise libtpu queries the cloud's metadata server for the host name, logs errors, and locks
+    the machine's TPUs against a second process.
     """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
@@ -211,7 +211,7 @@ def _gpu_devices(name: str, family: str, shape: tuple[int, ...]) -> tuple[jax.De
 
 
 def _target_config(family: str) -> str:
-    """XLA's GpuTargetConfigProto as text."""
+    """Returns XLA's GpuTargetConfigProto as text."""
     (major, minor), cores, shared_kib, cache_mib, clock_ghz = _GPUS[family]
     chip = find_chip(family)
     assert chip is not None  # all of `_GPUS` are known

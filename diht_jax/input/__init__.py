@@ -1,1 +1,1 @@
-"""The training input: the order of examples, decoding, and the processes that do it."""
+"""The training input: order of examples, mixing of sources, decoding, and worker processes."""

@@ -1,15 +1,15 @@
-"""Blocks of records from an object store, fetched before they are decoded.
+"""Read-ahead of blocks of records from an object store.
 
-Every decoding worker looks up which blocks its next sub-batches need, and fetches them in threads
-into a folder that all workers of the host share: in shared memory, or on a local disk. A lock on
-each block makes sure that one worker fetches it while the others wait; it ends with its holder, so
-that a worker that dies holds up nobody. The training process deletes a block when no window holds
-it that the records on their way, up to those that are requested, are drawn from: in this epoch or
-in the next one.
+Every decoding worker determines which blocks its next sub-batches need, and fetches them in threads
+into a folder that all workers of the host share, in shared memory or on a local disk. A lock makes
+sure that only one worker fetches a block while the others wait. The kernel releases it when its
+holder ends, so a dead worker does not block others. The training process deletes a block when the
+windows of the upcoming records, up to the last requested one, no longer contain it. These windows
+may belong to the next epoch.
 
-A file has the places of the block's records, and the bytes of its extent as they came::
+The file of a block contains the offsets of its records, followed by the fetched bytes::
 
-    uint64 [n + 1] where each record begins in the file, and the end of the last one | extent
+    uint64 [n + 1] offset of each record in the file, and the end of the last one | bytes
 """
 
 from __future__ import annotations
@@ -47,22 +47,22 @@ from diht_jax.storage.stores import RangesFile, StorageError, is_missing, is_out
 _Result = TypeVar("_Result")
 
 _PLACES = struct.Struct("<2Q")
-# A request without an answer is sent again after this time, then after twice as long, and so on.
+# A request without an answer is repeated after this time, with exponential backoff.
 _PATIENCE_SECS, _MAX_REQUESTS = 10.0, 4
-_POLL_SECS = 0.5  # between two looks at whether the input was closed
+_POLL_SECS = 0.5  # between checks whether the input was closed
 _FIRST_PAUSE_SECS, _LONGEST_PAUSE_SECS = 0.1, 5.0  # after a failure
-_LOG_SECS = 15  # between two lines about failures
-# Blocks whose size is looked at, to estimate that of all.
+_LOG_SECS = 15  # between log messages about failures
+# Number of blocks from which the mean block size is estimated.
 _SAMPLED_BLOCKS = 64
 
-clock, sleep = time.monotonic, time.sleep  # tests put their own here
+clock, sleep = time.monotonic, time.sleep  # replaced by tests
 
 
 class ReadAheadStopped(RuntimeError):
-    """The record does not come any more: the input was closed."""
+    """The input was closed before the record was fetched."""
 
 
-# Errors that no waiting ends.
+# Errors that are not retried.
 _LASTING = (
     ValueError,
     LookupError,
@@ -75,10 +75,10 @@ _LASTING = (
 
 
 def bound_bytes(data: ml_collections.ConfigDict) -> int:
-    """Bytes that the blocks of all sources may take, by `config.data` or by what is free.
+    """Returns the size limit in bytes of the blocks of all sources.
 
-    Half of the free space where they are kept; of shared memory also at most a quarter of the
-    memory that this process may still take.
+    It is `config.data.read_ahead_gib` if set, else half of the free space of their folder, and in
+    shared memory also at most a quarter of this process's available memory.
     """
     if data.read_ahead_gib is not None:
         return int(data.read_ahead_gib * 2**30)
@@ -89,13 +89,13 @@ def bound_bytes(data: ml_collections.ConfigDict) -> int:
 
 
 class BlockStore:
-    """The blocks of one source that a host has fetched; every process has an object of its own.
+    """The fetched blocks of one source on a host; every process has its own object.
 
     Attributes:
-        folder: of the files, between `start` and `stop`.
-        order: of the records.
-        stays: whether blocks stay for the next epochs: there are no more than are held at a time,
-            or they fit into a folder or a bound that the user has set.
+        folder: folder of the blocks between `start` and `stop`, else None.
+        order: order of the records.
+        stays: whether blocks are kept for later epochs, because all of them are held anyway or fit
+            into the folder or size limit that the user has set.
     """
 
     def __init__(
@@ -106,12 +106,12 @@ class BlockStore:
         *,
         num_processes: int = 1,
     ):
-        """Fetches nothing yet; `source` has `extent`, `cut` and `unpack`, as `TFRecordSource` has.
+        """Fetches nothing yet; `source` has `extent`, `cut` and `unpack` like `TFRecordSource`.
 
-        The `num_processes` that decode on this host, 0 for threads, share `data.read_threads`.
+        This host's `num_processes` decoding processes (0 for threads) share `data.read_threads`.
 
         Raises:
-            ValueError: there is no such folder.
+            ValueError: the folder does not exist or is not writable.
         """
         parent = data.cache_dir or SHARED_MEMORY
         mark = claim_mark(parent)
@@ -138,14 +138,14 @@ class BlockStore:
         self._prepare()
 
     def start(self) -> None:
-        """Makes an empty folder for blocks, unless there is one."""
+        """Creates an empty folder for blocks, unless it is already started."""
         if self.folder is None:
             self.folder = pathlib.Path(self._prefix + secrets.token_hex(8))
             self.folder.mkdir(0o700)
             atexit.register(remove_folder, self.folder)
 
     def stop(self) -> None:
-        """Deletes all blocks; threads of this process that wait for one end with an error."""
+        """Deletes all blocks; threads of this process that wait for a block raise an error."""
         self._stopped.set()
         if self.folder is not None:
             remove_folder(self.folder)
@@ -153,7 +153,7 @@ class BlockStore:
         self._prepare()
 
     def request(self, block: int) -> None:
-        """Begins to fetch a block, unless it is here."""
+        """Starts to fetch a block in a thread, unless it is already local."""
         if os.path.exists(self._path(block)):
             return
         with self._starting:
@@ -165,14 +165,14 @@ class BlockStore:
             self._queue.put(block)
 
     def read(self, record: int, *, fetch: bool = False) -> Any:
-        """The element of a record; None where its block is not here, unless it is to be fetched.
+        """Returns the element of a record, or None if its block is not local and not `fetch`.
 
         Raises:
-            TFRecordError: as `TFRecordSource`, or the shard of a block, or its index, was replaced.
-            StorageError: a block cannot be read from the store, or not be written here.
+            TFRecordError: as in `TFRecordSource`; or the shard or its index was replaced.
+            StorageError: a block cannot be read from the store or written to the folder.
             ReadAheadStopped: the input was closed.
         """
-        if self.folder is None:  # in a process that does not decode
+        if self.folder is None:  # a process that does not decode
             return None
         block = self.order.block_of(record)
         path, number = self._path(block), record - int(self.order.block_starts[block])
@@ -195,20 +195,20 @@ class BlockStore:
         return self._source.unpack(record, piece)
 
     def keep(self, blocks: set[int]) -> None:
-        """Deletes the blocks that were kept so far and are no longer among these."""
+        """Deletes the blocks that were passed to the previous call and are not in `blocks`."""
         for block in self._kept - blocks:
             for ending in ("block", "lock"):
                 pathlib.Path(self._path(block, ending)).unlink(missing_ok=True)
         self._kept = blocks
 
     def describe(self) -> str:
-        """Number of the blocks that are here, for people who wait for one."""
+        """Describes the number of local blocks, for a log message about a slow input."""
         if self.folder is None:
             return "no block of the object store is here"
         return f"{len(list(self.folder.glob('*.block')))} blocks are in {self.folder}"
 
     def mean_block_bytes(self) -> float:
-        """Bytes of a block on average, by the extents of some of them."""
+        """Estimates the mean number of bytes of a block from a sample of blocks."""
         starts = self.order.block_starts
         sampled = np.unique(np.linspace(0, len(starts) - 2, _SAMPLED_BLOCKS).astype(int))
         extents = [self._source.extent(int(starts[n]), int(starts[n + 1])) for n in sampled]
@@ -227,20 +227,20 @@ class BlockStore:
 
     def _fetch_queued(self, blocks: queue.SimpleQueue[int], stopped: threading.Event) -> None:
         while not stopped.is_set():
-            # Whoever needs the block meets its error again.
+            # Errors are ignored here, because `read` encounters them again.
             with contextlib.suppress(queue.Empty, ValueError, OSError, ReadAheadStopped):
                 self._fetch(blocks.get(timeout=_POLL_SECS), wait=False)
 
     def _fetch(self, block: int, *, wait: bool) -> None:
-        """Fetches a block unless it is here; one that another process fetches is waited for."""
+        """Fetches a block unless it is local; `wait` is for one that another process fetches."""
         path, lock, stopped = self._path(block), self._path(block, "lock"), self._stopped
-        if os.path.exists(path):  # every worker has asked for it
+        if os.path.exists(path):  # several workers request the same block
             return
         with contextlib.suppress(LockedError), lock_file(lock, wait=wait, names_holder=False):
             if os.path.exists(path):
                 return
             parts = self._read_block(block, stopped)
-            # A name of its own, since some file systems have no locks.
+            # The name is unique, because some file systems have no locks.
             unfinished = self._path(block, f"{secrets.token_hex(4)}.part")
             try:
                 with open(unfinished, "wb") as file:
@@ -257,11 +257,11 @@ class BlockStore:
                 ) from error
 
     def _read_block(self, block: int, stopped: threading.Event) -> list[bytes]:
-        """The contents of the file of a block."""
+        """Reads a block from the store, and returns the contents of its file."""
         first, end = map(int, self.order.block_starts[block : block + 2])
 
         def read() -> bytes:
-            if stopped.is_set():  # while it waited to try again
+            if stopped.is_set():  # during the pause before a retry
                 raise ReadAheadStopped("the input was closed")
             extent = self._source.extent(first, end)
             return _first_answer(lambda: read_extent(*extent), stopped)
@@ -281,10 +281,10 @@ class BlockStore:
 
 
 def read_patiently(read: Callable[[], _Result], timeout_secs: float) -> _Result:
-    """Calls a function until it succeeds, with pauses that double up to 5 s, or the time is over.
+    """Calls a function until it succeeds or times out, with pauses that double up to 5 s.
 
-    An error that waiting does not change is raised at once. Every store has error classes of its
-    own, so that all others are tried again.
+    Errors known to be permanent are raised at once. All others are retried, because every store
+    has its own error classes.
     """
     began, pause_secs = clock(), _FIRST_PAUSE_SECS
     while True:
@@ -301,16 +301,16 @@ def read_patiently(read: Callable[[], _Result], timeout_secs: float) -> _Result:
                 raise
             message = "%s; reading it is tried again for %g s at most"
             logging.log_every_n_seconds(logging.WARNING, message, _LOG_SECS, error, timeout_secs)
-        sleep(pause_secs * (0.5 + random.random() / 2))  # hosts that fail together go on apart
+        sleep(pause_secs * (0.5 + random.random() / 2))  # jitter, for hosts that fail together
         pause_secs = min(2 * pause_secs, _LONGEST_PAUSE_SECS)
 
 
 def _first_answer(read: Callable[[], bytes], stopped: threading.Event) -> bytes:
-    """The result of a request, which is sent again where no answer comes; the first one counts.
+    """Returns the first result of a request, which is repeated while no answer comes.
 
-    So does an error of the latest request. One of a request that was overtaken changes nothing.
-    Requests run in threads of their own, since nobody can end a thread to which a library never
-    returns. Without any answer it is a TimeoutError.
+    An error of the latest request is raised; errors of earlier ones are ignored. Every request has
+    its own thread, because a thread cannot be ended if a library call never returns. Raises
+    TimeoutError if no request is answered.
     """
     waiting: set[futures.Future[bytes]] = set()
     for number in range(_MAX_REQUESTS):
@@ -327,7 +327,7 @@ def _first_answer(read: Callable[[], bytes], stopped: threading.Event) -> bytes:
 
 
 def read_extent(path: str, start: int, end: int) -> bytes:
-    """Some bytes of a file in a store, or of a local one; a TimeoutError if fewer came."""
+    """Reads a byte range of a remote or local file; raises TimeoutError if bytes are missing."""
     data = RangesFile(path, end).read_range(start, end)
     if len(data) != end - start:
         raise TimeoutError(f"{path}: {len(data)} bytes came instead of {end - start}")

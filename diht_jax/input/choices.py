@@ -1,7 +1,7 @@
-"""Choices among what a record offers to an example: captions, sentences, crops that teachers saw.
+"""Random choice of a record's caption, of its sentences or words, and of a crop seen by teachers.
 
-All are functions of (seed, position), as a random crop is: another choice each time that the
-record comes, the same one on any hosts and after any restart.
+Like random crops, all choices are functions of (seed, position). They differ between epochs, and do
+not depend on the number of hosts or on restarts.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from diht_jax.records.schema import Pair, Record
 from diht_jax.records.train_data import Points, join_weights, parse_weights
 
 _WEIGHTS = "config.data.caption_weights"
-# In a batch, float16 [b, D].
+# Fields of a batch, float16 [b, D].
 IMAGE_FIELD, TEXT_FIELD = "teacher_image_emb", "teacher_text_emb"
 
-_SIZES = ((640, 480), (333, 500), (224, 224), (1024, 17))  # of pictures, to try the crops on
+_SIZES = ((640, 480), (333, 500), (224, 224), (1024, 17))  # of images for the hash of the crops
 
 
 class CaptionChoice:
-    """Draws one caption of a record by the weights of their kinds.
+    """Draws one caption of a record by the weights of the kinds of captions.
 
-    A kind is drawn first, among those that the record has, then one of its captions, all of them
-    alike: so the share of a kind does not depend on how many captions of it there are.
+    It first draws a kind among those of the record, then uniformly one caption of this kind. The
+    fraction of a kind therefore does not depend on its number of captions.
     """
 
     def __init__(
@@ -48,30 +48,30 @@ class CaptionChoice:
         *,
         batch_size: int,
     ):
-        """Makes the tables.
+        """Creates the tables of weights.
 
         Args:
-            weights: kind -> points of `parse_weights`; None: each caption of a record is as likely
-                as the others, of any kind.
-            columns: column of the metadata that holds captions -> their kind.
-            batch_size: global: the positions of the run that make a step.
+            weights: kind -> points of `parse_weights`; None draws uniformly from all captions of a
+                record.
+            columns: metadata column with captions -> their kind.
+            batch_size: global batch size, for the step of a position.
         """
         self._columns = dict(columns or {})
         self._batch_size = batch_size
         points_of = weights or {}
-        # From the last step on, for the first that a step has reached is the one that holds.
+        # Latest first: the segment of a step is the first one with a start that it has reached.
         self._segments = [
             (step, dict(zip(points_of, map(float, values), strict=True)))
             for step, values in reversed(join_weights(list(points_of.values())))
         ]
 
     def choose(self, record: Pair, number: float, position: int) -> str:
-        """The caption of an example, by a number that is drawn from [0, 1).
+        """Returns the caption of an example, by a random number from [0, 1).
 
-        The record's first one where the weights of all its kinds are 0.
+        If the weights of all kinds of the record are 0, this is its first caption.
 
         Raises:
-            ValueError: a kind without weight, or kinds that do not fit the record's captions.
+            ValueError: a kind has no weight, or kinds do not match the record's captions.
         """
         if self._columns:
             record = add_columns(record, self._columns)
@@ -101,7 +101,7 @@ class CaptionChoice:
 
 
 def open_caption_choice(data: ml_collections.ConfigDict) -> CaptionChoice:
-    """The choice that `config.data` asks for by captions="sample".
+    """Returns the choice of captions for `config.data.captions="sample"`.
 
     Raises:
         ValueError: `caption_weights` or `caption_columns` are wrong; names the key.
@@ -118,9 +118,9 @@ def open_caption_choice(data: ml_collections.ConfigDict) -> CaptionChoice:
 
 
 def draw_part(caption: str, parts: Sequence[str], count: int, number: float) -> str:
-    """Some of the sentences or words of a caption, in a row from any place alike, with spaces.
+    """Returns `count` consecutive sentences or words of a caption, joined by spaces.
 
-    The caption where it has no more than `count`. The place is by a number drawn from [0, 1).
+    `number`, drawn from [0, 1), selects the first. With at most `count` parts, returns `caption`.
     """
     starts = len(parts) - count + 1
     if starts <= 1:
@@ -130,7 +130,7 @@ def draw_part(caption: str, parts: Sequence[str], count: int, number: float) -> 
 
 
 def _parse_kinds(given: str | Mapping[str, Any] | None) -> dict[str, Points]:
-    """Kind -> points, of a text or a section; empty where none is given."""
+    """Parses caption weights (text or config section) to kind -> points; empty if not given."""
     if isinstance(given, str):
         section: dict[str, Any] = {}
         for part in filter(None, given.split(",")):
@@ -160,15 +160,15 @@ def _parse_kinds(given: str | Mapping[str, Any] | None) -> dict[str, Points]:
 def crop_box(
     crops: Crops, key: str, number: int, width: int, height: int
 ) -> tuple[int, int, int, int]:
-    """A fixed crop, by its number, of a record's picture: left, top, right, bottom in pixels.
+    """Returns a fixed crop of a record's image by its number: left, top, right, bottom in pixels.
 
-    Width and height are those of the upright picture.
+    Width and height are those of the upright image.
     """
     return sample_crop_box(width, height, crops.generator(key, number), crops.scale, CROP_RATIO)
 
 
 def with_boxes(crops: Crops) -> Crops:
-    """The crops with the hash of some of them, as this machine draws them."""
+    """Returns the crops with a hash of some crop boxes that this machine draws."""
     if not crops.count:
         return dataclasses.replace(crops, boxes="")
     boxes = [crop_box(crops, f"key {i}", i, *size) for i, size in enumerate(_SIZES)]
@@ -177,9 +177,9 @@ def with_boxes(crops: Crops) -> Crops:
 
 
 def check_crops(clips: ClipEmbeddings | None, where: str) -> None:
-    """Raises ValueError where this machine would draw other crops than the teachers have seen.
+    """Raises ValueError if this machine would draw other crops than those seen by the teachers.
 
-    `where` names key and folder; None passes.
+    `where` names key and folder for the message. None for `clips` passes.
     """
     if clips is not None and with_boxes(clips.clip_facts.crops) != clips.clip_facts.crops:
         raise ValueError(
@@ -191,13 +191,13 @@ def check_crops(clips: ClipEmbeddings | None, where: str) -> None:
 def take_view(
     record: Record, width: int, rng: np.random.Generator
 ) -> tuple[dict[str, np.ndarray], np.random.Generator]:
-    """The teachers' embeddings of one view of a record, and what draws that view.
+    """Chooses one view of a record that the teachers have seen.
 
-    `rng`, of the position in the run, chooses the view.
+    `rng`, the generator of the position in the run, chooses the view.
 
     Returns:
-        `teacher_image_emb` and `teacher_text_emb`, float16 [width], zeros where there are none; and
-        the generator of the view's crop.
+        `teacher_image_emb` and `teacher_text_emb`, float16 [width], which are zeros if there are
+        none, and the generator that draws the crop of the view.
     """
     if not isinstance(record, EmbeddedRecord) or not record.clip_views or not record.crops:
         nothing = np.zeros(width, np.float16)

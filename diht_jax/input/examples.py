@@ -1,11 +1,11 @@
-"""Decodes one record into one training example: a random crop and token ids.
+"""Decoding of a record into a training example: a random crop and token ids.
 
-A crop takes less than half of the time of the exact way, by which evaluation decodes and scales
-(`transforms.decode_rgb` and `transforms.eval_transform`). Ordinary JPEG files (8 bits, colour or
-grey, upright) are decoded by libjpeg-turbo straight into an array, at a half, a quarter or an
-eighth of their size where the crop has pixels to spare, and scaled by cykooz-resizer, whose filter
-is Pillow's in vector code. Everything else, and every file that the decoder warns about, goes the
-exact way, which also decides on errors: what is refused there is refused here, with the same words.
+Fast decoding takes less than half of the time of the exact decoding and scaling of evaluation
+(`transforms.decode_rgb` and `transforms.eval_transform`). libjpeg-turbo decodes ordinary JPEG files
+(8 bits, colour or grey, upright) directly into an array, at a half, a quarter or an eighth of their
+size if the crop has enough pixels. cykooz-resizer scales them with Pillow's filter in vector code.
+All other files, and those with a decoder warning, are decoded exactly. Exact decoding also decides
+on errors, so both ways reject the same files with the same messages.
 """
 
 from __future__ import annotations
@@ -40,48 +40,48 @@ except ImportError:  # it has no wheels for Linux on ARM
 _CAPTION = "{caption}"
 
 
-# The crop keeps at least this many pixels for each one of the result: a decoder that reduces has a
-# filter of its own, whose difference from Pillow's then hardly shows.
+# Least ratio of the side of a reduced crop to that of the result. The filter of a reducing decoder
+# differs from Pillow's, but with this ratio the difference is hardly visible.
 _MIN_OVERSAMPLING = 1.25
 _REDUCTIONS = (8, 4, 2)  # those for which libjpeg-turbo has vector code
 
-_EXIF_OR_XMP = b"\xff\xe1"  # the marker of what may turn a picture; compressed pixels lack it
+_EXIF_OR_XMP = b"\xff\xe1"  # marker of a possible orientation; not in compressed pixels
 _PLAIN_COLORSPACES = ("YCbCr", "RGB", "Gray")
 
-# A thread does not keep the memory of larger pictures.
+# A thread does not keep larger pixel buffers.
 _MOST_KEPT_BYTES = 2**24
 
-# A resizer keeps buffers, so each thread has its own.
+# Each thread has its own resizer, because a resizer has buffers.
 _kept = threading.local()
 
 
 @dataclasses.dataclass(eq=False)
 class DecodeExample:
-    """Makes a training example of a record: random crop and token ids."""
+    """Decodes a record into a training example: random crop and token ids."""
 
-    image_size: int  # pixels, of both sides
+    image_size: int  # side of the square image, in pixels
     context_length: int  # t, token ids per text
-    crop_scale: tuple[float, float]  # range of the crop's share of the picture's area
-    text_template: str  # with `{caption}` in it, once
-    fast_decode: bool = True  # by `plan_random_crop`; otherwise as exactly as evaluation does
-    num_concepts: int = 0  # k, the teacher's labels to take of each kind; 0 for none
-    # How many concepts of each of `vocabulary.KINDS` there are; a record with an id beyond them is
-    # bad. None where that is not known.
+    crop_scale: tuple[float, float]  # range of the crop's fraction of the image area
+    text_template: str  # contains `{caption}` once
+    fast_decode: bool = True  # whether to decode ordinary JPEG files faster than evaluation does
+    num_concepts: int = 0  # k, the number of teacher labels of each kind to read; 0 for none
+    # Number of concepts of each of `vocabulary.KINDS`, or None if unknown; a record with a larger
+    # id is bad.
     vocabulary_sizes: Sequence[int] | None = None
-    teacher_width: int = 0  # D, of the CLIP teachers' embeddings to take; 0 for none
-    # Draws one of a record's captions; None takes the first.
+    teacher_width: int = 0  # D, width of the CLIP teachers' embeddings to read; 0 for none
+    # Draws one of a record's captions; None uses the first.
     caption_choice: CaptionChoice | None = None
-    caption_sentences: int = 0  # of the caption, to draw; 0 takes all
-    caption_words: int = 0  # of what is drawn, to draw; 0 takes all
-    pair_ids: bool = False  # examples have ids that are equal for equal texts
-    # Of the metadata; records with this key have the id of its value instead.
+    caption_sentences: int = 0  # number of sentences of the caption to draw; 0 uses all
+    caption_words: int = 0  # number of words to draw, after the sentences; 0 uses all
+    pair_ids: bool = False  # whether examples have ids that are equal for equal texts
+    # Key of the metadata; the id of records with this key depends on its value instead.
     class_key: str | None = None
     vocab_size: int = tokenizer.VOCAB_SIZE  # entries of the text tower's vocabulary
     own_tokenizer: FileTokenizer | None = None  # of the model; None is CLIP's
-    interpolation: str = "bicubic"  # of the pictures, as in `transforms.Preprocessing`
+    interpolation: str = "bicubic"  # see `transforms.Preprocessing`
 
     def __post_init__(self):
-        if self.text_template.count(_CAPTION) != 1:  # as evaluation fills it
+        if self.text_template.count(_CAPTION) != 1:  # like the templates of evaluation
             raise ValueError(
                 f"config.data.text_template='{self.text_template}': expected {_CAPTION} once"
             )
@@ -101,22 +101,22 @@ class DecodeExample:
     def plan(
         self, record: schema.Record, rng: np.random.Generator, position: int = 0
     ) -> Callable[[], dict[str, np.ndarray]]:
-        """Everything of an example but the pixels; what is returned decodes them.
+        """Prepares an example except for its pixels, and returns a function that decodes these.
 
         Args:
-            rng: decides the crop, then the caption, then its sentences, then its words, so that
-                what comes before is the same either way.
-            position: of the example in the run, for a choice of captions that changes with it.
+            rng: draws the crop, then the caption, then its sentences, then its words; enabling a
+                later draw does not change earlier ones.
+            position: of the example in the run, for scheduled caption weights.
 
         Returns:
-            A function that gives `images` uint8 [size, size, 3] and `tokens` int32 [t]; with
-            concepts also `object_ids` int32 [k], `object_probs` float32 [k], `attribute_ids` and
-            `attribute_probs`. Probabilities are 0 behind the last label of a record, and all 0
-            where it has none. With a width of teachers also what `choices.take_view` gives;
-            with ids also `pair_ids` uint32 [2].
+            A function that returns `images` uint8 [size, size, 3] and `tokens` int32 [t]. With
+            concepts it also returns `object_ids` int32 [k], `object_probs` float32 [k],
+            `attribute_ids` and `attribute_probs`; probabilities after the last label of a record
+            are 0. With `teacher_width` it also returns the fields of `choices.take_view`, and with
+            `pair_ids` also `pair_ids` uint32 [2].
 
         Raises:
-            ValueError: by either call: the image cannot be decoded, or a label is beyond its
+            ValueError: from either call: the image cannot be decoded, or a label is not in its
                 vocabulary; names the record's key.
         """
         labels = self._take_labels(record) if self.num_concepts else {}
@@ -166,10 +166,10 @@ class DecodeExample:
         return ids
 
     def _take_labels(self, record: schema.Record) -> dict[str, np.ndarray]:
-        """The first k labels of each kind, their probabilities summing to 1 again.
+        """Returns the first k labels of each kind, with renormalised probabilities.
 
         Raises:
-            ValueError: an id means no concept: its loss would be NaN, or nonsense.
+            ValueError: an id is not in the vocabulary; its loss would be NaN or meaningless.
         """
         labels = {}
         sizes = self.vocabulary_sizes or (None,) * len(schema.CONCEPT_FIELDS)
@@ -193,13 +193,13 @@ class DecodeExample:
 
 
 def pair_id(tokens: np.ndarray, class_id: Any = None) -> np.ndarray:
-    """A hash of 64 bits that equal pairs share, as two words: JAX has no uint64 by default.
+    """Returns a 64-bit hash of a pair, which is the same for equal pairs.
 
-    Two of the 2e9 combinations of a batch of 65,536 agree by chance once in 1e10 batches. The pair
-    is that of `class_id`, as JSON has it, where there is one, else that of the tokens, int [t].
+    It is the hash of `class_id` as JSON if given, else that of the tokens, int [t]. In a batch of
+    65,536, with 2e9 combinations, a collision occurs once in 1e10 batches.
 
     Returns:
-        uint32 [2].
+        uint32 [2], because JAX has no uint64 by default.
     """
     data, kind = np.asarray(tokens, "<i4").tobytes(), b"text"
     if class_id is not None:
@@ -228,23 +228,23 @@ def plan_random_crop(
     interpolation: str = "bicubic",
     is_exact: bool = False,
 ) -> Callable[[], np.ndarray]:
-    """Draws a random crop; what is returned decodes it, scaled to a square.
+    """Draws a random crop, and returns a function that decodes it and scales it to a square.
 
-    The crop is the one that `transforms.train_transform` would draw; of a reduced picture its edges
-    are rounded to whole reduced pixels, which moves them by less than one pixel of the result.
+    The crop is that of `transforms.train_transform`. For an image decoded at a reduced size, the
+    crop is rounded to reduced pixels; its edges move by less than one pixel of the result.
 
-    Only an ordinary JPEG file waits; another picture is decoded here, since it may take much more
-    memory than its crop. Either call may raise `ImageError` or, for a wrong range, ValueError.
+    Only an ordinary JPEG file is decoded later. Any other image is decoded at once, since it may
+    need much more memory than its crop. Either call may raise `ImageError` or, for an invalid
+    range, ValueError.
 
     Args:
-        size: pixels, of both sides of the result.
-        scale: range of the crop's share of the picture's area.
-        interpolation: of `transforms.Preprocessing`.
-        is_exact: decodes and scales as evaluation does.
+        size: side of the result, in pixels.
+        scale: range of the crop's fraction of the image area.
+        interpolation: see `transforms.Preprocessing`.
+        is_exact: whether to decode and scale like evaluation.
 
     Returns:
-        A function that gives uint8 [size, size, 3], possibly read-only; the same for the same
-        arguments.
+        A deterministic function that returns uint8 [size, size, 3], possibly read-only.
     """
     image_size = None if is_exact else _size_of_plain_jpeg(data)
     if image_size is None:
@@ -267,7 +267,7 @@ def _decode_crop(
     size: int,
     interpolation: str,
 ) -> np.ndarray:
-    """A crop of an ordinary JPEG file."""
+    """Decodes a crop of an ordinary JPEG file and scales it to a square."""
     reduction = choose_reduction(box, size)
     pixels = _decode_jpeg(data, image_size, reduction)
     if pixels is None:
@@ -279,7 +279,7 @@ def _decode_crop(
 
 
 def choose_reduction(box: tuple[int, int, int, int], size: int) -> int:
-    """The factor (1, 2, 4 or 8) by which a picture may be decoded smaller for a crop."""
+    """Returns the largest factor (1, 2, 4 or 8) by which an image can be reduced for a crop."""
     left, top, right, bottom = box
     spare = min(right - left, bottom - top) / (size * _MIN_OVERSAMPLING)
     return next((reduction for reduction in _REDUCTIONS if reduction <= spare), 1)
@@ -288,10 +288,10 @@ def choose_reduction(box: tuple[int, int, int, int], size: int) -> int:
 def reduce_box(
     box: tuple[int, int, int, int], image_size: tuple[int, int], reduction: int
 ) -> tuple[int, int, int, int]:
-    """The crop nearest to `box` whose edges are multiples of the reduction.
+    """Returns the crop nearest to `box` with edges that are multiples of the reduction.
 
-    What is left over at the right and bottom of a picture that the reduction does not divide makes
-    no whole reduced pixel, and is left out.
+    If the reduction does not divide the size of the image, the incomplete reduced pixels at the
+    right and bottom are excluded.
     """
     limits = [side // reduction for side in image_size] * 2
     left, top, right, bottom = (
@@ -302,7 +302,7 @@ def reduce_box(
 
 
 def scale_to_square(pixels: np.ndarray, size: int, interpolation: str = "bicubic") -> np.ndarray:
-    """Scales uint8 [h, w, 3] as `transforms.crop_to_square` does, up to the rounding of a pass."""
+    """Scales uint8 [h, w, 3] like `transforms.crop_to_square`, up to the rounding of one pass."""
     if cykooz_resizer is None:
         box = (0, 0, pixels.shape[1], pixels.shape[0])
         return transforms.crop_to_square(Image.fromarray(pixels), box, size, interpolation)
@@ -315,11 +315,11 @@ def scale_to_square(pixels: np.ndarray, size: int, interpolation: str = "bicubic
 
 
 def _resizer(interpolation: str) -> tuple[Any, Any]:
-    """This thread's resizer, and the options of an antialiased filter."""
+    """Returns this thread's resizer, and the options of an antialiased filter."""
     assert cykooz_resizer is not None
     kept = vars(_kept).setdefault("resizers", {})
     if interpolation not in kept:
-        # Pillow's BICUBIC is the cubic with a = -0.5, which is Catmull and Rom's.
+        # Pillow's BICUBIC is the cubic filter with a = -0.5, which is Catmull-Rom.
         names = {"bicubic": "catmull_rom", "bilinear": "bilinear"}
         kind = getattr(cykooz_resizer.FilterType, names[interpolation])
         convolution = cykooz_resizer.ResizeAlg.convolution(kind)
@@ -329,7 +329,7 @@ def _resizer(interpolation: str) -> tuple[Any, Any]:
 
 
 def _size_of_plain_jpeg(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a JPEG file without EXIF and XMP; None where Pillow has to look."""
+    """Returns width and height of a JPEG file without EXIF and XMP; None if Pillow must check."""
     if _EXIF_OR_XMP in data:
         return None
     try:
@@ -342,7 +342,7 @@ def _size_of_plain_jpeg(data: bytes) -> tuple[int, int] | None:
 
 
 def _is_ordinary_jpeg(image: Image.Image) -> bool:
-    # MPO is JPEG with more pictures behind the first one.
+    # MPO is JPEG with further images after the first one.
     if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
         return False
     if "exif" not in image.info and "xmp" not in image.info:
@@ -354,9 +354,9 @@ def _is_ordinary_jpeg(image: Image.Image) -> bool:
 
 
 def _decode_jpeg(data: bytes, image_size: tuple[int, int], reduction: int) -> np.ndarray | None:
-    """uint8 [ceil(h / reduction), ceil(w / reduction), 3], or None where anything is odd.
+    """Decodes uint8 [ceil(h / reduction), ceil(w / reduction), 3], or returns None on any problem.
 
-    It is valid until this thread decodes its next picture.
+    The result is valid until this thread decodes its next image.
     """
     width, height = image_size
     reduced = (math.ceil(height / reduction), math.ceil(width / reduction))
@@ -369,13 +369,13 @@ def _decode_jpeg(data: bytes, image_size: tuple[int, int], reduction: int) -> np
             min_factor=reduction,
             buffer=_pixel_buffer(3 * reduced[0] * reduced[1]),
         )
-    except ValueError:  # also where another header asks for more than the buffer
+    except ValueError:  # includes a second header that needs more than the buffer
         return None
     return pixels if pixels.shape[:2] == reduced else None
 
 
 def _pixel_buffer(num_bytes: int) -> bytearray:
-    """This thread's memory for decoded pixels, in which the caches still hold the last picture."""
+    """Returns this thread's buffer for decoded pixels; reusing it keeps it in the CPU's caches."""
     if num_bytes > _MOST_KEPT_BYTES:
         return bytearray(num_bytes)
     if len(getattr(_kept, "pixels", b"")) < num_bytes:

@@ -1,14 +1,14 @@
-"""Sub-batches in flight: how far the input works ahead, the memory for it, and joined batches.
+"""Sub-batches in flight: the prefetch distance of the input, its memory, and joining of batches.
 
-Examples wait in four places: one sub-batch in the memory of each worker, being decoded; sub-batches
-in shared memory, between a worker and this process; those that are being joined; and two joined
-batches of the host, the one that is made and the one that goes to the devices.
+Examples are in four places: one sub-batch that each worker decodes in its memory; sub-batches in
+shared memory between a worker and this process; sub-batches that are being joined; and two joined
+batches of the host, one being filled and one being transferred to the devices.
 
 A host's batch may have ten gigabytes. The kernel clears every page of new memory at its first use,
-which takes longer than the copy; so the memory of a batch is used again once nothing refers to it
-any more: neither a caller, nor a view, nor a transfer to a device, nor an array of JAX on the CPU,
-which may be a view of what it was made of. All of these hold references, which are counted. While
-the devices take a batch, a thread joins the next one.
+which takes longer than the copy. Therefore the memory of a batch is reused when its reference count
+shows that nothing refers to it: no caller, view, transfer to a device, or JAX array on the CPU,
+which may be a view of its source. A thread joins the next batch during the transfer of the
+previous one.
 """
 
 from __future__ import annotations
@@ -39,29 +39,29 @@ from diht_jax.input.workers import (
 # Threads that copy sub-batches into their batch. One thread would copy about as fast as eight GPUs
 # train. A copy does not hold the interpreter's lock.
 COPYING_THREADS = 4
-# Batches of this process in addition to the workers': one is joined, one goes to the devices.
+# Batches of this process: one that is being joined, one that is transferred to the devices.
 JOINED_BATCHES = 2
-# How often a thread that joins ahead looks for memory that is free again.
+# Interval at which a joining thread checks for reusable memory.
 _LOOK_SECS = 0.005
-# How long the end of such a thread is awaited: it waits for a sub-batch that is being decoded.
+# Timeout for the end of such a thread, which may wait for a sub-batch that is being decoded.
 _END_SECS = 5.0
-# Blocks fetched ahead, in multiples of those that are requested at the same time.
+# Blocks fetched ahead, in multiples of the number of concurrent requests.
 _ROUNDS_AHEAD = 2
 
 
 class InFlight:
-    """The distance by which the input works ahead, and the memory for it.
+    """The prefetch distance of the input, and the memory that it needs.
 
     Attributes:
-        num_threads: of this process that decode where there are no workers.
-        queue_parts: sub-batches in each of the two queues of a worker, on its side and on this one.
-            One more is on its way into each; so `prefetch_batches` are ahead, or what that rounds
-            up to: every worker works ahead by four sub-batches at least.
-        thread_parts: sub-batches that the threads of this process have begun or done.
-        begun_parts: sub-batches, from the next batch on, that are begun, done or joined at most.
-        part_bytes: of a sub-batch.
-        shared_bytes: at most, in shared memory.
-        process_bytes: at most, in the memory of the processes.
+        num_threads: decoding threads of this process if there are no workers.
+        queue_parts: capacity of each of the two queues of a worker (in the worker and in this
+            process), in sub-batches. One more is being put into each. Together they hold
+            `prefetch_batches`, rounded up; every worker is ahead by at least four sub-batches.
+        thread_parts: sub-batches that the threads of this process decode or have decoded.
+        begun_parts: upper bound of sub-batches, from the next batch on, that have been started.
+        part_bytes: size of a sub-batch.
+        shared_bytes: upper bound in shared memory.
+        process_bytes: upper bound in the memory of the processes.
     """
 
     def __init__(
@@ -74,14 +74,14 @@ class InFlight:
         parts_per_batch: int,
         example_bytes: int,
     ):
-        """Counts the sub-batches.
+        """Computes the number of sub-batches in flight.
 
         Args:
             num_workers: decoding processes; 0 decodes in threads of this process.
-            num_threads: those threads.
-            prefetch_batches: the host's batches to decode ahead.
-            rows: of a sub-batch, `parts_per_batch` of which are the host's batch.
-            example_bytes: of one decoded example.
+            num_threads: number of these threads.
+            prefetch_batches: number of the host's batches to decode ahead.
+            rows: rows of a sub-batch; the host's batch has `parts_per_batch` sub-batches.
+            example_bytes: size of one decoded example.
         """
         self.num_threads = num_threads
         self._num_workers, self._prefetch_batches = num_workers, prefetch_batches
@@ -105,13 +105,13 @@ class InFlight:
         self.process_bytes = process_parts * self.part_bytes
 
     def check(self, max_gib: float | None) -> None:
-        """Logs what is in flight at most, and compares it with its bound.
+        """Logs the maximal memory in flight, and compares it with its limit.
 
-        That is `config.data.max_in_flight_gib`, or what is free where it is None. A worker that
-        writes to shared memory when that is full is killed by the kernel (SIGBUS).
+        The limit is `config.data.max_in_flight_gib`, or the available memory if it is None. The
+        kernel kills a worker that writes to full shared memory (SIGBUS).
 
         Raises:
-            ValueError: it is more.
+            ValueError: the limit is exceeded.
         """
         total, threads = self.shared_bytes + self.process_bytes, f"{self.num_threads} threads"
         sizes = (self.part_bytes, total, self.shared_bytes, self.process_bytes)
@@ -159,17 +159,17 @@ class InFlight:
         data: ml_collections.ConfigDict,
         process_count: int,
     ) -> int:
-        """Plans which blocks are fetched ahead, logs their size, and compares it with its bound.
+        """Plans the read-ahead of blocks, logs their size, and compares it with its limit.
 
-        A stream holds one window of W blocks. Further ones are held because they are fetched ahead,
-        and from windows that these have begun.
+        A stream holds one window of W blocks. Further blocks are held by the read-ahead and by the
+        windows that it has started.
 
         Returns:
-            How many sub-batches after one that is decoded the blocks of another are requested; a
-            multiple of the number of workers, which decodes both.
+            The read-ahead distance in sub-batches, from the one that is decoded to the one whose
+            blocks are requested; a multiple of the workers, so the same worker decodes both.
 
         Raises:
-            ValueError: the blocks need more; names the keys.
+            ValueError: the limit is exceeded; names the keys.
         """
         num_blocks = np.array([len(store.order.block_starts) - 1 for store in stores])
         block_bytes = np.array([store.mean_block_bytes() for store in stores])
@@ -212,26 +212,26 @@ class InFlight:
 
 @dataclasses.dataclass
 class BatchMemory:
-    """Memory of joined batches."""
+    """A pool of reusable memory for joined batches."""
 
-    # For each batch its bytes by name. All arrays that are lent are views of them.
+    # The bytes of each batch by name. All lent arrays are views of them.
     _batches: list[dict[str, np.ndarray]] = dataclasses.field(default_factory=list)
     _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     def is_short(self) -> bool:
-        """Returns whether as many batches are in use as there should be at a time."""
+        """Returns whether `JOINED_BATCHES` or more batches are in use."""
         return sum(_references(batch) > _UNUSED for batch in self._batches) >= JOINED_BATCHES
 
     def lend(self, part: dict[str, np.ndarray], num_parts: int) -> dict[str, np.ndarray]:
-        """Uninitialised arrays for `num_parts` parts like `part`, [num_parts * rows, ...] each."""
-        with self._lock:  # of a join that was given up, the thread may still be here
+        """Returns uninitialised arrays [num_parts * rows, ...] for the parts of a batch."""
+        with self._lock:  # the thread of a cancelled join may still be running
             wanted = {
                 name: num_parts * array.nbytes + mmap.PAGESIZE for name, array in part.items()
             }
             unused = [batch for batch in self._batches if _references(batch) <= _UNUSED]
             fitting = (b for b in unused if {name: raw.nbytes for name, raw in b.items()} == wanted)
             batch = next(fitting, None)
-            # What does not fit, or is more than is needed at a time, is given back to the system.
+            # Memory of another size, or of more batches than needed, is released.
             gone = [b for b in unused if b is not batch][JOINED_BATCHES - 1 :]
             self._batches = [b for b in self._batches if not any(b is other for other in gone)]
             if batch is None:
@@ -242,14 +242,14 @@ class BatchMemory:
                 shape = (num_parts * len(array), *array.shape[1:])
                 start = (
                     -batch[name].ctypes.data % mmap.PAGESIZE
-                )  # so that JAX on the CPU need not copy
+                )  # page-aligned, so JAX on the CPU need not copy
                 end = start + math.prod(shape) * array.itemsize
                 lent[name] = batch[name][start:end].view(array.dtype).reshape(shape)
             return lent
 
 
 def _references(batch: Mapping[str, np.ndarray]) -> int:
-    """References to the most used array of a batch, those of its views included."""
+    """Returns the highest reference count of the arrays of a batch, including their views."""
     return max((sys.getrefcount(array) for array in batch.values()), default=0)
 
 
@@ -257,30 +257,30 @@ _UNUSED = _references({"": np.empty(1)})
 
 
 class _Join(NamedTuple):
-    """A batch that is joined from now on, in a thread."""
+    """A batch that a thread is joining."""
 
     batch: futures.Future[dict[str, np.ndarray]]
-    wanted: threading.Event  # somebody waits for it
-    stopped: threading.Event  # nobody will
+    wanted: threading.Event  # a caller waits for the batch
+    stopped: threading.Event  # the batch is cancelled
 
 
 @dataclasses.dataclass
 class Joiner:
-    """The batches of an endless source of parts, the next of which is joined ahead.
+    """Joins an endless sequence of parts to batches, one batch ahead.
 
-    It begins with the first `take`.
+    Joining ahead starts with the first `take`.
     """
 
-    next_part: Callable[[], dict[str, np.ndarray]]  # gives them in their order, [rows, ...] each
-    num_parts: int  # of a batch. A batch of one part is that part; it is not taken ahead.
+    next_part: Callable[[], dict[str, np.ndarray]]  # returns the next part, [rows, ...] each
+    num_parts: int  # of a batch; with one part there is no copy and no joining ahead
     memory: BatchMemory = dataclasses.field(default_factory=BatchMemory)
     _ahead: _Join | None = None
 
     def take(self) -> dict[str, np.ndarray]:
-        """The next batch.
+        """Returns the next batch.
 
         Raises:
-            Exception: what `next_part` has raised; the parts before it are lost.
+            Exception: any exception of `next_part`; the previous parts of the batch are lost.
         """
         if self.num_parts == 1:
             return self.next_part()
@@ -291,7 +291,7 @@ class Joiner:
         return batch
 
     def close(self) -> None:
-        """Ends the thread and drops what it has joined, or ended with; memory is kept."""
+        """Ends the thread and drops its batch or exception; the memory pool is kept."""
         join, self._ahead = self._ahead, None
         if join is not None:
             join.stopped.set()
@@ -308,7 +308,7 @@ class Joiner:
             return part
 
         def join() -> dict[str, np.ndarray]:
-            # Until somebody waits for it, a batch that finds no room is not begun.
+            # Joining waits for reusable memory, unless a caller already waits for the batch.
             while self.memory.is_short() and not wanted.wait(_LOOK_SECS):
                 pass
             return join_parts(next_part, self.num_parts, self.memory)
@@ -319,7 +319,7 @@ class Joiner:
 def join_parts(
     next_part: Callable[[], dict[str, np.ndarray]], num_parts: int, memory: BatchMemory
 ) -> dict[str, np.ndarray]:
-    """Joins the next parts, [rows, ...] each; one is copied while the next one is awaited."""
+    """Joins the next parts, [rows, ...] each, and copies a part while waiting for the next one."""
     part = next_part()
     rows = len(next(iter(part.values())))
     batch = memory.lend(part, num_parts)
@@ -333,7 +333,7 @@ def join_parts(
         for number in range(num_parts):
             if number:
                 part = next_part()
-            # A part that waits to be copied takes memory as well.
+            # Limits the parts that wait to be copied, because they need memory.
             if len(copies) == COPYING_THREADS:
                 copies.popleft().result()
             copies.append(pool.submit(copy, part, number * rows))

@@ -1,7 +1,7 @@
-"""The records of a run, position by position: of one source, or of several in exact shares.
+"""Mixing of one or several sources in exact shares: maps a position to (source, record).
 
-The source of a position is a function of the position alone, in closed form, so that a run can
-begin anywhere. Positions are those of `order.py`: position p is row p // V of stream p % V.
+The source of a position has a closed form that depends only on the position, so a run can start
+anywhere. Positions are those of `order.py`: position p is row p // V of stream p % V.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from diht_jax.records.train_data import (
     resolve_source,
 )
 
-# Batches between a bad record and what replaces it are no more than this.
+# Upper bound of the number of batches between a bad record and its replacement.
 _LONGEST_CYCLE = 10**6
 
 # Longest cycle; shares with a larger common denominator are rounded to multiples of 1 / MAX_CYCLE.
@@ -47,28 +47,28 @@ MAX_CYCLE = 10_000
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A source of a run."""
+    """A source of training records, with its order, decoder and labels."""
 
-    name: str  # its key in `config.data.train`; "" of the only one
-    records: ShardedRecords  # number of the record -> its element
-    order: GlobalOrder | BlockOrder  # own position -> number of the record
+    name: str  # its key in `config.data.train`; "" for a single source
+    records: ShardedRecords  # record number -> element
+    order: GlobalOrder | BlockOrder  # position within the source -> record number
     decode: DecodeExample  # makes an example of a record
-    # Of these records, and embeddings of CLIP teachers, where there are some.
+    # Concept labels of the records and embeddings of CLIP teachers, if any.
     labels: tuple[LabelRecords, ...] = ()
-    # Of these records, where they are fetched from an object store.
+    # Read-ahead of the records, if they are in an object store.
     blocks: BlockStore | None = None
 
 
 class Mixture:
-    """The records of an endless run, position by position.
+    """The records of an endless run by position, from one or several sources.
 
     Attributes:
         sources: at least one.
-        weights: of several sources; None with the only one.
-        num_records: of all sources together, without those held out: an epoch of the run.
+        weights: of several sources; None for a single one.
+        num_records: of all sources without held-out records; the length of an epoch.
         example_bytes: size of one decoded example.
-        same_source_batches: batches after which a row comes from the same source again, unless
-            weights change.
+        same_source_batches: period, in batches, after which a row comes from the same source again,
+            unless weights change.
     """
 
     def __init__(self, sources: Sequence[Source], weights: MixtureWeights | None = None):
@@ -80,9 +80,9 @@ class Mixture:
         self.same_source_batches = period if period < _LONGEST_CYCLE else 1
 
     def read(self, position: int, *, fetch: bool = False) -> tuple[Source, Record]:
-        """The source at a position, and its record with its labels.
+        """Returns the source of a position, and its record with labels.
 
-        Where the record's block is not here, `fetch` brings it; else the record is read alone.
+        If the record's block is not local, it is fetched (with `fetch`) or only the record is read.
         Errors name the record, or the file of labels.
         """
         number, index = self.find(position)
@@ -95,12 +95,12 @@ class Mixture:
         return source, record
 
     def find(self, position: int) -> tuple[int, int]:
-        """The number of the source at a position, and that of the record."""
+        """Returns the source number and the record number of a position."""
         number, own = self._find_source(position)
         return number, self.sources[number].order[own]
 
     def count_trained(self, data: ml_collections.ConfigDict, seed: int) -> int:
-        """`num_records` of a run with another `validation_share` or seed."""
+        """Counts the records of an epoch with another `validation_share` or seed."""
         found = self.num_record_ids
         for source in self.sources if data.validation_share else ():
             found -= len(held_out_records(source.records, data, seed))
@@ -108,21 +108,21 @@ class Mixture:
 
     @property
     def num_record_ids(self) -> int:
-        """One more than the highest of `record_id`: the records of all sources, held out or not."""
+        """Exclusive bound of `record_id`: the records of all sources, including held-out ones."""
         return sum(len(source.records) for source in self.sources)
 
     def record_id(self, position: int) -> int:
-        """A number of the record at a position that no record of another source has."""
+        """Returns an id of the record at a position that is unique among all sources."""
         number, record = self.find(position)
         return sum(len(source.records) for source in self.sources[:number]) + record
 
     def locate(self, position: int) -> tuple[str, int]:
-        """File and number within it of the record."""
+        """Returns the file of the record at a position, and its number within the file."""
         number, record = self.find(position)
         return self.sources[number].records.locate(record)
 
     def metrics(self, position: int) -> dict[str, float]:
-        """Examples and epochs of each source before a position; nothing with the only one."""
+        """Returns the examples and epochs of each source up to a position; empty for one source."""
         if not self.weights:
             return {}
         found = {}
@@ -132,7 +132,7 @@ class Mixture:
         return found
 
     def fingerprint(self) -> Fingerprint:
-        """Identifies all shards and labels; those of several sources begin with its name."""
+        """Identifies all shards and labels; with several sources, names start with the source's."""
         rows = []
         for source in self.sources:
             shards = list(fingerprint_records(source.records).shards)
@@ -144,7 +144,7 @@ class Mixture:
         return Fingerprint(tuple(rows))
 
     def describe_orders(self) -> list[str]:
-        """The order of each source, and its shares of the run, for the log."""
+        """Describes the order and the shares of each source, for the log."""
         if not self.weights:
             return [self.sources[0].order.describe()]
         shares = self.weights.describe()
@@ -154,7 +154,7 @@ class Mixture:
         ]
 
     def request(self, positions: Iterable[int]) -> None:
-        """Begins to fetch the blocks of the records at some positions, of sources in a store."""
+        """Starts to fetch the blocks of the records at some positions, from object stores."""
         wanted: dict[tuple[BlockStore, int], None] = {}  # in the order of the positions
         for position in positions:
             number, own = self._find_source(position)
@@ -165,7 +165,7 @@ class Mixture:
             blocks.request(block)
 
     def keep(self, first: int, end: int, streams: slice) -> None:
-        """Deletes blocks that some streams do not draw from between two multiples of V."""
+        """Deletes blocks that `streams` do not read between two positions, multiples of V."""
         for number, source in enumerate(self.sources):
             blocks = source.blocks
             if blocks is None or blocks.stays:
@@ -177,7 +177,7 @@ class Mixture:
             blocks.keep(blocks.order.blocks_between(begins[streams], ends[streams]))
 
     def _find_source(self, position: int) -> tuple[int, int]:
-        """The number of the source at a position, and its own position for it."""
+        """Returns the source number of a position, and the position within that source."""
         return self.weights.find(position) if self.weights else (0, position)
 
 
@@ -187,13 +187,13 @@ def open_mixture(
     make_decoder: Callable[[str], DecodeExample],
     process_count: int = 1,
 ) -> Mixture:
-    """The records of `config.data.train` in their orders and shares.
+    """Opens the sources of `config.data.train` with their orders and shares.
 
-    The order of each source has a seed that is drawn from `seed` and the source's name.
-    `make_decoder` takes the text template of a source; several hosts read the records together.
+    The seed of each source's order is derived from `seed` and its name. `make_decoder` takes the
+    text template of a source; `process_count` hosts read the records together.
 
     Raises:
-        ValueError: the section is wrong, a source has no record, or labels are missing or belong
+        ValueError: the section is wrong, a source has no records, or labels are missing or belong
             to other records; names the key.
     """
     sources = []
@@ -239,7 +239,7 @@ def _open_records(source: TrainSource) -> ShardedRecords:
 
 
 def _source_seed(seed: int, source: TrainSource) -> int:
-    """Another one for each name, so that equal data would not come in the same order twice."""
+    """Derives a seed from the source's name, so that sources with equal data differ in order."""
     if not source.name:
         return seed
     words = [seed, *source.name.encode()]
@@ -247,12 +247,12 @@ def _source_seed(seed: int, source: TrainSource) -> int:
 
 
 def exact_shares(weights: Sequence[Fraction]) -> list[Fraction]:
-    """The shares of sources by their weights, with a common denominator up to `MAX_CYCLE`."""
+    """Normalises weights to shares with a common denominator up to `MAX_CYCLE`."""
     total = sum(weights)
     shares = [Fraction(weight) / total for weight in weights]
     if math.lcm(*(share.denominator for share in shares)) <= MAX_CYCLE:
         return shares
-    # The largest remainders are rounded up; nothing that counts is rounded to nothing.
+    # The largest remainders are rounded up; no positive share is rounded to 0.
     counts = [max(int(share > 0), math.floor(share * MAX_CYCLE)) for share in shares]
     by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i] * MAX_CYCLE)
     for index in by_remainder[: max(0, MAX_CYCLE - sum(counts))]:
@@ -261,10 +261,10 @@ def exact_shares(weights: Sequence[Fraction]) -> list[Fraction]:
 
 
 def make_cycle(shares: Sequence[Fraction]) -> np.ndarray:
-    """The sources of D positions in a row, int64 [D], D the common denominator of their shares.
+    """Returns a cycle of sources, int64 [D], where D is the common denominator of their shares.
 
-    The c-th entry of a source with share w is within the positions [c / w, (c + 1) / w): the
-    earliest deadline goes first, and of equal ones that of the larger share (Liu and Layland,
+    The c-th entry of a source with share w is within the positions [c / w, (c + 1) / w). The
+    schedule is earliest deadline first, with ties broken by the larger share (Liu and Layland,
     Journal of the ACM 1973; Baruah et al., Algorithmica 1996).
     """
     length = math.lcm(*(share.denominator for share in shares))
@@ -283,11 +283,11 @@ def make_cycle(shares: Sequence[Fraction]) -> np.ndarray:
 
 
 class _Rotation:
-    """A cycle as the V streams of a run go through it.
+    """The traversal of a cycle by the V streams of a run.
 
     Position p has entry (p + (p // V) a) mod D of the cycle, with the smallest a for which V + a
-    and D have no common factor. So within V positions the entries follow each other, and each
-    stream goes through all entries in D rows: `turned` has them in the order of a stream.
+    and D are coprime. The V positions of a row therefore have consecutive entries, and each stream
+    visits all entries in D rows. `turned` has the entries in the order of a stream.
     """
 
     def __init__(self, shares: Sequence[Fraction], num_streams: int):
@@ -296,7 +296,7 @@ class _Rotation:
         step = next(n for n in range(num_streams, sys.maxsize) if math.gcd(n, length) == 1)
         self.length = length
         self.turned = cycle[np.arange(length) * (step % length) % length]
-        # Where a stream begins in `turned`.
+        # The start of each stream in `turned`.
         inverse = pow(step, -1, length) if length > 1 else 0
         self.begins = np.arange(num_streams) * inverse % length
         is_source = self.turned == np.arange(len(shares))[:, None]
@@ -304,34 +304,33 @@ class _Rotation:
         self.per_cycle = self.before[:, -1]
 
     def count(self, source: int, entries: int | np.ndarray) -> int | np.ndarray:
-        """Counts the entries of a source among the first ones of the endless `turned`."""
+        """Counts the entries of a source among the first `entries` of the repeated `turned`."""
         cycles, rest = np.divmod(entries, self.length)
         return cycles * self.per_cycle[source] + self.before[source, rest]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Segment:
-    """Shares of a part of the run."""
+    """A part of the run with constant shares."""
 
     first_row: int  # of each stream
     rotation: _Rotation  # of the shares
-    taken: np.ndarray  # int64 [sources, V], rows that each stream has taken from each source before
+    taken: np.ndarray  # int64 [sources, V], previous rows of each stream from each source
 
 
 class MixtureWeights:
-    """The source of each position, and that source's own position for it.
+    """Maps a position of the run to a source and a position within this source.
 
-    Own positions are numbered like those of a run: row i of stream s is own position i V + s, where
-    i counts the rows of the stream that came from the source. So every own position is used once,
-    and a stream stays on its host.
+    The i-th row of stream s that comes from a source has position i V + s within the source. Every
+    position of a source is therefore used once, and a stream stays on its host.
     """
 
     def __init__(
         self, points: Sequence[tuple[int, Sequence[Fraction]]], *, num_streams: int, batch_size: int
     ):
-        """Makes the tables of V = `num_streams` and global batches of a multiple of V.
+        """Creates the tables for V = `num_streams`, which must divide the global batch.
 
-        `points` are the step from which on they hold (the first is 0), and the sources' weights.
+        `points` are pairs of a first step (0 for the first pair) and the sources' weights.
         """
         self.num_streams = num_streams
         self._points = [(step, exact_shares(weights)) for step, weights in points]
@@ -344,11 +343,11 @@ class MixtureWeights:
             rotation = _Rotation(shares, num_streams)
             self._segments.append(_Segment(first_row, rotation, taken))
         self._first_rows = [segment.first_row for segment in self._segments]
-        # Batches after which each stream is at the same entry of every cycle again.
+        # Number of batches after which each stream repeats its entries of every cycle.
         self.period = math.lcm(*(segment.rotation.length for segment in self._segments))
 
     def describe(self) -> list[str]:
-        """The shares of each source, such as "4/5" or "4/5, from step 1000 on 1/2"."""
+        """Describes the shares of each source, such as "4/5" or "4/5, from step 1000 on 1/2"."""
         return [
             ", ".join(
                 f"from step {step} on {shares[source]}" if step else str(shares[source])
@@ -358,7 +357,7 @@ class MixtureWeights:
         ]
 
     def find(self, position: int) -> tuple[int, int]:
-        """The source of a position, and its own position for it."""
+        """Returns the source of a position, and the position within this source."""
         row, stream = divmod(position, self.num_streams)
         segment = self._segments[bisect.bisect_right(self._first_rows, row) - 1]
         rotation = segment.rotation
@@ -369,11 +368,11 @@ class MixtureWeights:
         return source, int(count + segment.taken[source, stream]) * self.num_streams + stream
 
     def counts(self, position: int) -> list[int]:
-        """Examples that each source has given before a position, a multiple of V."""
+        """Counts the examples of each source before a position, a multiple of V."""
         return (self.next_positions(position) // self.num_streams).sum(axis=1).tolist()
 
     def next_positions(self, position: int) -> np.ndarray:
-        """int64 [sources, V], own positions that streams come to next, from a multiple of V on."""
+        """Returns the streams' next positions within sources from a multiple of V, [sources, V]."""
         row = position // self.num_streams
         segment = self._segments[bisect.bisect_right(self._first_rows, row) - 1]
         return self._taken(segment, row) * self.num_streams + np.arange(self.num_streams)

@@ -1,9 +1,9 @@
-"""The order of examples: which record comes at a position of the run.
+"""The order of examples: maps a position of the run to a record.
 
-A position counts examples from the start of the run, over all hosts and epochs. The record there is
-a function of (seed, position) alone. There are two orders: a permutation of all records, and one
-that reads whole blocks of consecutive records, so that a request to a bucket brings hundreds.
-Either leaves out the records that are held out.
+A position counts examples from the start of the run, over all hosts and epochs. Its record is a
+function of (seed, position) only. There are two orders: a permutation of all records, and one that
+reads whole blocks of consecutive records, so a request to an object store returns hundreds. Both
+exclude held-out records.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from diht_jax.records.sharded import ShardedRecords
 from diht_jax.records.train_data import NO_RECORDS
 from diht_jax.storage.stores import is_remote
 
-# Values of `config.data.order`; "auto" takes one of them.
+# Values of `config.data.order` besides "auto", which chooses one of them.
 ORDERS = ("global", "blocks")
-# Permuted by grain as 32-bit numbers: of more records, some would come twice and others never.
+# grain permutes 32-bit numbers; with more records some would repeat and others never come.
 MAX_GLOBAL_RECORDS = 2**32 - 1
-# Windows kept in memory beyond one for each stream: of streams that have just begun their next.
+# Cached windows beyond one for each stream, for streams that have just started their next one.
 _SPARE_WINDOWS = 256
 # Constants of splitmix64: the increment, and the two multipliers of its finaliser.
 _INCREMENT, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -35,7 +35,7 @@ _64_BITS = 2**64 - 1
 
 
 def resolve_order(order: str, train: str | Sequence[str] | None) -> str:
-    """The order of a config; "auto" is blocks where any of the data is in an object store."""
+    """Resolves the order of a config; "auto" is "blocks" if any data are in an object store."""
     if order != "auto":
         return order
     paths = [train] if isinstance(train, str | os.PathLike) else train or ()
@@ -50,12 +50,12 @@ def make_order(
     process_count: int = 1,
     held_out: np.ndarray = NO_RECORDS,
 ) -> GlobalOrder | BlockOrder:
-    """The order of a source of records, one of `ORDERS` or "auto", on several hosts.
+    """Creates the order of a source of records on several hosts; `order` may be "auto".
 
-    `data` is the section `config.data`; `held_out` are the numbers of records that never come.
+    `data` is the section `config.data`; `held_out` are the numbers of records to exclude.
 
     Raises:
-        ValueError: numbers in `data` that do not fit each other or the hosts.
+        ValueError: numbers in `data` are not consistent with each other or the hosts.
     """
     if resolve_order(order, records.paths) == "global":
         return GlobalOrder(len(records), seed, held_out)
@@ -69,10 +69,10 @@ def make_order(
 
 
 def count_streams(data: ml_collections.ConfigDict, process_count: int = 1) -> int:
-    """Streams of the order in blocks: `data.num_streams`, but no more than a batch has rows.
+    """Returns the streams of the block order: `data.num_streams`, but at most the batch size.
 
     Raises:
-        ValueError: they do not divide the batch, or the hosts do not divide them.
+        ValueError: they do not divide the batch size, or are not divisible by the hosts.
     """
     streams = min(data.num_streams, data.batch_size)
     if data.batch_size % streams:
@@ -92,22 +92,22 @@ def count_streams(data: ml_collections.ConfigDict, process_count: int = 1) -> in
 
 
 def derived_seed(seed: int, depth: int) -> int:
-    """The seed of a transform that comes `depth` transforms after `.seed(seed)` in grain's graph.
+    """Returns the seed of the transform `depth` transforms after `.seed(seed)` in a grain graph.
 
-    `MapDataset.source(...).seed(seed).shuffle().repeat().random_map(...)` was the whole input once;
-    its runs go on with the same order and the same crops.
+    The order and the crops are still those of an earlier input, which was
+    `MapDataset.source(...).seed(seed).shuffle().repeat().random_map(...)`.
     """
     return int(np.random.SeedSequence([seed, depth]).generate_state(1, np.uint32)[0])
 
 
 class GlobalOrder:
-    """Every epoch is another permutation of all records, as grain's `shuffle` does it."""
+    """An order with a new permutation of all records in every epoch, like grain's `shuffle`."""
 
     def __init__(self, num_records: int, seed: int, held_out: np.ndarray = NO_RECORDS):
-        """Draws nothing yet; `held_out` are the numbers of records that never come, rising.
+        """Draws nothing yet; `held_out` are the sorted numbers of records to exclude.
 
         Raises:
-            ValueError: more records, held out ones included, than grain can permute.
+            ValueError: there are more records, including held-out ones, than grain can permute.
         """
         if num_records > MAX_GLOBAL_RECORDS:
             raise ValueError(
@@ -116,11 +116,11 @@ class GlobalOrder:
                 "config.data.order='blocks'"
             )
         self.num_records = num_records - len(held_out)
-        self._before = held_out - np.arange(len(held_out))  # others before each of them
+        self._before = held_out - np.arange(len(held_out))  # other records before each of them
         self._seed = derived_seed(seed, depth=1)
 
     def __getitem__(self, position: int) -> int:
-        """The number of the record, among all of the source, at a position from 0."""
+        """Returns the record number, among all records of the source, at a position from 0."""
         epoch, number = divmod(position, self.num_records)
         drawn = grain.experimental.index_shuffle(
             number,
@@ -131,22 +131,22 @@ class GlobalOrder:
         return _skip(self._before, drawn)
 
     def describe(self) -> str:
-        """A sentence for the log about what is mixed."""
+        """Describes the order in one sentence, for the log."""
         return f"every epoch is a permutation of all {self.num_records:,} records"
 
 
 class BlockOrder:
-    """Every epoch reads the blocks of records in a new order, mixed over streams and windows.
+    """An order that shuffles blocks of records in every epoch, mixed over streams and windows.
 
-    The blocks of an epoch are permuted, and their records, one block after the other, are cut into
-    V segments of equal length. Row r of the epoch is row r // V of segment r % V. Within a segment,
-    windows of W blocks are permuted: a stream draws its records from one window until that is used
-    up. So a batch mixes records of V W blocks, while every block is read within one window of one
-    stream (of two streams where a cut runs through it). A stream's first window has 1 to W blocks,
-    so that the streams, on each host, do not all change windows at the same time.
+    In every epoch the blocks are permuted, and the sequence of their records is split into V
+    segments of equal length. Row r of the epoch is row r // V of segment r % V. Within a segment,
+    the records of windows of W blocks are permuted: a stream draws records from one window until
+    it is used up. A batch therefore mixes records of V W blocks, while each block is read within
+    one window of one stream (or of two streams, if a segment boundary splits it). A stream's first
+    window has 1 to W blocks, so that the streams of a host do not change windows simultaneously.
 
-    All permutations sort by a 64-bit hash (splitmix64), which is no library's random stream and is
-    right for any number of records.
+    All permutations sort by a 64-bit hash (splitmix64), which does not depend on a library's random
+    numbers and works for any number of records.
     """
 
     def __init__(
@@ -161,19 +161,19 @@ class BlockOrder:
         """Draws nothing yet.
 
         Args:
-            block_starts: int64 [B + 1], the first record of each block, none empty; the last entry
-                is their number, held out ones included.
+            block_starts: int64 [B + 1], the first record of each (non-empty) block; the last entry
+                is the number of records, including held-out ones.
             seed: of the permutations.
             num_streams: V. Position p belongs to stream p % V.
-            window_blocks: W, that a stream mixes.
-            held_out: numbers of records that never come, rising.
+            window_blocks: W, the number of blocks that a stream mixes.
+            held_out: sorted numbers of records to exclude.
         """
         self.block_starts = np.asarray(block_starts, np.int64)
-        # The blocks that come, and where each begins among the records that do.
+        # Blocks with at least one included record, and their starts among included records.
         starts = self.block_starts - np.searchsorted(held_out, self.block_starts)
         self._blocks = np.flatnonzero(np.diff(starts))
         self._starts = np.append(starts[self._blocks], starts[-1])
-        self._before = held_out - np.arange(len(held_out))  # others before each of them
+        self._before = held_out - np.arange(len(held_out))  # other records before each of them
         self.num_records = int(starts[-1])
         self.num_streams = num_streams
         self.window_blocks = window_blocks
@@ -181,22 +181,22 @@ class BlockOrder:
         self._make_caches()
 
     def __getitem__(self, position: int) -> int:
-        """The number of the record, among all of the source, at a position from 0."""
+        """Returns the record number, among all records of the source, at a position from 0."""
         window, row = self._find(position)
         part, drawn = window.draw(row)
         return _skip(self._before, window.records[part] + drawn)
 
     def block_at(self, position: int) -> int:
-        """The number of the block that holds the record at a position."""
+        """Returns the number of the block with the record at a position."""
         window, row = self._find(position)
         return window.blocks[window.draw(row)[0]]
 
     def block_of(self, record: int) -> int:
-        """The number of the block that holds a record."""
+        """Returns the number of the block with a record."""
         return _find(self.block_starts, record)
 
     def blocks_between(self, begins: np.ndarray, ends: np.ndarray) -> set[int]:
-        """The blocks of all windows that streams draw from, each from a position up to another."""
+        """Returns the blocks of all windows that streams read, each from a position to an end."""
         blocks: set[int] = set()
         for position, end in zip(begins.tolist(), ends.tolist(), strict=True):
             while position < end:
@@ -206,7 +206,7 @@ class BlockOrder:
         return blocks
 
     def describe(self) -> str:
-        """A sentence for the log about what is mixed."""
+        """Describes the order in one sentence, for the log."""
         num_blocks = len(self._blocks)
         mean = self.num_records / num_blocks
         pool = min(self.num_records, round(self.num_streams * self.window_blocks * mean))
@@ -225,7 +225,7 @@ class BlockOrder:
         self._make_caches()
 
     def _find(self, position: int) -> tuple[_Window, int]:
-        """The window of a position, and the row of its stream's segment."""
+        """Returns the window of a position, and the row within the sequence of the epoch."""
         epoch, row = divmod(position, self.num_records)
         row, stream = divmod(row, self.num_streams)
         segment = self._segment(epoch, stream)
@@ -235,13 +235,13 @@ class BlockOrder:
         return self._window(epoch, stream, number), row
 
     def _make_caches(self) -> None:
-        # Two epochs meet where one ends. The caches lock in C: threads may share them.
+        # Two epochs, for the end of one. The caches lock in C, so threads may share them.
         self._epoch = functools.lru_cache(2)(self._make_epoch)
         self._segment = functools.lru_cache(2 * self.num_streams)(self._make_segment)
         self._window = functools.lru_cache(self.num_streams + _SPARE_WINDOWS)(self._make_window)
 
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The permuted blocks, and where each begins in the sequence of all their records."""
+        """Returns the permuted blocks, and the start of each in the sequence of their records."""
         order = _permutation(len(self._blocks), self._seed, epoch)
         return order, np.append(0, np.cumsum(np.diff(self._starts)[order]))
 
@@ -249,7 +249,7 @@ class BlockOrder:
         rows, longer = divmod(self.num_records, self.num_streams)
         first = stream * rows + min(stream, longer)
         block = _find(self._epoch(epoch)[1], first)
-        # Multiples of the golden ratio are spread evenly, also over every H-th stream.
+        # Multiples of the golden ratio are spread evenly, also over the streams of each host.
         first_window_blocks = 1 + ((stream * _INCREMENT & _64_BITS) * self.window_blocks >> 64)
         origin = block + first_window_blocks - self.window_blocks
         return _Segment(first, first + rows + (stream < longer), block, origin)
@@ -260,7 +260,7 @@ class BlockOrder:
         first, end = max(segment.first_block, end - self.window_blocks), min(end, len(permuted))
         rows = np.clip(starts[first : end + 1], segment.first_row, segment.end_row)
         blocks = permuted[first:end]
-        # The first record of a part, where the segment begins within its block.
+        # The first record of each part; the segment may start in the middle of a block.
         records = self._starts[blocks] + rows[:-1] - starts[first:end]
         kept = np.diff(rows) > 0
         length = int(rows[-1] - rows[0])
@@ -276,12 +276,12 @@ class BlockOrder:
 
 
 def _skip(before: np.ndarray, number: int) -> int:
-    """The number among all records; `before` counts the others before each that is held out."""
+    """Converts a number among included records to one among all; for `before` see `_before`."""
     return number + int(np.searchsorted(before, number, side="right")) if len(before) else number
 
 
 def _find(starts: np.ndarray, number: int) -> int:
-    """The block, of those that begin at `starts`, that holds a row or a record."""
+    """Returns the index of the block, among those with these starts, with a row or record."""
     return int(starts.searchsorted(number, side="right")) - 1
 
 
@@ -291,39 +291,39 @@ class _Segment(NamedTuple):
     first_row: int
     end_row: int
     first_block: int
-    origin: int  # where the first window would begin if it were whole
+    origin: int  # the block where the first window would start if it were complete
 
 
 @dataclasses.dataclass(frozen=True)
 class _Window:
-    """The rows of one window: `order` permutes them; the lists have an entry for each block."""
+    """The permuted rows of one window; the lists have an entry for each block."""
 
-    first_row: int  # of the segment
+    first_row: int  # in the sequence of the epoch
     order: np.ndarray  # the permutation
-    offsets: list[int]  # where each block begins before the permutation
-    records: list[int]  # the first record that is taken of each block
+    offsets: list[int]  # start of each block before the permutation
+    records: list[int]  # first record of each block that belongs to the window
     blocks: list[int]  # numbers of the blocks
 
     def draw(self, row: int) -> tuple[int, int]:
-        """The entry of the block at a row of the segment, and the record's number within it."""
+        """Returns the block's entry for a row of the epoch, and the record's number within it."""
         drawn = int(self.order[row - self.first_row])
         part = bisect.bisect_right(self.offsets, drawn) - 1
         return part, drawn - self.offsets[part]
 
 
 def _permutation(length: int, *key: int) -> np.ndarray:
-    """int64 [length]: a permutation that is a function of the key alone."""
+    """Returns a permutation, int64 [length], that depends only on the key."""
     state = 0
     for part in key:
         mixed = _mix(np.array([(state + part + 1) * _INCREMENT & _64_BITS], np.uint64))
         state = int(mixed[0])
-    # Different inputs have different hashes, so that any way of sorting gives the same result.
+    # Different inputs have different hashes, so all sorting algorithms give the same result.
     inputs = np.arange(1, length + 1, dtype=np.uint64) * np.uint64(_INCREMENT) + np.uint64(state)
     return np.argsort(_mix(inputs))
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64, a bijection of 64-bit numbers (Steele et al., OOPSLA 2014)."""
+    """Applies the finaliser of splitmix64, which is bijective (Steele et al., OOPSLA 2014)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(_FIRST)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(_SECOND)
     return values ^ (values >> np.uint64(31))

@@ -1,7 +1,7 @@
-"""The training input: record shards -> shuffled, decoded, tokenized uint8 batches (grain).
+"""The training input (grain): record shards -> shuffled, decoded, tokenized uint8 batches.
 
-The order of examples is a function of (seed, position) alone: it does not depend on workers, hosts
-or devices, so that a run can be continued anywhere.
+The order of examples is a function of (seed, position) only. It does not depend on workers, hosts
+or devices, so a run can be resumed on other machines.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ from diht_jax.input.order import BlockOrder, derived_seed
 from diht_jax.input.sub_batches import SKIPPED_RECORDS, SubBatches, find_crashing_index
 from diht_jax.storage.stores import is_remote
 
-# Deaths of decoding workers, without a batch between them, that a run survives.
+# Restarts of dead workers at the same batch before the run fails.
 MAX_RESTARTS = 3
 # Bad records that are named in the log; further ones are only counted.
 _MAX_NAMED = 100
 # Files that a message names.
 _MAX_FILES = 3
-# Depth below the seed at which grain's graph of old had its random crops.
+# Depth of the random crops below the seed in the earlier grain graph; see `derived_seed`.
 _CROP_DEPTH = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """A position in the data that stays while its iterator goes on."""
+    """A snapshot of an iterator's position in the data."""
 
     state: dict[str, int]
 
     def get_state(self) -> dict[str, int]:
-        """The state that `TrainIterator.set_state` takes."""
+        """Returns the state for `TrainIterator.set_state`."""
         return self.state
 
 
 class StoppedWaiting(Exception):
-    """The run is to stop, and the batch behind `position`, which it waits for, does not come."""
+    """A stop was requested while the batch at `position` did not arrive."""
 
     def __init__(self, position: Position):
         super().__init__("the input stalls")
@@ -57,22 +57,22 @@ class StoppedWaiting(Exception):
 
 
 class TrainIterator:
-    """Endless batches of this process's share of the global batch.
+    """An endless iterator over this process's part of the global batches.
 
-    Batch i of the run holds the examples [i * N, (i + 1) * N) of one endless order, which holds
-    each record once an epoch; process p of P takes every P-th of them.
+    Batch i of the run has the examples [i * N, (i + 1) * N) of an endless order with each record
+    once an epoch. Process p of P takes every P-th of them.
 
     Args:
         seed: of cropping.
-        process_index: number of this host, from 0, of `process_count`.
-        record_ids: batches have the number of each record, int32 [b].
+        process_index: index of this host among `process_count`, from 0.
+        record_ids: whether batches have the ids of the records, int32 [b].
 
     Raises:
-        ValueError: numbers that do not fit, or too little memory.
+        ValueError: inconsistent numbers in the config, or too little memory.
 
     Attributes:
-        skipped_records: bad records of this process's share so far, each replaced by another one.
-        block_stores: the blocks of each source in an object store; empty for local data.
+        skipped_records: number of this process's bad records so far, each replaced by another.
+        block_stores: read-ahead of each source in an object store; empty for local data.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class TrainIterator:
         if num_workers is None:
             num_workers = workers.default_num_workers()
         if num_workers:
-            workers.claim_mark(workers.SHARED_MEMORY)  # removes what others left, before measuring
+            workers.claim_mark(workers.SHARED_MEMORY)  # frees the memory of ended runs
         sources = [_with_blocks(each, data, num_workers) for each in records.sources]
         self.block_stores = [each.blocks for each in sources if each.blocks]
         self._records = Mixture(sources, records.weights)
@@ -131,17 +131,17 @@ class TrainIterator:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        """`images` uint8 [b, h, w, 3] and `tokens` int32 [b, t], b of this process.
+        """Returns `images` uint8 [b, h, w, 3] and `tokens` int32 [b, t] of this process.
 
-        Their memory is used again once nothing refers to them or to views of them.
+        Their memory is reused once nothing refers to them or to views of them.
 
-        Decoding workers that died (a crash in a codec, the kernel's out-of-memory killer) are
-        started again at the batch that they owed. A record whose picture crashes its decoder is
-        found, and is a bad record then.
+        Dead decoding workers (a crash in a codec, the kernel's out-of-memory killer) are restarted
+        at the next batch. A record that crashes the decoder is searched for, and then treated as a
+        bad record.
 
         Raises:
-            ValueError: a bad record, unless these are skipped.
-            RuntimeError: workers die again and again at the same batch; the message names it.
+            ValueError: there is a bad record, and bad records are not skipped.
+            RuntimeError: workers die repeatedly at the same batch; the message names it.
         """
         deaths = 0
         requested = self._next_example + self._batches_requested * self._batch_size
@@ -169,20 +169,20 @@ class TrainIterator:
         warn_after_secs: float = 60.0,
         grace_secs: float = 5.0,
     ) -> dict[str, np.ndarray]:
-        """The next batch; an input that stalls is reported, and given up for a stop.
+        """Returns the next batch; logs a stalled input, and stops waiting for it on request.
 
-        The batch is fetched in a thread, so that the main thread can look at the time and at the
-        signals meanwhile. Time is counted in polls: a clock that is set makes no difference.
+        The batch is fetched in a thread, while the main thread checks time and signals. Time is
+        counted in polls, so changes of the clock have no effect.
 
         Args:
-            stop_requested: tells whether to give up a batch that does not come.
-            poll_secs: between two looks at that; a batch that comes is taken at once.
-            warn_after_secs: of waiting, until the log names what is awaited; then again after twice
-                as long.
-            grace_secs: that a batch still has to come once the run is to stop.
+            stop_requested: returns whether to stop waiting.
+            poll_secs: interval of calls of `stop_requested`; does not delay an available batch.
+            warn_after_secs: waiting time before the log describes what is missing; doubles after
+                each message.
+            grace_secs: how long to wait for the batch after a stop was requested.
 
         Raises:
-            StoppedWaiting: it was given up; the iterator cannot be used any more.
+            StoppedWaiting: waiting was stopped; the iterator can no longer be used.
         """
         position = Position(self.get_state())
         fetched = workers.run_in_thread(self.__next__, "next_batch")
@@ -197,8 +197,8 @@ class TrainIterator:
                 if waited >= warn_after_secs:
                     warn_after_secs *= 2
                     logging.warning("no batch for %.0f s: %s", waited, self._describe_awaited())
-        except BaseException:  # a second ^C, too
-            self._abandoned = True  # so that the batch ends with an error in its thread
+        except BaseException:  # also a second ^C
+            self._abandoned = True  # makes the thread of the batch end with an error
             self._stop_reading()
             workers.kill_workers()
             futures.wait([fetched], grace_secs)
@@ -206,10 +206,10 @@ class TrainIterator:
         return fetched.result()
 
     def keys(self, first_example: int, most: int | None = None) -> list[str]:
-        """Keys of this process's records, the `most` first or all, in the batch from an index on.
+        """Returns the keys of this process's (first `most`) records in the batch at an index.
 
-        Where bad records are replaced, the keys are those of the replacements; to find these, the
-        pictures are decoded.
+        If bad records are skipped, the keys are those of their replacements; finding these requires
+        decoding the images.
         """
         indices = self._examples.batch(first_example)[:most]
         if self._examples.skips:
@@ -217,16 +217,16 @@ class TrainIterator:
         return [self._records.read(index)[1].key for index in indices]
 
     def get_state(self) -> dict[str, int]:
-        """The position in the global order, as a JSON-able dict."""
+        """Returns the position in the global order, as a JSON-serialisable dict."""
         return {"next_example": self._next_example}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Continues at a position that `get_state` gave, possibly on other hosts."""
+        """Continues at a position from `get_state`, possibly of a run on other hosts."""
         self.close()
         self._next_example = int(state["next_example"])
 
     def _describe_awaited(self) -> str:
-        """Names the next batch, the files of its records, and the state of the workers."""
+        """Describes the next batch, the files of its records, and the state of the workers."""
         text = f"waiting for examples {self._batch_text(self._next_example)}"
         located = map(self._records.locate, self._examples.batch(self._next_example))
         paths = list(dict.fromkeys(path for path, _ in located))
@@ -258,20 +258,20 @@ class TrainIterator:
         return f"{first_example} to {first_example + self._batch_size - 1} of the run's order"
 
     def _handle_death(self, error: RuntimeError, deaths: int) -> int:
-        """Logs the death of a worker, and looks for its cause; the next batch starts new ones.
+        """Logs the death of a worker and searches for its cause; the next batch starts new workers.
 
-        Returns how many deaths in a row have no known cause.
+        Returns the number of consecutive deaths without a known cause.
         """
         logging.warning(
             "examples %s: %s; the workers are started again",
             self._batch_text(self._next_example),
             error,
         )
-        self._close_batches()  # what was fetched ahead stays
-        # Another end than by a crash may come from outside, the first time.
+        self._close_batches()  # keeps the fetched blocks
+        # The first death without a crash may have an external cause.
         if deaths > 1 or workers.has_crashed(error):
             logging.warning("looking for a picture that crashes its decoder, in another process")
-            # It works ahead, and what it had finished may have been lost with it.
+            # The worker was ahead of the batch, and finished parts may have been lost with it.
             parts = range(self._parts_taken, sys.maxsize, self._num_workers)
             near = parts[: self._in_flight.queue_parts + 2]
             suspects = [index for part in near for index in self._parts.indices(part)]
@@ -304,7 +304,7 @@ class TrainIterator:
             logging.warning("%d bad records skipped so far", self.skipped_records)
 
     def _next_part(self) -> dict[str, np.ndarray]:
-        """The next sub-batch of those that are decoded."""
+        """Returns the next decoded sub-batch."""
         batches = self._batches
         part = next(batches)
         if batches is self._batches:  # else it was closed meanwhile
@@ -317,15 +317,15 @@ class TrainIterator:
         self._parts = self._examples.starting_at(self._next_example, self._parts_ahead)
         self._parts_taken = 0
         in_flight = self._in_flight
-        # Sub-batches are formed before workers or threads share the work, so that their number does
-        # not change which examples make a batch. A worker decodes in its main thread, and the queue
-        # behind it is all that it works ahead.
+        # Sub-batches are formed before the work is divided, so the examples of a batch do not
+        # depend on the number of workers or threads. A worker decodes in its main thread, and
+        # its queue is its only prefetching.
         options = (0, 0) if self._num_workers else (in_flight.num_threads, in_flight.thread_parts)
         dataset = grain.MapDataset.source(self._parts).to_iter_dataset(
             grain.ReadOptions(num_threads=options[0], prefetch_buffer_size=options[1])
         )
         if self._num_workers:
-            # grain hands absl's flags on to its workers, also where no command has parsed any.
+            # grain passes absl's flags to its workers, even if no command has parsed them.
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
             dataset = dataset.mp_prefetch(
@@ -343,10 +343,10 @@ class TrainIterator:
 
 
 def _with_blocks(source: Source, data: ml_collections.ConfigDict, num_workers: int) -> Source:
-    """The source, which reads by blocks where it is in a store and has the order for them."""
+    """Returns the source, with a block store if it is remote and has a block order."""
     if not isinstance(source.order, BlockOrder):
         return source
-    # Files in fsspec's memory are known to this process alone.
+    # Files in fsspec's memory exist only in this process.
     paths = source.records.paths
     if not any(is_remote(path) and not path.startswith("memory://") for path in paths):
         return source

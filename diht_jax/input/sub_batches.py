@@ -1,14 +1,14 @@
-"""The examples of a run, decoded in sub-batches, with other records in place of the bad ones.
+"""Decoding of a run's examples in sub-batches, with replacement of bad records.
 
-A host's batch may have ten gigabytes. One worker would need a minute for it, and several of them in
-each worker's queue would fill the machine. A part of 256 rows has some forty megabytes.
+A host's batch may have ten gigabytes. One worker would need a minute for it, and several batches in
+each worker's queue would exceed the memory. A sub-batch of 256 rows has about 40 MB.
 
-A bad record is replaced by the one whose index in the order is larger by a stride. With a multiple
-of the batch size as stride, the replacement is never in the same batch (where the same pair twice
-would be each other's negative), unless the data set is smaller than that. The choice is a function
-of the index alone, so that it is the same on any number of hosts and workers, and after a restart.
-What makes a record bad is decided where it is read: `records/shard_files.py` for its frame,
-`records/schema.py` for its fields, `transforms.py` for its picture.
+A bad record is replaced by the one at the index plus a stride in the order. The stride is a
+multiple of the batch size, so the replacement is never in the same batch, unless the data set is
+smaller; the same pair twice would be its own negative. The choice depends only on the index, so it
+is the same on any number of hosts and workers, and after a restart. The readers decide which
+records are bad: `records/shard_files.py` by framing, `records/schema.py` by fields, and
+`transforms.py` by image.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from diht_jax.input.workers import start_worker
 from diht_jax.records.shard_files import TFRecordError, is_of_one_record
 from diht_jax.storage.stores import StorageError
 
-# In a batch, for each row: bad records that were skipped to find this one.
+# Field of a batch: for each row, the number of bad records skipped to find it.
 SKIPPED_RECORDS = "skipped_records"
-# Rows of a part at most.
+# Largest number of rows of a part.
 MAX_ROWS = 256
-# Records tried for one row of a batch. If all are bad, more than single records is damaged.
+# Records tried for one row of a batch. If all are bad, the damage is not limited to single records.
 MAX_IN_A_ROW = 100
-# Records that are read before the first of their pictures is decoded. Few enough for their memory.
+# Records that are read before their images are decoded; limits the memory.
 _GROUP_ROWS = 32
 
 
 class SubBatches(Sequence[dict[str, np.ndarray]]):
-    """The parts of one host's batches, one batch after the other, as a grain data source.
+    """The sequence of parts (sub-batches) of a host's batches, as a grain data source.
 
     Part i of the run has the host's rows [i * rows, (i + 1) * rows). An example is a function of
     the seed and of its index in the run's order.
 
     Attributes:
-        rows: of a part.
-        parts_per_batch: of this host.
+        rows: rows of a part.
+        parts_per_batch: parts of this host's batch.
         skips: whether bad records are replaced.
     """
 
@@ -66,7 +66,7 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
         """Reads nothing yet; for the arguments see `pipeline.TrainIterator`.
 
         Raises:
-            ValueError: a batch that the hosts cannot share.
+            ValueError: the batch size is not divisible by the hosts.
         """
         batch_size = data.batch_size
         if batch_size % process_count:
@@ -89,34 +89,34 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
         self.parts_per_batch = local // self.rows
 
     def starting_at(self, first_example: int, ahead: int = 0) -> SubBatches:
-        """The same examples with other numbers of parts: the first begins at an index of the order.
+        """Returns the same examples with part 0 starting at an index of the order.
 
-        `ahead` is how many parts after one that is decoded another's blocks are requested.
+        `ahead` is the read-ahead distance in parts; see `InFlight.plan_blocks`.
         """
         other = copy.copy(self)
         other._first_example, other._ahead = first_example, ahead
         return other
 
     def __len__(self) -> int:
-        """Endless, as far as grain can count."""
+        """Practically endless; bounded only because grain needs an integer."""
         return sys.maxsize // (self.rows * self._process_count) // 2
 
     def __repr__(self) -> str:
         return f"SubBatches(rows={self.rows}, first_example={self._first_example})"
 
     def batch(self, first_example: int) -> range:
-        """This host's indices of the batch that begins at an index of the order."""
+        """Returns this host's indices of the batch that starts at an index of the order."""
         end = first_example + self._batch_size
         return range(first_example + self._process_index, end, self._process_count)
 
     def indices(self, part: int) -> range:
-        """The indices in the run's order of the examples of a part."""
+        """Returns the indices in the run's order of the examples of a part."""
         stride = self._process_count
         first = self._first_example + self._process_index + part * self.rows * stride
         return range(first, first + self.rows * stride, stride)
 
     def __getitem__(self, part: int) -> dict[str, np.ndarray]:
-        """The arrays of a part, [rows, ...] each.
+        """Decodes a part as arrays [rows, ...].
 
         Raises:
             ValueError: a record is bad, or too many in a row are; names file and record.
@@ -124,7 +124,7 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
         """
         if self._ahead:
             later = part + self._ahead
-            # The first parts also need blocks that no earlier part has requested.
+            # No earlier part has requested the blocks of the first parts.
             for wanted in (part, later) if part < self._ahead else (later,):
                 self._records.request(self.indices(wanted))
         arrays: dict[str, np.ndarray] = {}
@@ -136,16 +136,16 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
         return arrays
 
     def exclude(self, index: int, problem: str) -> None:
-        """Makes the record at an index a bad one, which nobody decodes any more."""
+        """Marks the record at an index as bad, so it is no longer decoded."""
         self._excluded[self._records.find(index)] = problem
 
     def candidates(self, index: int) -> range:
-        """The indices whose records are tried for an index, in their order."""
+        """Returns the indices whose records are tried for an index, in order."""
         last = index + (MAX_IN_A_ROW if self.skips else 1) * self._stride
         return range(index, last, self._stride)
 
     def explain(self, index: int) -> str:
-        """The reason for which a record is bad."""
+        """Returns the reason why the record at an index is bad."""
         try:
             self.decode(index)
         except ValueError as error:
@@ -154,7 +154,7 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
         return f"{path}: record {record}: could be read at the second attempt"
 
     def find(self, index: int) -> tuple[dict[str, Any], int]:
-        """The first good example among the candidates for an index, and its own index."""
+        """Returns the first good example among the candidates for an index, and its index."""
         for tried in self.candidates(index):
             try:
                 return self.decode(tried), tried
@@ -168,7 +168,7 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
         )
 
     def decode(self, index: int) -> dict[str, Any]:
-        """The example of the very record at an index.
+        """Decodes the example at an index, without replacing a bad record.
 
         Raises:
             ValueError: the record is bad; names file and record.
@@ -176,16 +176,16 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
         try:
             return self._plan(index)()
         except (TFRecordError, StorageError):
-            raise  # names file and record
+            raise  # the message already names file and record
         except ValueError as error:
             path, record = self._records.locate(index)
             raise ValueError(f"{path}: record {record}: {error}") from error
 
     def _examples(self, indices: range) -> Iterator[dict[str, Any]]:
-        """The examples at indices, everything but the pixels for a group of them at once.
+        """Yields the examples at indices; prepares a group of them before decoding their pixels.
 
-        A picture pushes everything else out of the processor's caches: done between pictures, the
-        other steps take twice as long.
+        Decoding an image evicts everything else from the CPU's caches. Interleaved with decoding,
+        the other steps would take twice as long.
         """
         for first in range(0, len(indices), _GROUP_ROWS):
             group = indices[first : first + _GROUP_ROWS]
@@ -199,7 +199,7 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
             for index in group:
                 try:
                     example, used = plans[index](), index
-                except (KeyError, ValueError):  # tried again, for its error or its replacement
+                except (KeyError, ValueError):  # retried for its error or its replacement
                     example, used = self.find(index)
                 if self._record_ids:
                     example["record_ids"] = np.int32(self._records.record_id(used))
@@ -208,7 +208,7 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
                 yield example
 
     def _plan(self, index: int, *, fetch: bool = False) -> Callable[[], dict[str, Any]]:
-        """Everything of an example but its pixels, which the result decodes."""
+        """Prepares an example except for its pixels, which the returned function decodes."""
         if self._excluded:
             problem = self._excluded.get(self._records.find(index))
             if problem is not None:
@@ -217,7 +217,7 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
         return source.decode.plan(record, self._generator(index), index)
 
     def _generator(self, index: int) -> np.random.Generator:
-        """This thread's generator, at the state of an index; a new one would ask for entropy."""
+        """Returns this thread's generator in the state of an index; a new one reads entropy."""
         rng = getattr(_kept, "rng", None)
         if rng is None:
             rng = _kept.rng = np.random.Generator(np.random.Philox(0))
@@ -236,12 +236,12 @@ _kept = threading.local()
 
 
 def find_crashing_index(examples: SubBatches, indices: Iterable[int]) -> int | None:
-    """The index of a record whose decoding ends its process, each time; None where there is none.
+    """Returns the index of a record that reproducibly crashes its decoding process, or None.
 
-    A crash in a codec takes the whole worker with it, and nobody is left to tell which picture it
-    was. So a process of its own decodes the records in question, and what may replace them, one
-    after the other. The one that ends it is decoded once more, alone in a fresh process: only a
-    record that ends that one as well is to blame, and not, for example, a lack of memory.
+    A crash in a codec kills the whole worker, which cannot report the image. Therefore a new
+    process decodes the records in question, and their possible replacements, one by one. A record
+    that crashes it is decoded again, alone in another process. Only if this crashes as well, the
+    record is the cause, and not, for example, a lack of memory.
     """
     suspect = _index_at_death(examples, indices)
     if suspect is not None and _index_at_death(examples, [suspect]) == suspect:
@@ -250,13 +250,13 @@ def find_crashing_index(examples: SubBatches, indices: Iterable[int]) -> int | N
 
 
 def _index_at_death(examples: SubBatches, indices: Iterable[int]) -> int | None:
-    """The index that a new process was decoding when it died; None where it did not die."""
+    """Returns the index that a new process was decoding when it died; None if it did not die."""
     context = multiprocessing.get_context("spawn")  # as grain starts its workers
     arguments = (os.getpid(), examples)
     tried = None
     with futures.ProcessPoolExecutor(1, context, _start_search, arguments) as process:
         try:
-            process.submit(os.getpid).result()  # it has started
+            process.submit(os.getpid).result()  # waits until it has started
             for index in indices:
                 for tried in examples.candidates(index):
                     if process.submit(_is_good, tried).result():

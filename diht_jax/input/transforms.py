@@ -1,8 +1,8 @@
-"""Encoded image bytes -> RGB pictures -> square uint8 arrays, and the normalisation on the device.
+"""Image transforms: encoded bytes -> RGB images -> square uint8 arrays, and normalisation.
 
-Bytes come from the web: nothing that they hold may crash a worker, and every refusal has a reason
-that can be counted. NumPy and Pillow only, so that workers start fast. Batches stay uint8 up to the
-device, where `normalize` runs inside the jitted step: a quarter of the bytes to copy.
+Bytes come from the web: no content may crash a worker, and every rejection has a reason that can be
+counted. Only NumPy and Pillow are used, so workers start fast. Batches are uint8, a quarter of the
+bytes to copy to the device, where `normalize` runs inside the jitted step.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-# 8192 x 8192: 200 MB once decoded; larger than any photo of the web sets that is worth its time.
+# 8192 x 8192, 200 MB of pixels; larger than any useful photo of web data sets.
 MAX_PIXELS = 2**26
 REASONS = ("empty", "unreadable", "too_large")
 
-# Pictures only: Pillow also opens documents (EPS, through Ghostscript) and exotic containers.
+# Image formats only; Pillow also opens documents (EPS, through Ghostscript) and exotic containers.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
-# Modes whose conversion to RGB cannot fail once the pixels are there.
+# Modes whose conversion to RGB cannot fail after decoding.
 _PLAIN_MODES = ("1", "L", "LA", "RGB", "RGBA", "CMYK", "YCbCr")
 _WHITE = (255, 255, 255)
 
-# Of CLIP (arXiv 2103.00020), per channel, for values in [0, 1].
+# CLIP's statistics (arXiv 2103.00020), per channel, for values in [0, 1].
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# Above this, a picture is not scaled as a whole. 100 MB of pixels.
+# Images that would be larger once scaled are cropped first; 100 MB of pixels.
 _MAX_SCALED_PIXELS = 2**25
 _CROP_TRIES = 10
-CROP_RATIO = (3 / 4, 4 / 3)  # of width and height, as everywhere in training
+CROP_RATIO = (3 / 4, 4 / 3)  # range of width / height of training crops
 
 RESIZES = ("crop", "squash")
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -45,10 +45,10 @@ _KNOWN_FORMATS = tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 class ImageError(ValueError):
-    """Bytes that are no picture we can use, with one of `REASONS` to be counted by.
+    """Bytes are not a usable image; `reason` is one of `REASONS`, for counting.
 
-    Pillow's own error is in the message and not its cause: most are of type `OSError`, by which a
-    run would end as by a disk that fails, to be started again.
+    Pillow's error is in the message but not the cause of this error. Most of Pillow's errors are
+    `OSError`s, which would end a run like a failing disk, to be restarted.
     """
 
     def __init__(self, reason: str, message: str):
@@ -60,16 +60,16 @@ class ImageError(ValueError):
 
 
 def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decodes bytes to RGB: upright, on white, eight bits.
+    """Decodes bytes to an upright 8-bit RGB image on a white background.
 
     Transparency (alpha channel, palette entry or colour key) is composed on white, EXIF
-    orientation is applied, 16-bit grey is scaled to 8 bits, CMYK (with Adobe's inversion) is
-    converted; of an animation the first frame is taken. Colour profiles are not applied.
+    orientation is applied, 16-bit grey is scaled to 8 bits, and CMYK (with Adobe's inversion) is
+    converted. Animations become their first frame. Colour profiles are not applied.
 
     Args:
         data: an encoded image.
-        max_pixels: width times height that is still decoded; checked in the header, before any
-            memory is taken for pixels.
+        max_pixels: largest width times height to decode; checked in the header, before memory for
+            pixels is allocated.
 
     Raises:
         ImageError: reason "empty" (no bytes), "too_large" (more than `max_pixels`) or
@@ -79,7 +79,7 @@ def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Reads the header only: format, mode, size and EXIF; for `load_rgb`, with its errors."""
+    """Opens an image for `load_rgb` by its header (format, mode, size, EXIF); same errors."""
     if not data:
         raise ImageError("empty", "the image has no bytes")
     try:
@@ -101,9 +101,9 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def load_rgb(image: Image.Image) -> Image.Image:
-    """The pixels of what `open_image` opened, as `decode_rgb` gives them; its errors, too."""
+    """Decodes an image from `open_image` like `decode_rgb`, with the same errors."""
     _load_pixels(image)
-    # A broken EXIF block does not concern the picture, which is shown as it is stored.
+    # With a broken EXIF block, the image is used as it is stored.
     with contextlib.suppress(Exception):
         ImageOps.exif_transpose(image, in_place=True)
     try:
@@ -124,17 +124,17 @@ def load_rgb(image: Image.Image) -> Image.Image:
 
 
 def encode(image: Image.Image, form: str, **options: Any) -> bytes:
-    """The bytes of a picture in a format of Pillow, such as "PNG", with the format's options."""
+    """Encodes an image in a Pillow format, such as "PNG", with options of the format."""
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
     return buffer.getvalue()
 
 
 def check_readable(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[str, int, int]:
-    """Decodes bytes only to see whether that works; errors as `decode_rgb`.
+    """Checks that bytes can be decoded, with the errors of `decode_rgb`.
 
-    JPEG is decoded at an eighth of its size: the whole stream is still read, so that truncation
-    is found, in less than half of the time.
+    JPEG is decoded at an eighth of its size, in less than half of the time. The whole stream is
+    still read, so truncation is detected.
 
     Returns:
         Format ("JPEG", "PNG", ...), and width and height in pixels as stored, before any EXIF
@@ -180,12 +180,12 @@ def _describe(error: Exception) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """Preprocessing of the pictures of a model, by default CLIP's."""
+    """Image preprocessing of a model; the default is CLIP's."""
 
     mean: tuple[float, float, float] = CLIP_MEAN  # per channel, for values in [0, 1]
-    std: tuple[float, float, float] = CLIP_STD  # likewise
-    # "crop" scales the short side and crops the centre; "squash" scales both sides, and keeps all
-    # of the picture but not its aspect ratio.
+    std: tuple[float, float, float] = CLIP_STD  # per channel, for values in [0, 1]
+    # "crop" scales the short side and crops the centre; "squash" scales both sides, and keeps the
+    # whole image but not its aspect ratio.
     resize: str = "crop"
     interpolation: str = "bicubic"  # "bicubic" or "bilinear", both antialiased
 
@@ -204,29 +204,29 @@ class Preprocessing:
 def eval_transform(
     image: Image.Image, size: int, preprocessing: Preprocessing = Preprocessing()
 ) -> np.ndarray:
-    """Makes a square of a picture: scaled and cropped, or squashed.
+    """Resizes an image to a square, by scaling and cropping or by squashing.
 
     Equal to torchvision's `Resize(size)` and `CenterCrop(size)`, or `Resize((size, size))`, on
-    Pillow images. Ours: of a picture hundreds of times longer than wide, only the centre is scaled
-    before it is cropped.
+    Pillow images. Ours: if an image is hundreds of times longer than wide, only its centre is
+    scaled.
 
     Args:
         image: mode "RGB", any size.
-        size: pixels, of both sides of the result.
-        preprocessing: how it is resized; mean and deviation are for `normalize`.
+        size: side of the result, in pixels.
+        preprocessing: how to resize; mean and deviation are for `normalize`.
 
     Returns:
         uint8 [size, size, 3], writable.
 
     Raises:
-        ValueError: not an RGB picture.
+        ValueError: `image` is not an RGB image.
     """
     _check_picture(image)
     if preprocessing.resize == "squash":
         box = (0, 0, image.width, image.height)
         return crop_to_square(image, box, size, preprocessing.interpolation)
     if size**2 * max(image.size) / min(image.size) > _MAX_SCALED_PIXELS:
-        # The centre of a long picture, sixteen times as long as wide.
+        # The centre of a long image, sixteen times as long as wide.
         left, top = (max(0, (side - 16 * min(image.size)) // 2) for side in image.size)
         image = image.crop((left, top, image.width - left, image.height - top))
     width, height = image.size
@@ -234,7 +234,7 @@ def eval_transform(
         scaled_width, scaled_height = size, int(size * height / width)
     else:
         scaled_width, scaled_height = int(size * width / height), size
-    # Python's round, to even: torchvision's choice of the centre.
+    # Python rounds half to even, like torchvision's centre crop.
     left = round((scaled_width - size) / 2)
     top = round((scaled_height - size) / 2)
     scaled = image.resize((scaled_width, scaled_height), _FILTERS[preprocessing.interpolation])
@@ -249,9 +249,9 @@ def train_transform(
     ratio: tuple[float, float] = CROP_RATIO,
     interpolation: str = "bicubic",
 ) -> np.ndarray:
-    """A random crop, scaled to a square (antialiased).
+    """Draws a random crop and scales it to a square (antialiased).
 
-    `scale` is the range of the crop's share of the picture's area, `ratio` that of its width /
+    `scale` is the range of the crop's fraction of the image area, and `ratio` that of its width /
     height. Other arguments, result and errors are those of `eval_transform`.
     """
     _check_picture(image)
@@ -265,10 +265,10 @@ def crop_to_square(
     size: int,
     interpolation: str = "bicubic",
 ) -> np.ndarray:
-    """A part of an RGB picture, scaled to a square (antialiased): uint8 [size, size, 3], writable.
+    """Crops an RGB image and scales it (antialiased) to uint8 [size, size, 3], writable.
 
     Equal to torchvision's `resized_crop` on Pillow images. `box` is left, top, right, bottom in
-    pixels, inside of the picture.
+    pixels, inside the image.
     """
     return np.array(image.crop(box).resize((size, size), _FILTERS[interpolation]))
 
@@ -280,17 +280,17 @@ def sample_crop_box(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> tuple[int, int, int, int]:
-    """The crop of `RandomResizedCrop`, by torchvision's algorithm.
+    """Draws the crop box of `RandomResizedCrop`, by torchvision's algorithm.
 
-    The area is uniform and the aspect ratio log-uniform; a crop that does not fit is drawn again,
-    ten times at most, and then the largest centre crop with an allowed ratio is taken. Width and
-    height are the picture's, in pixels; for the ranges see `train_transform`.
+    The area is uniform and the aspect ratio log-uniform. After ten draws that do not fit, the
+    result is the largest centre crop with an allowed ratio. Width and height are those of the
+    image, in pixels; for the ranges see `train_transform`.
 
     Returns:
-        left, top, right, bottom in pixels, inside of the picture.
+        left, top, right, bottom in pixels, inside the image.
 
     Raises:
-        ValueError: an invalid range.
+        ValueError: a range is invalid.
     """
     if not 0 < scale[0] <= scale[1] <= 1:
         raise ValueError(f"scale: expected 0 < low <= high <= 1, got {tuple(scale)}")
@@ -298,7 +298,7 @@ def sample_crop_box(
         raise ValueError(f"ratio: expected 0 < low <= high, got {tuple(ratio)}")
     log_ratio = (math.log(ratio[0]), math.log(ratio[1]))
     for _ in range(_CROP_TRIES):
-        # What `rng.uniform` does, in a fifth of its time.
+        # Equal to `rng.uniform`, in a fifth of the time.
         area = width * height * (scale[0] + (scale[1] - scale[0]) * rng.random())
         aspect = math.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * rng.random())
         crop_width = round(math.sqrt(area * aspect))
@@ -323,14 +323,14 @@ def normalize(
     mean: Sequence[float] = CLIP_MEAN,
     std: Sequence[float] = CLIP_STD,
 ) -> Any:
-    """CLIP's normalisation of a uint8 batch, for use inside a jitted function.
+    """Normalises a uint8 batch (by default like CLIP), for use inside a jitted function.
 
     Returns:
-        (images / 255 - mean) / std for uint8 [..., 3], a JAX or NumPy array, in float32 arithmetic;
+        (images / 255 - mean) / std for a JAX or NumPy array uint8 [..., 3], in float32 arithmetic;
         `mean` and `std` are per channel, for values in [0, 1].
 
     Raises:
-        ValueError: not uint8, or no three channels at the end.
+        ValueError: `images` are not uint8, or the last axis is not three channels.
     """
     if images.dtype != np.uint8 or images.shape[-1:] != (3,):
         raise ValueError(

@@ -1,11 +1,11 @@
-"""Decoding worker processes: how many, the memory that they need, what they do, and how they end.
+"""Decoding worker processes: their number, memory, state and cleanup.
 
-grain starts the workers by `spawn` and hands batches on in segments of POSIX shared memory.
-Python's resource tracker, a process of its own, removes the segments that are left when parent and
-workers have all ended; so a worker that outlives its parent keeps them all. The tracker may be
-killed too, for example at the end of a cgroup. Therefore the names of a run's segments begin with a
-mark, and the next run on this machine removes what runs that have ended left behind. Folders of
-blocks from an object store (`blocks.py`) are marked too, and the workers remove them as well.
+grain starts the workers by `spawn` and passes batches in segments of POSIX shared memory. Python's
+resource tracker, a separate process, removes remaining segments when the parent and all workers
+have ended. A worker that outlives its parent therefore keeps all of them, and the tracker may be
+killed too, for example at the end of a cgroup. Therefore the names of a run's segments start with a
+mark, and the next run on this machine removes those of ended runs. Folders of blocks from an object
+store (`blocks.py`) have a mark as well, and are also removed by the workers.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from diht_jax.storage.locks import LockedError, lock_file
 SHARED_MEMORY = "/dev/shm"
 _Result = TypeVar("_Result")
 
-# How grain names its workers, and how it reports one that is gone.
+# Names of grain's workers, and grain's messages about dead ones.
 _WORKER_NAME = "grain-process-prefetch"
 _WORKER_DIED = re.compile(r"[Ww]orker process.*(terminated|died|exit)")
 _EXIT_CODE = re.compile(r"exit code -(\d+)")
-# Signals that end a process which crashes within a library.
+# Signals of a process that crashes in a library.
 _CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 _STATES = {
     "R": "running",
@@ -47,24 +47,24 @@ _STATES = {
     "t": "stopped by a debugger",
     "Z": "ended",
 }
-# Workers by default at most: each takes memory, and 64 feed eight of the fastest GPUs.
+# Largest default number of workers: each needs memory, and 64 feed eight of the fastest GPUs.
 _MOST_BY_DEFAULT = 64
-# The control group, as a container sees its own, and the memory of the machine.
+# The cgroup, as seen from inside a container, and the memory of the machine.
 CGROUP, _MEMINFO = pathlib.Path("/sys/fs/cgroup"), pathlib.Path("/proc/meminfo")
-# Microseconds of processor time, and the period that they are for; cgroup version 2 and 1.
+# CPU quota and its period, both in microseconds; cgroup version 2 and 1.
 _CPU_QUOTAS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))
-# Limit, use and statistics of memory; cgroup version 2 and 1.
+# Limit, usage and statistics of memory; cgroup version 2 and 1.
 _MEMORY_LIMITS = (
     ("memory.max", "memory.current", "memory.stat"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
 )
-_POLL_SECS = 1.0  # how often a worker looks for its parent
-_KILL_SECS = 5.0  # how long the kernel may take to end a process
-_REMOVALS = 100  # attempts to delete a folder, each of which a file being written may spoil
+_POLL_SECS = 1.0  # interval at which a worker checks its parent
+_KILL_SECS = 5.0  # timeout for a killed process
+_REMOVALS = 100  # attempts to delete a folder; concurrent writes make an attempt fail
 
 
 def run_in_thread(function: Callable[[], _Result], name: str) -> futures.Future[_Result]:
-    """Calls a function in a thread that the end of this process does not wait for."""
+    """Calls a function in a daemon thread, which does not delay the end of the process."""
     future: futures.Future[_Result] = futures.Future()
 
     def run() -> None:
@@ -82,8 +82,8 @@ def start_worker(
 ) -> None:
     """Marks this process's shared memory, and ends the process soon after its parent has ended.
 
-    A thread polls. The kernel's own signal for it (PR_SET_PDEATHSIG) comes when the thread that
-    started this process ends, and grain starts workers in threads that end at once.
+    A thread polls the parent. The kernel's signal (PR_SET_PDEATHSIG) would be sent when the thread
+    that started this process ends, and grain starts workers in short-lived threads.
 
     Args:
         parent: process id of the process that started this one.
@@ -91,7 +91,7 @@ def start_worker(
         folders: removed when the parent has ended.
     """
     if mark is not None:
-        # Python has no public way to name the segments that other code makes.
+        # Python has no public way to name the segments that other code creates.
         vars(shared_memory)["_make_filename"] = lambda: f"/{mark}_{secrets.token_hex(8)}"
 
     def watch() -> None:
@@ -99,7 +99,7 @@ def start_worker(
             time.sleep(_POLL_SECS)
         for folder in folders:
             remove_folder(folder)
-        # Without clean-up: that waits for the parent, to empty the queues to it.
+        # A normal exit would wait for the parent to empty the queues.
         os._exit(1)
 
     threading.Thread(target=watch, name="end_with_parent", daemon=True).start()
@@ -107,16 +107,16 @@ def start_worker(
 
 @functools.cache
 def claim_mark(folder: str) -> str | None:
-    """The beginning of the names of what this process and its workers make in a folder.
+    """Returns the name prefix of all files of this process and its workers in a folder.
 
-    None where there is no such folder that can be written to. The first call also removes what
-    processes that have ended have left there. A process holds a lock on a file with its mark, which
-    the kernel frees at its end; process ids would not do, since containers with ids of their own
-    may share the folder.
+    Returns None if the folder does not exist or is not writable. The first call also removes files
+    of ended processes. A process holds a lock on a file with its mark, which the kernel releases
+    when the process ends. Process ids would not work, because containers with different PID
+    namespaces may share the folder.
     """
     mark = f"diht_jax_{secrets.token_hex(8)}"
     path = pathlib.Path(folder, f"{mark}.lock")
-    # Others remove a lock that nobody holds: it gets its name when it is held.
+    # Other processes remove files without a lock, so this one is renamed after it is locked.
     unnamed = path.with_name(f".{path.name}")
     try:
         lock = lock_file(unnamed, wait=False)
@@ -140,7 +140,7 @@ def claim_mark(folder: str) -> str | None:
 
 
 def remove_folder(folder: pathlib.Path) -> None:
-    """Deletes a folder, also while others still write to it."""
+    """Deletes a folder, even while other processes write to it."""
     for _ in range(_REMOVALS):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
@@ -148,18 +148,18 @@ def remove_folder(folder: pathlib.Path) -> None:
 
 
 def has_died(error: BaseException) -> bool:
-    """True for an error by which grain reports that a worker is gone."""
+    """Returns whether an error is grain's report of a dead worker."""
     return _WORKER_DIED.search(str(error)) is not None
 
 
 def has_crashed(error: BaseException) -> bool:
-    """True where such a worker ended by a fault in a library, not from outside."""
+    """Returns whether the dead worker of an error crashed in a library, rather than was killed."""
     found = _EXIT_CODE.search(str(error))
     return found is not None and int(found[1]) in _CRASHES
 
 
 def describe_workers() -> str:
-    """The workers of this process, and what the system knows of each."""
+    """Describes the workers of this process and their states in the operating system."""
     found = []
     for child in _workers():
         state = "state unknown"
@@ -171,7 +171,7 @@ def describe_workers() -> str:
 
 
 def kill_workers() -> None:
-    """Ends the workers of this process at once, also those that are stopped."""
+    """Kills the workers of this process, including those that are stopped."""
     children = _workers()
     for child in children:
         child.kill()
@@ -188,12 +188,12 @@ def _workers() -> list[process.BaseProcess]:
 
 
 def _read_stat(child: process.BaseProcess) -> list[str]:
-    """The fields of `/proc/PID/stat` behind the name: state, parent, ..."""
+    """Returns the fields of `/proc/PID/stat` after the name: state, parent, ..."""
     return pathlib.Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def processor_secs() -> float:
-    """Processor time that the workers of this process have taken; 0 where that is not known."""
+    """Returns the CPU seconds of the workers of this process; 0 if unknown."""
     ticks = 0
     for child in _workers():
         with contextlib.suppress(OSError, ValueError, IndexError):
@@ -202,25 +202,25 @@ def processor_secs() -> float:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: those it may run on, or fewer by its container's quota."""
+    """Returns the number of cores that this process may use, by affinity and container quota."""
     affine = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if affine else os.cpu_count() or 1
     for names in _CPU_QUOTAS:
         with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
             texts = [(CGROUP / name).read_text() for name in names]
             quota, period = map(int, " ".join(texts).split())
-            if quota > 0 and period > 0:  # without a bound, -1
+            if quota > 0 and period > 0:  # -1 is unlimited
                 return min(cores, math.ceil(quota / period))
     return cores
 
 
 def default_num_workers() -> int:
-    """The meaning of `config.data.num_workers=None`: a worker for each core that may be used."""
+    """Returns the workers for `config.data.num_workers=None`: one per usable core, at most 64."""
     return min(usable_cores(), _MOST_BY_DEFAULT)
 
 
 def free_shared_memory() -> int | None:
-    """Bytes; None where shared memory is no file system that can be asked."""
+    """Returns the free bytes of shared memory, or None if unknown."""
     try:
         stats = os.statvfs(SHARED_MEMORY)
     except OSError:
@@ -229,14 +229,13 @@ def free_shared_memory() -> int | None:
 
 
 def available_memory() -> int | None:
-    """Bytes that this process can still take of machine and container; None if unknown."""
+    """Returns the bytes that machine and container can still provide, or None if unknown."""
     found = []
     for limit, use, statistics in _MEMORY_LIMITS:
         with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
             left = int((CGROUP / limit).read_text()) - int((CGROUP / use).read_text())
             fields = _read_fields(CGROUP / statistics)
-            # Files that were read count as used until somebody needs the memory; shared memory
-            # does count.
+            # The page cache is reclaimable although it counts as used; shared memory is not.
             cached = fields.get("file", fields.get("cache", 0)) - fields.get("shmem", 0)
             found.append(max(0, left + max(0, cached)))
     with contextlib.suppress(OSError, KeyError):
@@ -245,7 +244,7 @@ def available_memory() -> int | None:
 
 
 def _read_fields(path: pathlib.Path) -> dict[str, int]:
-    """The lines "name number ..." of a file."""
+    """Reads the lines "name number ..." of a file."""
     fields = {}
     for line in path.read_text().splitlines():
         words = line.split()
@@ -255,5 +254,5 @@ def _read_fields(path: pathlib.Path) -> dict[str, int]:
 
 
 def describe_bytes(size: float) -> str:
-    """A size for people, such as "67.1 MB" or "12.3 GB"."""
+    """Formats a size, such as "67.1 MB" or "12.3 GB"."""
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"

@@ -1,6 +1,6 @@
-"""The training losses, as pure functions of embeddings.
+"""Training losses, as pure functions of embeddings.
 
-No models, no optimisers and no input pipeline may come in here.
+This package must not import models, optimisers or the input pipeline.
 """
 
 from diht_jax.losses.concepts import concept_loss

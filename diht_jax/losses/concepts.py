@@ -1,4 +1,4 @@
-"""The concept-distillation loss: a student's concept logits against a teacher's few labels."""
+"""The concept-distillation loss: cross-entropy of a student's logits with a teacher's labels."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from jaxtyping import Array, Bool, Float, Integer
 def concept_loss(
     logits: Float[Array, "b v"], ids: Integer[Array, "b k"], probs: Float[Array, "b k"]
 ) -> Float[Array, ""]:
-    """Soft-target cross-entropy, the mean over the labelled rows.
+    """Computes the soft-target cross-entropy, averaged over the labelled rows.
 
     Args:
         logits: of the student.
-        ids: concepts in [0, v); an id with a probability of 0 does not matter.
-        probs: those of a row sum to 1, or are all 0: an unlabelled row.
+        ids: concepts in [0, v); an id with a probability of 0 is ignored.
+        probs: sum to 1 in a labelled row, and are all 0 in an unlabelled one.
 
     Returns:
         At least float32; 0 if no row is labelled.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: the shapes do not match.
 
     Source: DiHT, arXiv 2301.02280, "Concept distillation".
     """
@@ -35,13 +35,13 @@ def concept_loss(
 def concept_losses(
     logits: Float[Array, "b v"], ids: Integer[Array, "b k"], probs: Float[Array, "b k"]
 ) -> tuple[Float[Array, " b"], Bool[Array, " b"]]:
-    """The loss of every row by itself; arguments as for `concept_loss`.
+    """Computes the concept loss of every row; the arguments are those of `concept_loss`.
 
-    `-sum_k p_k log softmax(z)_{id_k} = logsumexp(z) - sum_k p_k z_{id_k}`: the targets never
-    become an array [b, v].
+    `-sum_k p_k log softmax(z)_{id_k} = logsumexp(z) - sum_k p_k z_{id_k}`, so no [b, v] array of
+    targets is needed.
 
     Returns:
-        Losses, at least float32, 0 for unlabelled rows; and which rows are labelled.
+        Losses, at least float32 and 0 for unlabelled rows, and a mask of the labelled rows.
     """
     if logits.ndim != 2 or ids.ndim != 2 or ids.shape != probs.shape or len(ids) != len(logits):
         raise ValueError(
@@ -52,8 +52,8 @@ def concept_losses(
     probs = probs.astype(logits.dtype)
     total = jnp.sum(probs, axis=1)
     chosen = jnp.take_along_axis(logits, jnp.where(probs > 0, ids, 0), axis=1)
-    # The total is 1 up to the rounding of stored probabilities; with it, the gradient of a row's
-    # logits sums to 0 exactly.
+    # The total is 1 up to the rounding of stored probabilities. Multiplying by it makes the
+    # gradient of a row's logits sum to exactly 0.
     losses = total * jax.nn.logsumexp(logits, axis=1) - jnp.sum(probs * chosen, axis=1)
     return losses, total > 0
 
@@ -67,14 +67,14 @@ def concept_losses_in_chunks(
     *,
     chunk_rows: int,
 ) -> Float[Array, " b"]:
-    """The loss of every row for a linear head, with the logits of `chunk_rows` rows at a time.
+    """Computes the loss of every row for a linear head, with `chunk_rows` rows of logits at a time.
 
-    The backward pass makes the logits of a chunk again; a single chunk keeps them.
+    The backward pass recomputes the logits of each chunk, unless there is only one chunk.
 
     Args:
-        features, kernel, bias: of the head.
+        features, kernel, bias: input and parameters of the head.
         ids, probs: see `concept_loss`.
-        chunk_rows: at most; the largest divisor of b up to it is taken.
+        chunk_rows: upper bound; the chunk size is the largest divisor of b up to it.
     """
 
     def of_chunk(chunk: tuple[jax.Array, ...]) -> jax.Array:
@@ -92,14 +92,14 @@ def concept_losses_in_chunks(
 
 
 def map_in_chunks(function: Callable[[Any], Any], rows: Any, chunk_rows: int) -> Any:
-    """`function(rows)`, computed for some rows at a time, and again in the backward pass.
+    """Computes `function(rows)` in chunks of rows, which the backward pass recomputes.
 
     Args:
-        function: from a tree of arrays [b, ...] to a tree of arrays [b]; row i of the result
-            depends on row i alone.
+        function: maps a tree of arrays [b, ...] to a tree of arrays [b]; row i of the result must
+            depend only on row i.
         rows: tree of arrays [b, ...].
-        chunk_rows: rows at a time, at most; the largest divisor of b up to it is taken. A single
-            chunk is not computed again.
+        chunk_rows: upper bound; the chunk size is the largest divisor of b up to it. A single
+            chunk is not recomputed.
     """
     num_rows = len(jax.tree.leaves(rows)[0])
     chunk_rows = max(n for n in range(1, min(chunk_rows, num_rows) + 1) if num_rows % n == 0)
@@ -113,5 +113,5 @@ def map_in_chunks(function: Callable[[Any], Any], rows: Any, chunk_rows: int) ->
 def mean_over_labelled(
     losses: Float[Array, " b"], is_labelled: Bool[Array, " b"]
 ) -> Float[Array, ""]:
-    """The mean over labelled rows, 0 if there are none."""
+    """Returns the mean over the labelled rows, or 0 if there are none."""
     return jnp.sum(losses) / jnp.maximum(jnp.sum(is_labelled), 1)

@@ -1,9 +1,9 @@
-"""The losses over pairs of the global batch: InfoNCE, HN-NCE, the sigmoid loss, and any other.
+"""Contrastive losses over the pairs of the global batch: InfoNCE, HN-NCE, sigmoid, and others.
 
-`contrastive_loss` and `sigmoid_loss` are for custom training loops: pure functions of embeddings.
-`contrastive_objective` and `sharded_loss` take global arrays and a mesh, and add metrics. The
-formulas are in `softmax.py` and `sigmoid.py`, the two ways to compute them in `streaming.py` and
-`dense.py`.
+`contrastive_loss` and `sigmoid_loss` are pure functions of embeddings, for custom training loops.
+`contrastive_objective` and `sharded_loss` take global arrays and a mesh, and also return metrics.
+The formulas are in `softmax.py` and `sigmoid.py`, and their two implementations in `streaming.py`
+and `dense.py`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def contrastive_loss(
     equal_pairs: str = "mask",
     pair_weights: Float[Array, " b"] | None = None,
 ) -> Float[Array, ""]:
-    """Hard-negative contrastive loss (HN-NCE), the mean of both directions over the global batch.
+    """Computes the hard-negative contrastive loss (HN-NCE), the mean over pairs and directions.
 
     With `s_ij = logit_scale * <image_i, text_j>` and global batch size N, image to text is
 
@@ -58,47 +58,47 @@ def contrastive_loss(
         w_ij = (N - 1) e^{beta s_ij} / sum_{k != i} e^{beta s_ik}
 
     and text to image is the same on the transpose (weights normalised over images). `alpha=1,
-    beta=0` is InfoNCE. Gradients flow through the weights unless `stop_weight_gradient`.
-    docs/explained/library.md says how gradients come out inside and outside of `shard_map`.
+    beta=0` is InfoNCE. Gradients flow through the weights unless `stop_weight_gradient`. For
+    gradients inside and outside of `shard_map`, see docs/explained/library.md.
 
-    Pairs with equal `pair_ids` are no negatives of one another: sums over j != i are then over the
-    others alone, and N - 1 is their number. As positives (UniCL's form, arXiv 2204.03610),
+    Pairs with equal `pair_ids` are not negatives of one another. The sums over j != i then exclude
+    them, and N - 1 is replaced by the number of remaining negatives. If equal pairs are positives,
+    P_i are all pairs equal to i, including i itself (UniCL's form, arXiv 2204.03610):
 
         L_i = -mean_{p in P_i} log e^{s_ip} / (alpha sum_{q in P_i} e^{s_iq} + sum_j w_ij e^{s_ij})
 
-    with P_i all pairs equal to i, i itself included. A row without negatives counts 0.
+    A row without negatives has a loss of 0.
 
     Args:
-        image_emb: L2-normalised; row i and row i of `text_emb` are a pair. Inside `shard_map`, the
-            rows of this device.
+        image_emb: L2-normalised; row i is the partner of row i of `text_emb`. Inside `shard_map`,
+            the rows of this device.
         text_emb: L2-normalised, of the same dtype.
         logit_scale: after exp; the same on every device.
         alpha: weight of the positive in the denominator, in [0, 1].
-        beta: concentration of the weights on hard negatives, >= 0. Values that are traced cannot
-            be checked, and always take the general path.
+        beta: concentration of the weights on hard negatives, >= 0. Traced values of alpha and beta
+            are not checked and always use the general formula.
         axis_name: mesh axes that the batch is split over (a name or a tuple, in the order of the
-            batch's PartitionSpec); None when the arrays hold the whole batch.
-        impl: "streaming": texts travel round the ring of devices, memory O(b d); over several axes,
-            neighbours along the last one gather their images where these are small. "gathered":
-            every device gathers all embeddings and holds two [b, N] blocks of logits. "auto":
-            "streaming", since the devices are not known here; `contrastive_objective` chooses by
-            its mesh.
+            batch's PartitionSpec); None if the arrays hold the whole batch.
+        impl: "streaming" sends texts round the ring of devices, with memory O(b d); over several
+            axes, neighbours along the last one gather their images if these are small. "gathered"
+            gathers all embeddings on every device, with two [b, N] blocks of logits. "auto" is
+            "streaming" here; only `contrastive_objective` can choose by the devices of its mesh.
         stop_weight_gradient: treat `w_ij` as constants. Ours.
-        pair_ids: [b] or [b, k], which pairs are equal: those that agree in all k columns (a 64-bit
-            hash of the text without x64: two of uint32).
-        equal_pairs: what equal pairs are to one another: "mask", nothing; "positive"; or
-            "negative", as without ids.
-        pair_weights: factors of the losses of pairs, both directions, as constants; the mean is
-            still taken over N. None: 1.
+        pair_ids: [b] or [b, k]; pairs are equal if all k columns are equal. Without x64, a 64-bit
+            hash of the text needs two columns of uint32.
+        equal_pairs: relation of equal pairs: "mask" (neither positives nor negatives), "positive",
+            or "negative" (like without ids).
+        pair_weights: constant factors of the losses of pairs in both directions; the mean is still
+            over N. None is 1.
 
     Returns:
         Scalar, the same on every device: float32, or float64 for float64 embeddings.
 
     Raises:
-        ValueError: wrong shapes, dtypes, alpha, beta, impl, ids or equal_pairs; a batch of one pair
-            without negatives to weigh.
+        ValueError: wrong shapes, dtypes, alpha, beta, impl, ids or equal_pairs; a global batch of
+            one pair with alpha = 0 or beta > 0.
 
-    Source: DiHT, arXiv 2301.02280, "Hard-negative contrastive loss"; computed by the identity of
+    Source: DiHT, arXiv 2301.02280, "Hard-negative contrastive loss"; computed by the identity in
     `softmax.Softmax` rather than as a ratio of exponentials.
     """
     check_equal_pairs(equal_pairs)
@@ -135,12 +135,12 @@ def sigmoid_loss(
     pair_ids: Integer[Array, "b ..."] | None = None,
     equal_pairs: str = "mask",
 ) -> Float[Array, ""]:
-    """SigLIP's loss: every image with every text is a yes-no question.
+    """Computes SigLIP's loss: a binary classification of every image with every text.
 
         -1/N sum_ij log sigmoid(z_ij (logit_scale <image_i, text_j> + logit_bias)),
 
-    with z = 1 for pairs and -1 for the others; of equal pairs, all logits are left out ("mask") or
-    have z = 1 ("positive").
+    with z = 1 for pairs and -1 otherwise. Logits of equal pairs are excluded ("mask") or have z = 1
+    ("positive").
 
     Args:
         image_emb, text_emb, logit_scale, axis_name, impl, pair_ids, equal_pairs: see
@@ -186,10 +186,10 @@ def contrastive_objective(
     equal_pairs: str = "mask",
     pair_weights: Float[Array, " N"] | None = None,
 ) -> tuple[jax.Array, Metrics]:
-    """`contrastive_loss` or `sigmoid_loss` of a global batch on a mesh, with metrics.
+    """Computes `contrastive_loss` or `sigmoid_loss` of a global batch on a mesh, with metrics.
 
-    With a `logit_bias` it is `sigmoid_loss`, which has no alpha and beta. The other arguments are
-    those of `contrastive_loss`, global, and of `sharded_loss`, whose results and errors it has.
+    If `logit_bias` is given, the loss is `sigmoid_loss` and alpha and beta are ignored. The other
+    arguments, the results and the errors are those of `contrastive_loss` and `sharded_loss`.
     """
     settings: dict[str, Any] = {"equal_pairs": "negative" if pair_ids is None else equal_pairs}
     if logit_bias is None:
@@ -226,33 +226,33 @@ def sharded_loss(
     pair_ids: Integer[Array, "N ..."] | None = None,
     pair_weights: Float[Array, " N"] | None = None,
 ) -> tuple[jax.Array, Metrics]:
-    """Any contrastive loss of a global batch on a mesh, with metrics.
+    """Computes a contrastive loss of a global batch on a mesh, with metrics.
 
-    Made for `jax.value_and_grad(..., has_aux=True)` inside a jitted step: the gradient with
-    respect to all array arguments is that of the full-batch loss, with nothing left to reduce.
+    Made for `jax.value_and_grad(..., has_aux=True)` inside a jitted step: the gradients of all
+    array arguments are those of the full-batch loss and need no further reduction.
 
     Args:
-        loss: such as those of `registry.LOSSES`.
+        loss: class of the loss, such as those in `registry.LOSSES`.
         image_emb, text_emb, logit_scale: see `contrastive_loss`; global.
         learnt: a scalar for each name in `loss.parameters`.
         settings: a value for each key in `loss.settings`.
-        mesh: the mesh of the step; other axes than `axis_names` hold copies.
+        mesh: the mesh of the step; arrays are replicated over axes outside of `axis_names`.
         axis_names: axes that the batch is split over; their sizes must divide N.
-        impl: see `contrastive_loss`; or "auto": see `dense.choose_impl`.
-        pair_ids, pair_weights: see `contrastive_loss`; global. Ids are needed where `settings` has
-            another value of `equal_pairs` than "negative".
+        impl: see `contrastive_loss`; for "auto" see `dense.choose_impl`.
+        pair_ids, pair_weights: see `contrastive_loss`; global. Ids are required unless
+            `equal_pairs` in `settings` is "negative".
 
     Returns:
-        The loss (mean over the global batch, replicated), and a dict of float32 scalars that carry
-        no gradient; means over the global batch:
+        The loss (mean over the global batch, replicated), and metrics: float32 scalars without
+        gradients, as means over the global batch.
         `loss`.
-        `i2t_accuracy`, `t2i_accuracy`: share of queries whose own pair is the most similar of
-            all N. Ours: a tie with t others counts 1/(1 + t), the chance of a fair draw, so
-            that collapsed embeddings score 1/N and not 1.
-        `positive_similarity`: cosine of a pair.
-        `hardest_negative_similarity`: highest cosine with a wrong partner, over both directions.
-        `equal_pairs`: share of pairs that another pair of the batch is equal to; with ids alone.
-            Equal pairs then are no wrong partners for the other metrics.
+        `i2t_accuracy`, `t2i_accuracy`: top-1 retrieval accuracy among all N. A tie with t others
+            counts 1/(1 + t), the probability of a fair draw; collapsed embeddings then score 1/N
+            and not 1. Ours.
+        `positive_similarity`: cosine similarity of a pair.
+        `hardest_negative_similarity`: highest cosine with a negative, averaged over directions.
+        `equal_pairs`: fraction of pairs that are equal to another pair of the batch; only with
+            ids. The other metrics then do not count equal pairs as negatives.
 
     Raises:
         ValueError: wrong arguments, N < 2, or N not divisible by the devices.
@@ -296,10 +296,10 @@ def mean_loss(
     pair_ids: Integer[Array, "b ..."] | None = None,
     row_weights: Float[Array, " b"] | None = None,
 ) -> tuple[Float[Array, ""], PairStatistics]:
-    """Any contrastive loss, of `Objective.create`, and the statistics of the local rows.
+    """Computes the loss of `Objective.create`'s objective, and statistics of the local rows.
 
     The other arguments, the loss and the errors are those of `contrastive_loss`; `row_weights` are
-    its `pair_weights`. Ids are not read where the objective has equal pairs as negatives.
+    its `pair_weights`. Ids are ignored if the objective treats equal pairs as negatives.
     """
     check_embeddings(image_emb, text_emb)
     check_scalar("logit_scale", logit_scale)
@@ -313,7 +313,7 @@ def mean_loss(
     else:
         pair_ids = _ids_as_columns(pair_ids, jnp.shape(image_emb)[0])
     num_pairs = _num_pairs(image_emb, axis_name)
-    # A single pair has no negative to stream.
+    # The streaming form needs at least one negative.
     is_dense = impl == "gathered" or num_pairs == 1
     total, statistics = (dense_loss if is_dense else streaming_loss)(
         image_emb,
@@ -331,7 +331,7 @@ def mean_loss(
 
 
 def check_embeddings(image_emb: jax.Array, text_emb: jax.Array) -> None:
-    """Raises ValueError unless both are floating-point [b, d] of one shape and dtype."""
+    """Raises ValueError unless both are floating-point [b, d] of the same shape and dtype."""
     image_shape, text_shape = jnp.shape(image_emb), jnp.shape(text_emb)
     if len(image_shape) != 2 or image_shape != text_shape or 0 in image_shape:
         raise ValueError(
@@ -347,7 +347,7 @@ def check_embeddings(image_emb: jax.Array, text_emb: jax.Array) -> None:
 
 
 def check_split(num_pairs: int, mesh: Mesh, axis_names: tuple[str, ...]) -> None:
-    """Raises ValueError for axes that the mesh has not, or a batch that does not divide by them."""
+    """Raises ValueError for unknown axes, or if the devices along them do not divide the batch."""
     if not axis_names or set(axis_names) - set(mesh.shape):
         raise ValueError(
             f"axis_names: expected axes of the mesh {tuple(mesh.shape)}, got {axis_names}"
@@ -363,7 +363,7 @@ def check_split(num_pairs: int, mesh: Mesh, axis_names: tuple[str, ...]) -> None
 
 
 def _ids_as_columns(pair_ids: jax.Array | None, num_rows: int) -> jax.Array:
-    """[b] or [b, k] -> [b, k]; raises ValueError for anything but integers."""
+    """Reshapes ids [b] or [b, k] to [b, k]; raises ValueError unless they are integers."""
     is_integer = pair_ids is not None and jnp.issubdtype(pair_ids.dtype, jnp.integer)
     if not is_integer or pair_ids.ndim not in (1, 2) or len(pair_ids) != num_rows:
         found = None if pair_ids is None else f"{pair_ids.dtype} {pair_ids.shape}"

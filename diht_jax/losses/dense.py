@@ -1,7 +1,7 @@
 """The gathered form of the losses: every device gathers all embeddings and holds [b, N] logits.
 
-The readable reference that `streaming.py` is tested against, and the faster form where many
-devices have few examples each: `choose_impl` says where. Gradients are JAX's own.
+This is the readable reference for tests of `streaming.py`, and the faster form if many devices have
+few examples each. `choose_impl` chooses between the two forms. JAX derives the gradients.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ def dense_loss(
 def similarity_blocks(
     image_emb: Float[Array, "b d"], text_emb: Float[Array, "b d"], axis_name: AxisName = None
 ) -> tuple[Float[Array, "b N"], Float[Array, "b N"], Bool[Array, "b N"]]:
-    """Similarities of the local rows with the global batch.
+    """Computes the similarities of the local rows with the global batch.
 
     Args:
         image_emb, text_emb: local rows.
         axis_name: see `contrastive.contrastive_loss`.
 
     Returns:
-        Image to text, and text to image, at least float32; and where the column is the row's own
-        pair.
+        Image-to-text and text-to-image similarities, at least float32, and a mask of each row's
+        positive.
     """
     all_images, all_texts = image_emb, text_emb
     first_row = 0
@@ -77,10 +77,10 @@ def similarity_blocks(
 
 
 def inner_products(rows: Float[Array, "m d"], columns: Float[Array, "n d"]) -> Float[Array, "m n"]:
-    """`rows @ columns.T`, accumulated in at least float32.
+    """Computes `rows @ columns.T`, accumulated in at least float32.
 
-    At scale 100 a product rounded to bfloat16 would be wrong by whole units of the logit, hence
-    the highest precision (it costs nothing for bfloat16 inputs, whose products are exact).
+    With a scale of 100, rounding products to bfloat16 would change logits by whole units, so the
+    precision is the highest. It costs nothing for bfloat16 inputs, whose products are exact.
     """
     return jax.lax.dot_general(
         rows,
@@ -94,7 +94,7 @@ def inner_products(rows: Float[Array, "m d"], columns: Float[Array, "n d"]) -> F
 def product(
     grad: Float[Array, "rows columns"], emb: Float[Array, "n d"], axis: int
 ) -> Float[Array, "m d"]:
-    """`grad @ emb` for axis 1, `grad.T @ emb` for axis 0, in the dtype of `grad`."""
+    """Computes `grad @ emb` for axis 1 or `grad.T @ emb` for axis 0, in the dtype of `grad`."""
     return jax.lax.dot_general(
         grad,
         emb.astype(grad.dtype),
@@ -108,7 +108,7 @@ def pair_statistics(
     is_positive: Bool[Array, "b N"],
     is_negative: Bool[Array, "b N"],
 ) -> PairStatistics:
-    """Statistics of the first two of `similarity_blocks`, without gradient."""
+    """Computes statistics of the two `blocks` of `similarity_blocks`, without gradients."""
     blocks = jax.lax.stop_gradient(blocks)
     found = []
     for block in blocks:
@@ -118,28 +118,28 @@ def pair_statistics(
     return PairStatistics(jnp.sum(blocks[0], axis=1, where=is_positive), *found)
 
 
-# Transfers in a round of the ring, both passes together: two and three in the program
-# (`streaming.py`). XLA's compiler for GPUs sends those of a round as one; compiled for h100:64x8.
+# Transfers in a round of the ring: two forward and three backward (`streaming.py`). XLA's GPU
+# compiler combines those of a pass into one, as compiled for h100:64x8.
 _TPU_TRANSFERS, _GPU_TRANSFERS = 5, 2
-# Collectives of a group, both passes: images, their statistics, their slopes, their gradients.
+# Collectives of a group in both passes: images, their statistics, their slopes, their gradients.
 _GROUP_COLLECTIVES = 4
-# Collectives of the gathered form: images, texts, and the gradients of both as one.
+# Collectives of the gathered form: images, texts, and the combined gradients of both.
 _GATHERED_COLLECTIVES = 3
-# Products of the gathered form, relative to the streaming one's: six against four.
+# Matrix products of the gathered form relative to the streaming form: six against four.
 _GATHERED_PRODUCTS = 1.5
-# Arrays [b, N] and [N, d] of float32 that the gathered form holds at its peak, fitted to what the
-# TPU compiler reports of it for N of 8,192 to 262,144 (docs/benchmarks/training.md).
+# Float32 arrays [b, N] and [N, d] at the gathered form's peak memory, fitted to the TPU compiler's
+# reports for N of 8,192 to 262,144 (docs/benchmarks/training.md).
 _BLOCKS, _GATHERED = 3.0, 3.5
-# Share of the memory that the gathered form may take from the towers.
+# Largest fraction of the device memory that the gathered form may use.
 _MEMORY_SHARE = 0.05
-# Products in float32, relative to the bfloat16 peak: six passes on a TPU, no tensor cores on a GPU.
+# Slowdown of float32 products: six bfloat16 passes on a TPU, no tensor cores on a GPU.
 _TPU_SLOWDOWN, _GPU_SLOWDOWN = 6, 15
-# GPUs of a host. Described devices do not tell their host, so it is not read off the devices.
+# GPUs of a host. It is a constant because described devices do not know their host.
 _GPUS_OF_A_HOST = 8
 
 
 class Choice(NamedTuple):
-    """A form of the loss, and why: for the log."""
+    """The chosen form of the loss, and the reason to log."""
 
     impl: str  # "streaming" or "gathered"
     reason: str  # a clause
@@ -148,20 +148,20 @@ class Choice(NamedTuple):
 def choose_impl(
     mesh: Mesh, axis_names: Sequence[str], num_pairs: int, width: int, impl: str = "auto"
 ) -> Choice:
-    """Form of the loss on a mesh, for `config.loss.impl="auto"`.
+    """Chooses the form of the loss on a mesh, for `config.loss.impl="auto"`.
 
-    Streaming, unless the gathered form takes less time and its [b, N] logits are small. The time is
-    that of the products and of the latencies: the streaming form sends many small messages one
-    after the other, which hide behind its products, the gathered form few large ones. Only the
-    devices of the mesh count, never the machine at hand: the choice for a described machine is the
-    one that this machine makes.
+    The choice is streaming, unless the gathered form takes less time and its [b, N] logits are
+    small. The time is modelled by matrix products and latencies: the streaming form sends many
+    small messages in sequence, overlapped with its products; the gathered form sends a few large
+    ones. The choice depends only on the devices of the mesh, so ahead-of-time compilation for
+    another machine makes the same choice as that machine.
 
     Args:
         mesh: of the step.
         axis_names: axes that the batch is split over.
         num_pairs: N, of the global batch.
         width: d, of an embedding.
-        impl: anything but "auto" is the choice.
+        impl: returned unchanged unless it is "auto".
 
     Source: ours.
     """
@@ -198,7 +198,7 @@ def _choose(chip: Chip, axis_sizes: tuple[int, ...], num_pairs: int, width: int)
 
 
 def _ring_latency(chip: Chip, num_devices: int, group: int) -> tuple[float, str]:
-    """Seconds of the ring's messages one after the other, and a clause about them."""
+    """Returns the total latency of the ring's messages in seconds, and a clause to explain it."""
     rounds = num_devices // group
     link = chip.link(between_hosts=num_devices > _GPUS_OF_A_HOST)
     transfers = (_TPU_TRANSFERS if chip.num_links else _GPU_TRANSFERS) * rounds
@@ -216,7 +216,7 @@ def _ring_latency(chip: Chip, num_devices: int, group: int) -> tuple[float, str]
 
 
 def _collective_secs(chip: Chip, size: int) -> float:
-    """Latency of a gather or scatter: half the way round every axis of a torus, or NCCL's ring."""
+    """Returns the seconds of a gather or scatter: half of each torus axis, or NCCL's ring."""
     link = chip.link(between_hosts=False)
     if chip.num_links:
         dimensions = chip.num_links // 2

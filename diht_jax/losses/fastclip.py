@@ -1,4 +1,4 @@
-"""FastCLIP's loss: every record keeps the mean over its negatives, so that small batches suffice.
+"""FastCLIP's loss, which replaces large batches by a running mean over negatives for each record.
 
 With s_ij = logit_scale * <image_i, text_j> and temperature tau = 1 / logit_scale, the mean over the
 negatives of a batch of N pairs and its running mean are, for the images and likewise for the texts,
@@ -7,10 +7,10 @@ negatives of a batch of N pairs and its running mean are, for the images and lik
 
     L = tau (rho + mean_i log(epsilon + u_i))       dL/ds_ij by tau/(epsilon + u_i) dg_i/ds_ij
 
-the mean being over records and both directions. The gradient is not that of L, which counts u_i as
-if it depended on this batch alone: it is an estimate of that of the same loss with all records as
-negatives, whose error does not depend on N alone. The means are kept as logarithms, so that no
-power overflows. A record that has not come before starts with its g_i.
+The mean in L is over records and both directions. The gradient is not the derivative of L. It
+estimates the gradient of the same loss with all records as negatives, and its error does not depend
+on N alone. The means are stored as logarithms, to avoid overflow. The running mean of a record that
+is seen for the first time starts with its g_i.
 
 Source: Wei et al., FastCLIP (version 3), arXiv 2407.01445; Yuan et al., SogCLR, arXiv 2202.12387.
 """
@@ -32,35 +32,35 @@ from diht_jax.losses.contrastive import check_embeddings, check_split
 from diht_jax.losses.dense import pair_statistics, similarity_blocks
 from diht_jax.losses.objective import Objective, Scalars, pair_metrics
 
-# Of the records: their means for images and for texts, as logarithms.
+# Logarithms of the running means of all records, for images and for texts.
 Means = dict[str, Float[Array, " records"]]
 _IMAGE, _TEXT = "log_image_mean", "log_text_mean"
-# The number of records is rounded up to it, so that any usual number of devices divides it.
+# The number of records is rounded up to a multiple of this, to divide by usual device counts.
 _MULTIPLE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class FastClip(Objective):
-    """FastCLIP; its settings are checked here, and `fastclip_loss` computes it."""
+    """The settings of FastCLIP's loss, which `fastclip_loss` computes."""
 
     keeps_means: ClassVar[bool] = True
     settings: ClassVar[dict[str, Any]] = {
-        # Weight of a batch in the running mean of a record ("fastclip"): from 1 in the first epoch
-        # down along half a cosine, by epochs, to this.
+        # Final weight of a batch in the running mean of a record ("fastclip"). It decays from 1 in
+        # the first epoch with a cosine schedule, constant within an epoch.
         "gamma": Key(0.2, SHARE_NOT_0),
-        "gamma_epochs": Key(16.0, POSITIVE),  # until then; half of the run in the paper
-        "rho": Key(6.5, NOT_NEGATIVE),  # what a high temperature costs ("fastclip")
+        "gamma_epochs": Key(16.0, POSITIVE),  # of the decay of gamma; half of the run in the paper
+        "rho": Key(6.5, NOT_NEGATIVE),  # penalty of a high temperature ("fastclip")
         "epsilon": Key(1e-14, POSITIVE),  # added to the running means ("fastclip")
     }
 
     @classmethod
     def create(cls, **settings: float) -> tuple[FastClip, Scalars]:
-        """See `Objective.create`; the ranges of the keys are all that there is to check."""
+        """See `Objective.create`; the ranges of the keys are the only checks."""
         return cls(), ()
 
 
 def initial_means(num_records: int) -> Means:
-    """The means before the first step: those of records that have not come yet."""
+    """Returns the means before the first step, which mark all records as not seen."""
     size = -(-num_records // _MULTIPLE) * _MULTIPLE
     return {name: jnp.full(size, -jnp.inf, jnp.float32) for name in (_IMAGE, _TEXT)}
 
@@ -68,7 +68,7 @@ def initial_means(num_records: int) -> Means:
 def gamma_at(
     step: ArrayLike, *, gamma: float, gamma_epochs: float, batch_size: int, num_records: int
 ) -> Float[Array, ""]:
-    """Weight of a batch after `step` updates; the same in all steps of an epoch."""
+    """Returns the weight of a batch after `step` updates; it is constant within an epoch."""
     epoch = jnp.floor(jnp.asarray(step, jnp.float32) * (batch_size / num_records))
     share = jnp.minimum(epoch / gamma_epochs, 1.0)
     return gamma + 0.5 * (1 + jnp.cos(math.pi * share)) * (1 - gamma)
@@ -87,16 +87,16 @@ def fastclip_loss(
     mesh: Mesh,
     axis_names: tuple[str, ...],
 ) -> tuple[Float[Array, ""], dict[str, jax.Array], Means]:
-    """The loss of a global batch on a mesh, metrics, and the means after it.
+    """Computes FastCLIP's loss of a global batch on a mesh, metrics, and the updated means.
 
-    Every device gathers all embeddings. Of a record that a batch holds twice the larger mean stays.
+    Every device gathers all embeddings. If a record occurs twice in a batch, its larger mean wins.
 
     Args:
         image_emb, text_emb: L2-normalised, global, split over `axis_names`.
         logit_scale: after exp.
-        means: of `initial_means`, or of the step before.
-        record_ids: numbers of the records of the batch.
-        gamma: in (0, 1], of `gamma_at`.
+        means: from `initial_means` or the previous step.
+        record_ids: indices of the batch's records in `means`.
+        gamma: in (0, 1], from `gamma_at`.
         rho, epsilon, mesh, axis_names: see the formula, and `sharded_loss`.
 
     Raises:
@@ -115,7 +115,7 @@ def fastclip_loss(
         tau = 1 / logit_scale
         value = tau * (rho + _mean(log_norm, axis_names))
         slope = jax.lax.stop_gradient(tau * jnp.exp(fixed - log_norm))
-        estimate = _mean(slope * (log_g - fixed), axis_names)  # 0, with the gradient
+        estimate = _mean(slope * (log_g - fixed), axis_names)  # 0, but carries the gradient
         statistics = pair_statistics(blocks, is_positive, ~is_positive)
         return value + estimate, pair_metrics(statistics, axis_names), after
 
@@ -136,14 +136,14 @@ def fastclip_loss(
 
 
 def _log_ratios(logits: Float[Array, "b N"], is_positive: Bool[Array, "b N"]) -> Float[Array, " b"]:
-    """Logarithms of g."""
+    """Computes log g of every row."""
     positives = jnp.sum(logits, axis=1, where=is_positive)
     negatives = jnp.where(is_positive, -jnp.inf, logits)
     return jax.nn.logsumexp(negatives, axis=1) - positives - math.log(logits.shape[1] - 1)
 
 
 def _replace(values: jax.Array, ids: jax.Array, new: jax.Array) -> jax.Array:
-    """Sets values by id; of several for one id the largest, where `set` alone would leave any."""
+    """Sets values by id; a repeated id gets its largest value (with `set` alone any of them)."""
     return values.at[ids].set(-jnp.inf).at[ids].max(new.astype(values.dtype))
 
 

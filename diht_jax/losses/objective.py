@@ -1,22 +1,21 @@
-"""Base classes of what a run learns from: contrastive losses, and other terms of the objective.
+"""Base classes of contrastive losses (`Objective`) and of other terms of the objective (`Term`).
 
-A contrastive loss has settings, learnt scalars, and a rule for one row.
+A contrastive loss has settings, learnt scalars, and a formula for one row of the logits
+`s_ij = logit_scale * <image_i, text_j>`. It is the sum of this formula over all rows and columns.
+The streaming form has three steps for a row. `accumulate` sums over tiles of negatives. `finish`
+computes the loss and its slopes from these sums and the positive. `negative_slope` computes the
+derivative of the row's loss by each negative logit. The dense form only needs `loss_of_rows`, which
+JAX differentiates. All of this is elementwise: matrix products are in `dense.py` and
+`streaming.py`, and the ring of devices in `ring.py`.
 
-A loss over pairs is a sum over rows i of the logits `s_ij = logit_scale * <image_i, text_j>` and,
-by the same rule, over columns. For one row, the streaming form needs sums over tiles of negatives
-(`accumulate`), from which and from the positive the loss and its slopes follow (`finish`), which in
-turn give the derivative of the row's loss by each negative logit (`negative_slope`). The dense form
-needs `loss_of_rows` only; JAX differentiates it. All of this is elementwise: the products are in
-`dense.py` and `streaming.py`, and so is the ring of devices.
+Pairs with equal ids (for example equal captions) are negatives of one another by default
+(`equal_pairs`). With "mask" they are neither positives nor negatives, and an objective only needs
+the number of remaining negatives. With "positive" each is a positive of the others, and the
+streaming form also needs `accumulate_equal` and `equal_slope`.
 
-Pairs with equal ids (equal captions, say) are negatives of one another unless `equal_pairs` has
-another value. "mask": they are no partners at all, for which an objective needs nothing but the
-number of negatives that are left. "positive": each is a positive of the others; then the streaming
-form also needs `accumulate_equal` and `equal_slope`.
-
-A new loss is a subclass of `Objective` in a file of its own and a line in `registry.py`; a new term
-one of `Term`, and a line in `diht_jax/training/terms/registry.py`. The name of a term there is the
-name of its section in the config.
+A new loss is a file with a subclass of `Objective` and a line in `registry.py`. A new term is a
+subclass of `Term` and a line in `diht_jax/training/terms/registry.py`; its name there is the name
+of its section in the config.
 """
 
 from __future__ import annotations
@@ -36,9 +35,9 @@ from diht_jax.config.keys import NOT_NEGATIVE, Key
 if TYPE_CHECKING:
     from diht_jax.models.zoo import Architecture
 
-# Scalars of an objective, in its own order: those of the config and the learnt ones.
+# Scalars of an objective, from the config or learnt; each objective defines their order.
 Scalars = tuple[jax.Array | float, ...]
-# What pairs with equal ids are to one another.
+# Relations of pairs with equal ids.
 EQUAL_PAIRS = ("negative", "mask", "positive")
 
 # Mesh axes that a batch is split over.
@@ -55,10 +54,10 @@ class PairStatistics(NamedTuple):
     """Cosine similarities of the local rows with the global batch.
 
     Attributes:
-        positive: of the pair.
-        image_hardest, text_hardest: highest one of the image (of the text) with a wrong partner.
-        image_ties, text_ties: number of wrong partners that reach it.
-        num_negatives: of the image, and so of the text; None where all others are negatives.
+        positive: similarity of the pair.
+        image_hardest, text_hardest: highest similarity of the image (the text) with a negative.
+        image_ties, text_ties: number of negatives with this similarity.
+        num_negatives: of the image, and also of the text; None if all others are negatives.
     """
 
     positive: Rows
@@ -70,22 +69,22 @@ class PairStatistics(NamedTuple):
 
 
 class Masks(NamedTuple):
-    """Kinds of the logits of a tile. One that is of none of them is no logit at all."""
+    """Masks of the kinds of logits of a tile; entries in none of them are padding."""
 
     is_positive: TileMask  # the pair itself
-    is_negative: TileMask  # a wrong partner
-    # An equal pair that is neither; None where equal pairs are negatives.
+    is_negative: TileMask
+    # An equal pair other than the pair itself; None if equal pairs are negatives.
     is_equal: TileMask | None = None
 
 
 class RowStatistics(NamedTuple):
     """Running statistics of rows (or columns)."""
 
-    highest: Rows  # highest negative logit so far; finite from the start
-    ties: Rows  # number of negatives that reach it
-    sums: tuple[Rows, ...]  # of the objective
-    num_negatives: Rows | None = None  # so far; None where all pairs but the own one are negatives
-    equal: RowStatistics | None = None  # the same of equal pairs, where these are positives
+    highest: Rows  # highest negative logit so far; its initial value is finite
+    ties: Rows  # number of negatives with this logit
+    sums: tuple[Rows, ...]  # of `Objective.accumulate`
+    num_negatives: Rows | None = None  # so far; None if all other pairs are negatives
+    equal: RowStatistics | None = None  # statistics of equal pairs, if these are positives
 
 
 class RowSlopes(NamedTuple):
@@ -93,39 +92,38 @@ class RowSlopes(NamedTuple):
 
     positive: Rows  # derivative of the row's loss by its positive logit
     negative: Rows  # factor of the derivative by a negative logit
-    offsets: tuple[Rows, ...]  # of the objective
-    scalars: tuple[Rows, ...]  # derivatives by all scalars, without what the second pass adds
-    # Factors of the derivative by the logit of an equal pair, where these are positives.
+    offsets: tuple[Rows, ...]  # used by `negative_slope` and `equal_slope`
+    scalars: tuple[Rows, ...]  # derivatives by all scalars, without those of `second_pass`
+    # Coefficients of the derivative by the logit of an equal pair, if these are positives.
     equal: tuple[Rows, ...] = ()
 
 
 class Objective:
-    """A contrastive loss. Instances hold what is known when a step is traced, and are hashable."""
+    """A contrastive loss. Instances are hashable and hold the static settings of a trace."""
 
     settings: ClassVar[dict[str, Any]] = {}  # its keys of `config.loss` with their defaults
-    # Scalars that are learnt, with the values that they start from; each is a parameter of the run
-    # by this name.
+    # Initial values of the learnt scalars, by name; each is a trained parameter with this name.
     parameters: ClassVar[dict[str, float]] = {}
-    # What `logit_scale` starts from; None leaves the model's own start.
+    # Initial value of `logit_scale`; None is that of the model.
     initial_logit_scale: ClassVar[float | None] = None
-    num_sums: int = 1  # how many running sums a row has
-    # Indices of the scalars whose derivative needs the negative logits once more.
+    num_sums: int = 1  # number of running sums of a row
+    # Indices of the scalars whose derivatives need a second pass over the negative logits.
     second_pass: tuple[int, ...] = ()
-    # It keeps a mean of each record, and has a form of its own: `fastclip.py`.
+    # Whether the loss stores a running mean of each record (`fastclip.py`).
     keeps_means: ClassVar[bool] = False
-    # Of `EQUAL_PAIRS`; a loss that has no such setting knows the first one only.
+    # One of `EQUAL_PAIRS`; a loss without this setting supports only the first.
     equal_pairs: str = EQUAL_PAIRS[0]
-    num_equal_sums: int = 0  # how many running sums a row has of its equal pairs
+    num_equal_sums: int = 0  # number of running sums of a row over its equal pairs
 
     @classmethod
     def create(cls, **values: Any) -> tuple[Self, Scalars]:
-        """The objective and its scalars.
+        """Returns the objective and its scalars.
 
         Args:
-            **values: one for each name in `settings` and in `parameters`; may be traced.
+            **values: one for each name in `settings` and `parameters`; may be traced.
 
         Raises:
-            ValueError: a value out of range; the message begins with its name and a colon.
+            ValueError: a value is out of range; the message begins with its name and a colon.
         """
         raise NotImplementedError
 
@@ -138,29 +136,29 @@ class Objective:
         axis: int,
         scalars: Scalars,
     ) -> tuple[Rows, ...]:
-        """The sums of rows with the negatives of one more tile.
+        """Adds the negatives of one more tile to the running sums of rows.
 
-        The ring adds up sums of different negatives, once an empty tile has made them relative to
-        the same `highest`.
+        To merge the sums of different negatives, the ring calls this with an empty tile, which
+        makes the sums relative to the same `highest`, and then adds them.
 
         Args:
-            statistics: of the tiles before.
-            highest: the highest negative with this tile.
-            logits, is_negative: of the tile; nothing else counts.
-            axis: of the tile, to sum over: 1 for rows, 0 for columns; -1 where it is empty.
-            scalars: of `create`.
+            statistics: of the previous tiles.
+            highest: highest negative logit including this tile.
+            logits, is_negative: of the tile; other logits must be ignored.
+            axis: of the tile, to sum over: 1 for rows, 0 for columns, -1 for an empty tile.
+            scalars: from `create`.
         """
         raise NotImplementedError
 
     def finish(
         self, statistics: RowStatistics, positives: Rows, scalars: Scalars, num_pairs: int
     ) -> tuple[Rows, RowSlopes]:
-        """Losses and slopes, once all negatives are in.
+        """Computes the losses and slopes of rows from the sums over all negatives.
 
         Args:
             statistics: of all negatives.
             positives: logits of the pairs.
-            scalars: of `create`.
+            scalars: from `create`.
             num_pairs: N, of the global batch.
         """
         raise NotImplementedError
@@ -168,13 +166,13 @@ class Objective:
     def negative_slope(
         self, logits: Tile, slopes: RowSlopes, axis: int, scalars: Scalars
     ) -> tuple[Tile, tuple[Tile, ...]]:
-        """Derivatives of the loss by a tile of negative logits, and by the `second_pass` scalars.
+        """Computes derivatives by a tile of negative logits, and by the `second_pass` scalars.
 
         Args:
-            logits: of the tile; what is returned for positives is not used.
-            slopes: of `finish`.
-            axis: the rows' values are to be expanded along it: 1 for rows, 0 for columns.
-            scalars: of `create`.
+            logits: of the tile; the caller ignores the results for positives.
+            slopes: from `finish`.
+            axis: along which to expand the rows' values: 1 for rows, 0 for columns.
+            scalars: from `create`.
         """
         raise NotImplementedError
 
@@ -187,13 +185,13 @@ class Objective:
         axis: int,
         scalars: Scalars,
     ) -> tuple[Rows, ...]:
-        """Like `accumulate`, for the equal pairs of a tile, where these are positives."""
+        """Like `accumulate`, for the equal pairs of a tile, if these are positives."""
         raise NotImplementedError
 
     def equal_slope(
         self, logits: Tile, slopes: RowSlopes, axis: int, scalars: Scalars
     ) -> tuple[Tile, tuple[Tile | int, ...]]:
-        """Like `negative_slope`, by a tile of logits of equal pairs."""
+        """Like `negative_slope`, for a tile of logits of equal pairs."""
         raise NotImplementedError
 
     def loss_of_rows(
@@ -203,13 +201,13 @@ class Objective:
         scalars: Scalars,
         is_equal: Bool[Array, "b N"] | None = None,
     ) -> Float[Array, " b"]:
-        """The dense form of one direction, differentiated by JAX.
+        """Computes the dense form of one direction, which JAX differentiates.
 
         Args:
             logits: of the local rows with the global batch.
-            is_positive: one in every row.
-            scalars: of `create`.
-            is_equal: the equal pairs; given unless these are negatives.
+            is_positive: mask of the pairs themselves, one in every row.
+            scalars: from `create`.
+            is_equal: mask of equal pairs; None if these are negatives.
         """
         raise NotImplementedError
 
@@ -228,7 +226,7 @@ def check_scalar(name: str, value: Any) -> None:
 
 
 def pair_metrics(statistics: PairStatistics, axis_name: AxisName) -> dict[str, jax.Array]:
-    """The metrics of `contrastive.sharded_loss`, of the statistics of the local rows."""
+    """Computes the metrics of `contrastive.sharded_loss` from statistics of the local rows."""
 
     def mean(values: jax.Array) -> jax.Array:
         return jax.lax.pmean(jnp.mean(values.astype(jnp.float32)), axis_name)
@@ -238,7 +236,7 @@ def pair_metrics(statistics: PairStatistics, axis_name: AxisName) -> dict[str, j
     if statistics.num_negatives is not None:
         num_others = jax.lax.axis_size(axis_name) * len(statistics.positive) - 1
         metrics["equal_pairs"] = mean(statistics.num_negatives < num_others)
-        # Without any negative it is as dissimilar as can be, and not infinitely.
+        # A row without negatives gets the lowest possible cosine similarity instead of -inf.
         statistics = statistics._replace(
             image_hardest=jnp.maximum(statistics.image_hardest, -1),
             text_hardest=jnp.maximum(statistics.text_hardest, -1),
@@ -257,7 +255,7 @@ def pair_metrics(statistics: PairStatistics, axis_name: AxisName) -> dict[str, j
 
 
 def _top1_credit(positive: jax.Array, hardest: jax.Array, ties: jax.Array) -> jax.Array:
-    """[b]: 1 if the positive wins, 1/(1 + t) if it ties with t negatives, else 0."""
+    """Returns [b]: 1 if the positive wins, 1/(1 + t) if it ties with t negatives, else 0."""
     return jnp.where(positive > hardest, 1, jnp.where(positive == hardest, 1 / (1 + ties), 0))
 
 
@@ -266,19 +264,19 @@ Parameters = dict[str, Any]
 
 @dataclasses.dataclass(eq=False)
 class Term:
-    """A term of the objective, as its section of the config describes it.
+    """A term of the objective, configured by its own section of the config.
 
     Attributes:
-        settings: the keys of its section, each with its default or, for one with a range, a
-            `diht_jax.config.keys.Key`; a `weight` of 0 leaves the term out.
-        num_labels: k, how many of the teacher's labels of each kind it reads from a record. They
+        settings: defaults of the keys of its section; one with a range is a
+            `diht_jax.config.keys.Key`. A `weight` of 0 disables the term.
+        num_labels: k, the number of teacher labels of each kind that it reads from a record. They
             are in the batch as `object_ids` int32 [b, k], `object_probs` float32 [b, k],
-            `attribute_ids` and `attribute_probs`; with 0 they may be absent.
-        teacher_width: D, of the CLIP teachers' embeddings that it reads. They are in the batch as
-            `teacher_image_emb` and `teacher_text_emb`, float16 [b, D]; with 0 they may be absent.
-        reads_image_tokens: whether `of_examples` gets all tokens of the image tower. Without, the
-            last block computes the class token alone.
-        multipliers: entries for `config.optimizer.multipliers`, for its own parameters.
+            `attribute_ids` and `attribute_probs`. If k is 0, they may be absent.
+        teacher_width: D, the width of the CLIP teachers' embeddings that it reads, float16 [b, D]
+            `teacher_image_emb` and `teacher_text_emb` in the batch. If D is 0, they may be absent.
+        reads_image_tokens: whether `of_examples` needs all tokens of the image tower. If no term
+            does, the last block computes only the class token.
+        multipliers: entries of `config.optimizer.multipliers` for its own parameters.
     """
 
     settings: ClassVar[dict[str, Any]] = {"weight": Key(0.0, NOT_NEGATIVE)}
@@ -288,19 +286,19 @@ class Term:
     multipliers: ClassVar[tuple[tuple[str, float, float], ...]] = ()
 
     name: str  # of its section
-    section: ml_collections.ConfigDict  # of the config; values are in their ranges
+    section: ml_collections.ConfigDict  # of the config, with values checked against their ranges
     arch: Architecture  # sizes of the model
 
     def check(self) -> None:
-        """Raises ValueError where the section of an active term is wrong within its ranges."""
+        """Raises ValueError if an active term's section is invalid with all values in range."""
 
     @property
     def is_active(self) -> bool:
-        """True if the term counts in this run."""
+        """Whether the term has a weight above 0."""
         return self.section.weight > 0
 
     def bind_data(self, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-        """The config, with what the run must know of its data; most terms need nothing.
+        """Returns the config with settings that the term reads from its data; default: unchanged.
 
         Args:
             config: the whole training config.
@@ -311,11 +309,11 @@ class Term:
         return config
 
     def parameters(self, key: jax.Array, widths: dict[str, int], dtype: DTypeLike) -> Parameters:
-        """The term's own parameters at the start, by names that no other term has.
+        """Returns the initial values of the term's own parameters; names are unique among terms.
 
         Args:
-            key: for random ones.
-            widths: size of the features `pooled` and `projected`; see `of_examples`.
+            key: random key.
+            widths: sizes of the features `pooled` and `projected`; see `of_examples`.
             dtype: of the stored parameters.
         """
         return {}
@@ -323,17 +321,17 @@ class Term:
     def of_examples(
         self, params: Parameters, features: dict[str, jax.Array], examples: dict[str, jax.Array]
     ) -> dict[str, jax.Array]:
-        """Losses that depend on one example alone, on one device and in one micro-batch.
+        """Computes the losses of single examples, on one device and in one micro-batch.
 
         Args:
-            params: all parameters; those of the towers' blocks may be split over devices.
-            features: float [b, ...]: `pooled` of the image tower before the projection,
-                `projected` after it, `image_emb` and `text_emb` L2-normalised; `image_tokens`
-                [b, s, width], the class token first, for a term that reads them.
+            params: all parameters; those of the towers' blocks may be sharded.
+            features: float [b, ...]: `pooled` and `projected` features of the image tower (before
+                and after the projection), L2-normalised `image_emb` and `text_emb`, and
+                `image_tokens` [b, s, width] with the class token first, for a term that reads them.
             examples: the batch.
 
         Returns:
-            float32 [b] by the name of a loss, which is that of its metric.
+            float32 [b] by the name of a loss, which is also the name of its metric.
         """
         return {}
 
@@ -345,16 +343,16 @@ class Term:
         *,
         mesh: Mesh,
     ) -> dict[str, tuple[float, jax.Array]]:
-        """Weights and losses of the global batch.
+        """Computes the losses of the global batch, with their weights.
 
         Args:
-            encoded: `image_emb` and `text_emb` [N, d], L2-normalised, and what `of_examples`
-                returns, [N]; split over the mesh by rows.
+            encoded: `image_emb` and `text_emb` [N, d], L2-normalised, and the results of
+                `of_examples`, [N]; rows are sharded over the mesh.
             params: all parameters.
             examples: the global batch.
             mesh: axes `data` and `fsdp`, for a term that compares all pairs.
 
         Returns:
-            Weight and scalar by the name of a loss, which is that of its metric.
+            Weight and scalar by the name of a loss, which is also the name of its metric.
         """
         raise NotImplementedError

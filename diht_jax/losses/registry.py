@@ -1,4 +1,4 @@
-"""The contrastive losses by name: `config.loss.kind` selects one of them."""
+"""Registry of the contrastive losses; `config.loss.kind` selects one by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SigLIP's loss: every image with every text is a yes-no question."""
+"""SigLIP's loss: a binary classification of every image with every text."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from diht_jax.losses.objective import (
 
 @dataclasses.dataclass(frozen=True)
 class Sigmoid(Objective):
-    """SigLIP; its scalar is `logit_bias`, which is learnt.
+    """SigLIP's loss with a learnt scalar, `logit_bias`.
 
         L_i = sum_{j != i} softplus(s_ij + bias) + softplus(-(s_ii + bias))
 
-    Summed over rows and over columns, every pair counts twice. Equal pairs as positives have the
-    loss of i with i.
+    The sum over rows and columns counts every pair twice. Equal pairs that are positives have the
+    same loss term as s_ii.
 
     Source: Zhai et al., arXiv 2303.15343.
     """
 
-    # SigLIP's start: all pairs are taken for negatives, softly.
+    # SigLIP's initial values, which softly classify all pairs as negatives.
     parameters: ClassVar[dict[str, float]] = {"logit_bias": -10.0}
     initial_logit_scale: ClassVar[float | None] = 10.0
     settings: ClassVar[dict[str, Any]] = {"equal_pairs": "negative"}  # see `softmax.py`

@@ -1,4 +1,4 @@
-"""InfoNCE and HN-NCE: the softmax over all partners of a row, with weighted negatives."""
+"""InfoNCE and HN-NCE: a softmax over each row of the logits, with weighted negatives."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ class Softmax(Objective):
         L_i = logaddexp(log alpha, z)              p = dL_i/dz = sigmoid(z - log alpha)
         dL_i/ds_ij = p ((1+beta) e^{(1+beta) s_ij - A} - beta e^{beta s_ij - B})
 
-    which needs no exponential of a logit: nothing overflows, nothing underflows to 0/0, and a loss
-    near zero keeps its digits because s_ii is taken off before the logaddexp. The sums are those of
-    A and B, relative to the highest negative.
+    This formula does not exponentiate logits, so nothing overflows or underflows to 0/0. A loss
+    near zero keeps its precision, because s_ii is subtracted before the logaddexp. The running sums
+    are those of A and B, relative to the highest negative.
 
-    Where equal pairs are no negatives, N - 1 is the number of those that are left in the row, and a
-    row without any counts 0. Where they are positives, P_i, with their mean m = mean_p s_ip and
-    their spread r = LSE_p(s_ip - m),
+    If equal pairs are not negatives, N - 1 is the number of remaining negatives of the row, and a
+    row without negatives has a loss of 0. If they are positives P_i, with the mean m = mean_p s_ip
+    and the spread r = LSE_p(s_ip - m),
 
         L_i = logaddexp(log alpha + r, z)  with m in place of s_ii in z
         dL_i/ds_ip = (1 - p) e^{s_ip - m - r} - 1/|P_i|       p = sigmoid(z - log alpha - r)
 
     Attributes:
-        weighted: False when beta is known to be 0: B is log(N-1) and drops out.
-        stop_weight_gradient: the weights count as constants: dL_i/ds_ij = p e^{(1+beta) s_ij - A}.
-        differentiate_beta: beta is traced, so that its derivative may be requested.
+        weighted: False if beta is known to be 0; then B is log(N-1) and cancels.
+        stop_weight_gradient: weights are constants: dL_i/ds_ij = p e^{(1+beta) s_ij - A}.
+        differentiate_beta: whether beta is traced, so its derivative may be requested.
         equal_pairs: see `Objective`.
 
     Source: DiHT, arXiv 2301.02280, "Hard-negative contrastive loss"; several positives: UniCL,
@@ -60,8 +60,8 @@ class Softmax(Objective):
         "alpha": Key(1.0, Range(0, 1)),  # weight of the positive in the denominator
         "beta": Key(0.0, NOT_NEGATIVE),  # hardness of the negatives; alpha 1 and beta 0 is InfoNCE
         "stop_weight_gradient": False,  # treat the weights of the negatives as constants
-        # What pairs with equal texts, or of one class, are to one another: "negative", "mask" (no
-        # partners) or "positive".
+        # Relation of pairs with equal texts, or of the same class: "negative", "mask" (neither
+        # positives nor negatives) or "positive".
         "equal_pairs": "negative",
     }
 
@@ -70,7 +70,7 @@ class Softmax(Objective):
     differentiate_beta: bool = False
     equal_pairs: str = "negative"
 
-    num_equal_sums = 3  # of `e^s`, of s, and how many
+    num_equal_sums = 3  # the sums of `e^s` and of s, and the count
 
     @classmethod
     def create(
@@ -80,7 +80,7 @@ class Softmax(Objective):
         stop_weight_gradient: bool,
         equal_pairs: str = "negative",
     ) -> tuple[Softmax, Scalars]:
-        """See `Objective.create`; traced values are not checked and take the general path."""
+        """See `Objective.create`; traced values are not checked and use the general formula."""
         check_equal_pairs(equal_pairs)
         check_scalar("alpha", alpha)
         check_scalar("beta", beta)
@@ -96,7 +96,7 @@ class Softmax(Objective):
 
     @property
     def num_sums(self) -> int:
-        """Number of sums: `e^{(1+beta) s}` and, for weights, `e^{beta s}`."""
+        """Number of sums: that of `e^{(1+beta) s}` and, for weights, that of `e^{beta s}`."""
         return 2 if self.weighted else 1
 
     @property
@@ -207,7 +207,7 @@ class Softmax(Objective):
         if is_equal is not None:
             is_negative &= ~is_equal
             has_negatives = jnp.any(is_negative, axis=1)
-            # All of a row without any, so that its logarithms are finite; it counts 0 below.
+            # A row without negatives uses all logits, to keep its logarithms finite; see below.
             is_negative |= ~has_negatives[:, None]
             log_count = jnp.log(jnp.sum(is_negative, axis=1).astype(logits.dtype))
         if self.equal_pairs == "positive" and is_equal is not None:
@@ -234,7 +234,7 @@ class Softmax(Objective):
 
 
 def is_known_zero(value: jax.Array | float) -> bool:
-    """Returns true for a 0 that is not traced."""
+    """Returns whether a value is 0 and not traced."""
     return not isinstance(value, jax.core.Tracer) and float(value) == 0
 
 
@@ -244,14 +244,14 @@ def _check_range(name: str, value: Any, most: float, expected: str) -> None:
 
 
 def _exp(factor: jax.Array | float, below: Tile, is_part: TileMask) -> Tile:
-    """e^(factor * below), and 0 elsewhere, even for a factor of 0."""
+    """Returns e^(factor * below), and 0 outside of `is_part`, even for a factor of 0."""
     return jnp.where(is_part, jnp.exp(factor * below), 0)
 
 
 def _with_some_negative(
     statistics: RowStatistics, has_negatives: jax.Array, counts: Rows
 ) -> RowStatistics:
-    """Rows without negatives get one of 0, so that their logarithms are finite."""
+    """Gives rows without negatives a negative logit of 0, which keeps their logarithms finite."""
     return statistics._replace(
         highest=jnp.where(has_negatives, statistics.highest, 0),
         sums=tuple(jnp.where(has_negatives, total, 1) for total in statistics.sums),
@@ -260,10 +260,10 @@ def _with_some_negative(
 
 
 def _with_equal(equal: RowStatistics, own: Rows) -> tuple[Rows, Rows, tuple[Rows, Rows, Rows]]:
-    """The mean and the spread of all positives of rows, and what their slopes need.
+    """Returns the mean and the spread of all positives, and arguments of `_with_equal_slopes`.
 
     Args:
-        equal: of the positives but the pairs themselves.
+        equal: statistics of the positives other than the pairs themselves.
         own: logits of the pairs themselves.
     """
     exponentials, total, others = equal.sums
@@ -277,7 +277,7 @@ def _with_equal(equal: RowStatistics, own: Rows) -> tuple[Rows, Rows, tuple[Rows
 def _with_equal_slopes(
     slopes: RowSlopes, own: Rows, count: Rows, log_sum: Rows, share: Rows
 ) -> RowSlopes:
-    """The slopes by all positives; `share` is what they have of the denominator."""
+    """Adds the slopes of all positives; `share` is their fraction of the denominator."""
     return slopes._replace(
         positive=share * jnp.exp(own - log_sum) - 1 / count,
         equal=(share, -1 / count),

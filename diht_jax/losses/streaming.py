@@ -1,19 +1,19 @@
 """The streaming form of the losses: memory O(b d + tile^2) per device, exact on any mesh.
 
-Images stay where they are; blocks of texts travel round the ring of devices together with their
-column statistics. Each block of logits is made once in the forward pass and serves both
-directions; the backward pass makes it once more and sends the texts' gradients round. No device
-ever holds a [b, N] or an [N, d] array. Inside a block, tiles bound the memory.
+Images stay on their device. Blocks of texts travel round the ring of devices with their column
+statistics. The forward pass computes each block of logits once, for both directions. The backward
+pass recomputes it and sends the gradients of the texts round the ring. No device ever holds a
+[b, N] or [N, d] array, and tiles within a block bound the memory.
 
-Neighbours may gather their images, so that the texts travel from group to group (`ring.py`). A
-member then has the rows of its whole group, over the texts that it has met; statistics and
-gradients of the images are merged inside the group after the last round.
+Neighbours may gather their images; the texts then travel from group to group (`ring.py`). A member
+computes the rows of its whole group against the texts that visit it, and the group merges
+statistics and gradients of the images after the last round.
 
-All that travels is sent before the products of a round: the next block of texts, and what the
-devices before have summed for the block at hand, to which this device adds its part afterwards.
-So every transfer has the products of a whole round to hide behind.
+Transfers are sent before the matrix products of a round: the next block of texts, and the previous
+devices' sums for the current block, to which this device then adds its part. Every transfer can
+therefore overlap with the products of a whole round.
 
-What is summed is defined by the objective (`objective.py`).
+The objective defines the sums (`objective.py`).
 
 Source: ring attention's communication (arXiv 2310.01889) and the online log-sum-exp of Milakov
 and Gimelshein (arXiv 1805.02867), applied to both directions of DiHT's loss at once. Ours.
@@ -68,13 +68,13 @@ def streaming_loss(
         scalars: of the objective.
         objective: the loss of one row.
         axis_name: mesh axes that the batch is split over, or None.
-        pair_ids: equal in all columns for equal pairs; they travel with the texts. Needed unless
+        pair_ids: equal pairs have equal ids in all columns. Required unless
             `objective.equal_pairs` is "negative".
-        row_weights: of the losses of the rows, both directions; constants.
-        tile: largest side of a tile; None for that of `Ring.create`.
+        row_weights: constant weights of the losses of the rows, in both directions.
+        tile: upper bound of the side of a tile; None is the default of `Ring.create`.
 
     Returns:
-        The sum on this device, at least float32, and statistics without gradient.
+        The sum on this device, at least float32, and statistics without gradients.
     """
     axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
     dtype = jnp.promote_types(image_emb.dtype, jnp.float32)
@@ -82,8 +82,8 @@ def streaming_loss(
     as_array = functools.partial(jnp.asarray, dtype=dtype)
     scale, scalars = as_array(logit_scale), tuple(map(as_array, scalars))
     arguments = (image_emb, text_emb, scale, scalars, pair_ids, row_weights)
-    # Every argument differs from device to device as far as the rule below is concerned: JAX
-    # then sums the gradients of replicated ones itself, outside of it.
+    # All arguments of the custom rule are marked as varying. JAX then sums the gradients of
+    # replicated ones outside of the rule.
     varying = frozenset().union(*map(varying_axes, jax.tree.leaves(arguments)))
     loss, statistics = _ring_loss(ring, *jax.tree.map(functools.partial(vary, varying), arguments))
     return loss, jax.lax.stop_gradient(statistics)
@@ -163,10 +163,10 @@ def _backward(ring, residuals, cotangents):
     loss_grad, _ = cotangents
     objective = ring.objective
     (images, image_ids), own_texts = ring.blocks(image_emb, text_emb, pair_ids)
-    # The derivatives scale with the cotangent of the device that a row belongs to.
+    # The derivatives are multiplied by the cotangent of the device that a row belongs to.
     factor = loss_grad if row_weights is None else loss_grad * row_weights
     image_slopes, text_slopes = _scaled(slopes[0], factor), _scaled(slopes[1], factor)
-    nothing: Any = ()  # what no tile reads
+    nothing: Any = ()  # for values that tiles do not read
     of_partners = [s._replace(scalars=(), positive=nothing) for s in (image_slopes, text_slopes)]
     image_tiles = jax.tree.map(ring.images.split, ring.gather_rows(of_partners[0]))
     text_tiles = jax.tree.map(ring.texts.split, of_partners[1])
@@ -208,7 +208,7 @@ def _backward(ring, residuals, cotangents):
     return (
         (scale * image_grads).astype(image_emb.dtype),
         (scale * text_grads).astype(text_emb.dtype),
-        # sum_ij G_ij <image_i, text_j>, which the gradient of the images holds already.
+        # sum_ij G_ij <image_i, text_j>, from the gradient of the images.
         jnp.sum(image_emb * image_grads),
         tuple(scalar_grads),
         None,
@@ -220,7 +220,7 @@ _ring_loss.defvjp(_forward, _backward)
 
 
 def _scaled(slopes: RowSlopes, factor: jax.Array) -> RowSlopes:
-    """The slopes of a loss that is multiplied by a factor."""
+    """Returns the slopes of a loss multiplied by a factor."""
     scaled = jax.tree.map(lambda slope: slope * factor, slopes._replace(offsets=()))
     return scaled._replace(offsets=slopes.offsets)
 
@@ -233,7 +233,7 @@ def _tile_slopes(
     text_slopes: RowSlopes,
     scalars: Scalars,
 ) -> tuple[Tile, tuple[Tile, ...]]:
-    """Derivatives of both directions by a tile of logits, and by the `second_pass` scalars."""
+    """Sums both directions' derivatives by a tile of logits, and by the `second_pass` scalars."""
 
     def add_part(slope: Callable, is_part: jax.Array, others: Any) -> Any:
         images = slope(logits, image_slopes, 1, scalars)
@@ -248,8 +248,8 @@ def _tile_slopes(
 
 
 def _no_statistics(objective: Objective, nothing: jax.Array) -> RowStatistics:
-    """Statistics of rows without any tile; `nothing` is zeros of their shape and dtype."""
-    # The lowest finite number, not -inf: differences of two of them must not be NaN.
+    """Returns the statistics of no tiles; `nothing` is zeros of the rows' shape and dtype."""
+    # The lowest finite number instead of -inf, whose difference with itself is NaN.
     lowest = nothing + jnp.finfo(nothing.dtype).min
     statistics = RowStatistics(lowest, nothing, (nothing,) * objective.num_sums)
     if objective.equal_pairs == "negative":
@@ -268,7 +268,7 @@ def _add_tile(
     axis: int,
     scalars: Scalars,
 ) -> RowStatistics:
-    """Adds one more tile to statistics; sums over its `axis`, 1 for rows and 0 for columns."""
+    """Adds one tile to the statistics; sums over its `axis`, 1 for rows and 0 for columns."""
     add = functools.partial(_add_part, logits=logits, axis=axis, scalars=scalars)
     num_negatives, equal = statistics.num_negatives, statistics.equal
     found = add(objective.accumulate, statistics, is_part=masks.is_negative)
@@ -282,7 +282,7 @@ def _add_tile(
 def _merge(
     objective: Objective, one: RowStatistics, other: RowStatistics, scalars: Scalars
 ) -> RowStatistics:
-    """Joins the statistics of two disjoint sets of partners."""
+    """Merges the statistics of two disjoint sets of columns (or rows)."""
     found = _merge_part(objective.accumulate, one, other, scalars)
     num_negatives = equal = None
     if one.num_negatives is not None and other.num_negatives is not None:
@@ -295,7 +295,7 @@ def _merge(
 def _pair_statistics(
     positives: Rows, images: RowStatistics, texts: RowStatistics, scale: jax.Array
 ) -> PairStatistics:
-    """Cosines from logits; with a scale of 0 all logits are 0, and so are these."""
+    """Converts statistics of logits to cosine similarities, which are 0 for a scale of 0."""
     inverse = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
     return PairStatistics(
         positive=positives * inverse,
@@ -332,7 +332,7 @@ def _merge_part(
     no_logits = zeros((*highest.shape, 0), highest)
 
     def sums_relative_to_highest(statistics: RowStatistics) -> tuple[jax.Array, ...]:
-        # Another tile that is empty: the sums stay, but for what they are relative to.
+        # Adding an empty tile only changes the reference of the sums.
         return accumulate(statistics, highest, no_logits, no_logits > 0, -1, scalars)
 
     own, others = (jnp.where(part.highest == highest, part.ties, 0) for part in (one, other))

@@ -1,7 +1,7 @@
-"""Softmax attention, and which kernel computes it: XLA's, cuDNN's or the one of `tpu_attention`.
+"""Softmax attention and its kernels (XLA, cuDNN, Pallas in `tpu_attention`); rotary positions.
 
-Everything that decides is the device that the program is for, which need not be one of this
-machine's (`diht_jax.compile`). Rotary positions of queries and keys are here too.
+The kernel depends only on the device that the program is compiled for, which may be absent from
+this machine (`diht_jax.compile`).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from jax.typing import DTypeLike
 
 from diht_jax.models.tpu_attention import attend_short, short_attention_obstacle
 
-# cuDNN's gradient needs an even number of tokens, and rows of its float32 statistics that start at
-# multiples of 16 bytes are the fastest.
+# cuDNN's gradient needs an even number of tokens. It is fastest if the rows of its float32
+# statistics are aligned to 16 bytes.
 _TOKENS_MULTIPLE = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Facts about the devices that a program is for."""
+    """The kind of device that a program is compiled for."""
 
     platform: str  # "cpu", "tpu", "cuda" or "rocm"
     device_kind: str
@@ -34,7 +34,7 @@ class Target:
 
 
 def target_of(device: jax.Device) -> Target:
-    """The facts about a device, present or described by a topology."""
+    """Returns the target of a device, which may be present or described by a topology."""
     kind = device.device_kind
     if device.platform not in ("gpu", "cuda", "rocm"):
         return Target(device.platform, kind)
@@ -55,18 +55,18 @@ def attention_implementation(
     num_tokens: int | None = None,
     num_heads: int | None = None,
 ) -> str:
-    """The kernel of one tower: "xla", "cudnn" or "pallas".
+    """Selects the attention kernel of one tower: "xla", "cudnn" or "pallas".
 
     Args:
-        choice: "auto" takes cuDNN's fused attention on NVIDIA GPUs and the Pallas kernel on TPUs,
-            where they apply, else XLA's; "xla", "cudnn" and "pallas" insist.
+        choice: "auto" selects cuDNN's fused attention on NVIDIA GPUs and the Pallas kernel on TPUs
+            where they are supported, else XLA's. "xla", "cudnn" and "pallas" select that kernel.
         dtype: of queries, keys and values.
         head_dim: width of a head.
-        target: what the program is for; None is the default backend's first device.
-        num_tokens, num_heads: of the tower; without them "pallas" does not apply.
+        target: device that the program is compiled for; None is the default backend's first one.
+        num_tokens, num_heads: of the tower; "pallas" needs both.
 
     Raises:
-        ValueError: a kernel that is insisted on does not apply.
+        ValueError: the kernel that `choice` names is not supported.
     """
     if choice == "xla":
         return "xla"
@@ -85,7 +85,7 @@ def attention_implementation(
             dtype, num_tokens, num_heads, head_dim, target.device_kind
         )
     if choice == "auto" and kernel == "pallas" and jnp.dtype(dtype) != jnp.bfloat16:
-        # Its products in float32 are exact, and take six times as long as XLA's on a TPU.
+        # The Pallas kernel's float32 products are exact, and six times slower than XLA's on a TPU.
         return "xla"
     if choice == "auto" and obstacle:
         return "xla"
@@ -97,7 +97,7 @@ def attention_implementation(
 
 
 def _cudnn_obstacle(dtype: DTypeLike, head_dim: int, target: Target) -> str | None:
-    """Why cuDNN's attention cannot run, or None; the conditions are those that JAX checks."""
+    """Returns why cuDNN's attention cannot run, or None. JAX checks the same conditions."""
     if target.platform != "cuda":
         return f"it needs an NVIDIA GPU, and the device is {target.device_kind}"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
@@ -115,10 +115,10 @@ def _cudnn_obstacle(dtype: DTypeLike, head_dim: int, target: Target) -> str | No
 def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, implementation: str
 ) -> jax.Array:
-    """Scaled dot-product attention of a sequence with itself, softmax in float32.
+    """Computes scaled dot-product self-attention, with the softmax in float32.
 
-    Queries, keys and values are [b, t, heads, d] of one dtype, as is the result. With `causal` a
-    token sees those before it and itself only.
+    Queries, keys, values and the result are [b, t, heads, d] of one dtype. With `causal`, a token
+    attends only to itself and earlier tokens.
     """
     if implementation == "pallas":
         b, t, heads, head_dim = q.shape
@@ -140,11 +140,11 @@ def attend_padded(
     causal: bool,
     implementation: Literal["xla", "cudnn"],
 ) -> jax.Array:
-    """`attend` on a length that cuDNN takes, the added tokens masked by the sequences' lengths.
+    """Computes `attend` on sequences padded for cuDNN, with the padding masked by their lengths.
 
-    JAX 0.10.2 and 0.12.0 refuse the gradient of cuDNN's attention at odd lengths, and 77, 197, 257
-    and 577 tokens are odd. What the kernel leaves in the rows of the added tokens is never read,
-    neither forward nor backward: the slice drops their results, the padding drops their gradients.
+    JAX 0.10.2 and 0.12.0 reject the gradient of cuDNN's attention at odd lengths, and 77, 197, 257
+    and 577 tokens are odd. The kernel's output in padded rows is never read: in the forward pass
+    the slice drops it, and in the backward pass the gradient of the padding does.
     """
     b, t = q.shape[:2]
     missing = -t % _TOKENS_MULTIPLE
@@ -166,7 +166,7 @@ def attend_padded(
 class Rotary(NamedTuple):
     """Rotary positions of tokens, float32 [t, d / 2] or [b, t, d / 2].
 
-    Cosines and sines of the angle of each pair of numbers (0 and 1, 2 and 3, ...) of a head.
+    Each pair of adjacent dimensions of a head (0 and 1, 2 and 3, ...) is rotated by one angle.
     """
 
     cos: jax.Array
@@ -174,16 +174,16 @@ class Rotary(NamedTuple):
 
 
 def rotary_positions(side: int, reference_side: int, head_dim: int, *, class_token: bool) -> Rotary:
-    """Rotary positions of a square grid of patches, as the Perception Encoder has them.
+    """Returns the Perception Encoder's rotary positions of a square grid of patches.
 
-    One half of the pairs turns by the column, the other by the row, which count from 1. Those of a
-    grid of another size are spread over the reference grid. A class token is not turned.
+    The first half of the pairs is rotated by the column, the second by the row; both count from 1.
+    Another grid size is rescaled to the reference grid. The class token is not rotated.
 
     Args:
         side: of the grid, in patches.
         reference_side: of the grid that the model was trained with.
         head_dim: width of a head, a multiple of 4.
-        class_token: whether one comes before the patches.
+        class_token: whether a class token precedes the patches.
     """
     num_bands = head_dim // 4
     bands = 10000.0 ** -(np.arange(num_bands) / num_bands)
@@ -197,7 +197,7 @@ def rotary_positions(side: int, reference_side: int, head_dim: int, *, class_tok
 
 
 def rotate(x: jax.Array, rotary: Rotary) -> jax.Array:
-    """Turns queries or keys [b, t, heads, d] by their positions, in at least float32."""
+    """Rotates queries or keys [b, t, heads, d] by their positions, in at least float32."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     cos, sin = (table[..., :, None, :] for table in rotary)
     first, second = wide[..., 0::2], wide[..., 1::2]
@@ -207,7 +207,7 @@ def rotate(x: jax.Array, rotary: Rotary) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class TowerAttention:
-    """The attention of one tower's blocks; its kernel is "xla", "cudnn" or "pallas"."""
+    """Shape, dtype and kernel ("xla", "cudnn" or "pallas") of one tower's attention."""
 
     num_tokens: int
     num_heads: int
@@ -218,12 +218,12 @@ class TowerAttention:
 
 
 def kernel_difference(attention: TowerAttention, device: jax.Device) -> float:
-    """Difference of a tower's kernel from XLA's attention on a device, on four random sequences.
+    """Compares a tower's attention kernel with XLA's on a device, on four random sequences.
 
     Returns:
-        The largest difference of the result and of the three gradients, each relative to the
-        largest number that XLA's attention gives in float32; infinite where one is not finite or
-        the kernel cannot be compiled or run.
+        The largest absolute difference of the result and of the three gradients, each relative to
+        the largest value that XLA's attention computes in float32. Infinite if any difference is
+        not finite or if the kernel cannot be compiled or run.
     """
     rng = np.random.default_rng(0)
     shape = (4, attention.num_tokens, attention.num_heads, attention.head_dim)
@@ -245,7 +245,7 @@ def kernel_difference(attention: TowerAttention, device: jax.Device) -> float:
     expected = value_and_gradients("xla", jnp.float32)
     try:
         found = jax.block_until_ready(value_and_gradients(attention.kernel, attention.dtype))
-    except Exception as error:  # Pallas has error classes of its own, and no run may end here.
+    except Exception as error:  # Pallas raises its own classes; this check must not stop a run.
         logging.warning("attention kernel '%s' fails: %s", attention.kernel, error)
         return math.inf
     differences = [

@@ -2,9 +2,8 @@
 
 Both towers are CLIP's, as in DiHT's official code (facebookresearch/diht). With attention pooling
 the image tower is that of SigLIP (Zhai et al. 2023, arXiv 2303.15343) or of the Perception Encoder
-(Bolya et al. 2025, arXiv 2504.13181); SigLIP's text tower has no causal mask, and pools at the last
-token. Images are already normalised (`input/transforms.py`), texts are ids of `data.tokenizer`.
-Losses do not live here.
+(Bolya et al. 2025, arXiv 2504.13181). SigLIP's text tower has no causal mask and pools at the last
+token. Inputs are normalised images (`input/transforms.py`) and token ids of `data.tokenizer`.
 """
 
 from __future__ import annotations
@@ -54,8 +53,8 @@ class DualEncoder(nnx.Module):
             arch: sizes.
             dtype: of the computation. Softmax, LayerNorm statistics and embeddings are float32.
             param_dtype: of the stored parameters.
-            execution: how to compute; layer by layer, nothing computed again, by default.
-            rngs: needs the stream `params`.
+            execution: how to compute; the default unrolls the layers and rematerialises nothing.
+            rngs: must have the stream `params`.
         """
         execution = execution or Execution()
         dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -73,20 +72,20 @@ class DualEncoder(nnx.Module):
 
 
 def l2_normalize(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-    """Divides rows by their lengths, in at least float32.
+    """Divides rows by their L2 norms, in at least float32.
 
-    Rows shorter than 1e-12 have no direction: they become 0, and so does their gradient, which is
-    NaN where 0 is divided by the length of 0.
+    Rows with a norm below 1e-12 become 0 and have a gradient of 0; dividing by a norm of 0 would
+    make it NaN.
     """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     squared = jnp.sum(x * x, axis=-1, keepdims=True)
     has_length = squared > 1e-24
-    # The inner choice keeps the derivative of the side that is not taken finite.
+    # The inner `where` keeps the derivative of the branch that is not selected finite.
     return jnp.where(has_length, x * jax.lax.rsqrt(jnp.where(has_length, squared, 1)), 0)
 
 
 class VisionTransformer(nnx.Module):
-    """Patches, class token, positions, blocks; pooling and projection."""
+    """Vision transformer: patch embedding, class token, positions, blocks, pooling, projection."""
 
     def __init__(self, arch: Architecture, *, execution: Execution, **dtypes: Any):
         width, patch = arch.vision_width, arch.patch_size
@@ -148,12 +147,12 @@ class VisionTransformer(nnx.Module):
         kept_patches: jax.Array | None = None,
         gather: Gather | None = None,
     ) -> jax.Array:
-        """The pooled feature of images, before the projection.
+        """Returns the pooled features of images, before the projection.
 
         Args:
             images: float [b, size, size, 3], normalised with CLIP's mean and std.
-            kept_patches: int32 [b, k], of `choose_patches`: which patches of each image to look
-                at (FLIP, arXiv 2212.00794); all by default. The class token always stays.
+            kept_patches: int32 [b, k] from `choose_patches`, the patches of each image to encode
+                (FLIP, arXiv 2212.00794); all by default. The class token is always kept.
             gather: see `run_blocks`.
 
         Returns:
@@ -174,7 +173,7 @@ class VisionTransformer(nnx.Module):
         kept_patches: jax.Array | None = None,
         gather: Gather | None = None,
     ) -> jax.Array:
-        """All tokens of images, [b, t, width], which `pool_tokens` makes `features` of."""
+        """Returns all tokens of images, [b, t, width]. `pool_tokens` turns them into `features`."""
         x = self._embed(images, kept_patches)
         rotary = self._rotary(kept_patches)
         return self.post_norm(
@@ -182,11 +181,11 @@ class VisionTransformer(nnx.Module):
         )
 
     def pool_tokens(self, tokens: jax.Array) -> jax.Array:
-        """`tokens` -> `features`, [b, t, width] -> [b, width]."""
+        """Pools the result of `tokens` into that of `features`, [b, t, width] -> [b, width]."""
         return tokens[:, 0] if self.arch.vision_pool_heads is None else self.pool(tokens)
 
     def _rotary(self, kept_patches: jax.Array | None) -> Rotary | None:
-        """Rotary positions of the tokens, if the architecture has them."""
+        """Returns the rotary positions of the tokens, or None if the architecture has none."""
         arch = self.arch
         if arch.rotary_grid is None:
             return None
@@ -203,7 +202,7 @@ class VisionTransformer(nnx.Module):
         return Rotary(*(table[kept] for table in rotary))
 
     def _embed(self, images: jax.Array, kept_patches: jax.Array | None) -> jax.Array:
-        """The input of the blocks, [b, t, width]."""
+        """Embeds images as the input of the blocks, [b, t, width]."""
         expected = (self.arch.image_size, self.arch.image_size, 3)
         if images.shape[1:] != expected:
             raise ValueError(f"expected images of shape [b, {expected}], got {images.shape}")
@@ -222,7 +221,7 @@ class VisionTransformer(nnx.Module):
 
 
 class AttentionPool(nnx.Module):
-    """Attention of one learnt query to all tokens, then a block's MLP: SigLIP's "MAP" head."""
+    """Attention pooling by one learnt query, then an MLP: SigLIP's "MAP" head."""
 
     def __init__(self, arch: Architecture, init: BlockInit, **dtypes: Any):
         width = arch.vision_width
@@ -256,13 +255,13 @@ def _unprojected(features: jax.Array) -> jax.Array:
 def choose_patches(
     key: jax.Array, batch_size: int, num_patches: int, dropped_share: float
 ) -> jax.Array:
-    """A random subset of the patches of every image, each its own.
+    """Draws a random subset of the patches of every image, independently of other images.
 
     Args:
         key: random key.
-        batch_size: images b; drawn for a whole batch, rows are the same however it is split.
-        num_patches: patches t of an image.
-        dropped_share: in [0, 1), part of the t patches left out; at least one patch is kept.
+        batch_size: b, of the whole batch; rows then do not depend on how the batch is split.
+        num_patches: t, patches of an image.
+        dropped_share: in [0, 1), fraction of patches to drop; at least one patch is kept.
 
     Returns:
         int32 [b, num_kept_patches(t, dropped_share)], distinct indices of patches.
@@ -272,12 +271,12 @@ def choose_patches(
 
 
 def num_kept_patches(num_patches: int, dropped_share: float) -> int:
-    """Number of an image's patches that are kept: max(1, floor(t * (1 - dropped_share)))."""
+    """Returns the number of kept patches of an image: max(1, floor(t * (1 - dropped_share)))."""
     return max(1, math.floor(num_patches * (1.0 - dropped_share)))
 
 
 class TextTransformer(nnx.Module):
-    """Token and position embeddings, blocks, pooling at one token, projection."""
+    """Text transformer: token and position embeddings, blocks, pooling at one token, projection."""
 
     def __init__(self, arch: Architecture, *, execution: Execution, **dtypes: Any):
         width = arch.text_width
@@ -286,8 +285,8 @@ class TextTransformer(nnx.Module):
         self.context_length = arch.context_length
         self.end_of_text_id = arch.end_of_text_id
         self.pools_last = arch.text_pool == "last"
-        # Looked up in the parameters' dtype: the gradient of a token sums over all its positions in
-        # the batch, too many terms for bfloat16.
+        # The lookup is in the parameters' dtype: the gradient of a token is a sum over all of its
+        # positions in the batch, which has too many terms for bfloat16.
         self.token_embedding = nnx.Embed(
             arch.vocab_size,
             width,
@@ -326,9 +325,9 @@ class TextTransformer(nnx.Module):
         """Embeds texts.
 
         Args:
-            tokens: int32 [b, t] with t up to the context length. The end-of-text token is the
-                first with the architecture's `end_of_text_id`; without one, the largest id. With
-                `text_pool` "last" it does not matter, and texts are padded to the context length.
+            tokens: int32 [b, t] with t up to the context length. For the end-of-text token see
+                `find_end_of_text`. With `text_pool` "last" it does not matter, and texts must be
+                padded to the context length.
             gather: see `run_blocks`.
 
         Returns:
@@ -350,9 +349,9 @@ class TextTransformer(nnx.Module):
 
 
 def find_end_of_text(tokens: jax.Array, end_of_text_id: int | None) -> jax.Array:
-    """Indices of the end-of-text tokens, int32 [b, t] -> int [b].
+    """Returns the indices of the end-of-text tokens, int32 [b, t] -> int [b].
 
-    The end is the first token of this id; None: the first of the largest id.
+    The end is the first token with this id. For None it is the first token with the largest id.
     """
     is_end = tokens if end_of_text_id is None else tokens == end_of_text_id
     return jnp.argmax(is_end, axis=-1)

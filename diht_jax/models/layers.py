@@ -1,7 +1,7 @@
-"""Linear layers and activations of the blocks, and what of these the backward pass keeps.
+"""Linear layers and activations of the blocks, and their rematerialisation policies.
 
-docs/guides/train/memory.md has the policies of `checkpointed`: what a block keeps for each token,
-and what the backward pass computes again.
+docs/guides/train/memory.md describes the policies of `checkpointed`: what a block saves for each
+token, and what the backward pass recomputes.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ KERNEL_OUT = "kernel_out"  # of `tpu_attention`
 
 
 class Linear(nnx.Linear):
-    """`nnx.Linear`, with a gradient that every compiler turns into plain matrix products.
+    """`nnx.Linear` with a gradient that every compiler turns into plain matrix products.
 
-    `add_adapters` of `parameters` may give it `lora_a`, `lora_b` and `lora_scale`. With
-    `float32_bias_gradient` the gradient of the bias is summed in float32: in bfloat16, the sum of
+    `parameters.add_adapters` may set `lora_a`, `lora_b` and `lora_scale`. With
+    `float32_bias_gradient` the gradient of the bias is summed in float32; in bfloat16, the sum of
     50,000 rows is off by 1%.
     """
 
@@ -42,7 +42,7 @@ class Linear(nnx.Linear):
 
 
 def adapter_product(layer: Linear, x: jax.Array, columns: slice = slice(None)) -> jax.Array:
-    """The contribution of a layer's adapter, [..., len(columns)] in the layer's dtype."""
+    """Returns the contribution of a layer's adapter, [..., len(columns)] in the layer's dtype."""
     adapted: Any = layer  # with the attributes of `add_adapters`
     a, b = adapted.lora_a[...], adapted.lora_b[...][:, columns]
     x, a, b = (value.astype(layer.dtype) for value in (x, a, b))
@@ -50,7 +50,7 @@ def adapter_product(layer: Linear, x: jax.Array, columns: slice = slice(None)) -
 
 
 def apply_columns(layer: Linear, x: jax.Array, columns: slice) -> jax.Array:
-    """Some outputs of a layer with a bias, [..., len(columns)], without computing the others."""
+    """Computes only some output columns of a layer with a bias, [..., len(columns)]."""
     product, bias = product_and_bias(layer, x, columns)
     return product + bias
 
@@ -58,7 +58,7 @@ def apply_columns(layer: Linear, x: jax.Array, columns: slice) -> jax.Array:
 def product_and_bias(
     layer: Linear, x: jax.Array, columns: slice = slice(None)
 ) -> tuple[jax.Array, jax.Array]:
-    """The two parts of what `apply_columns` adds up, [..., len(columns)] and [len(columns)]."""
+    """Returns the two summands of `apply_columns`, [..., len(columns)] and [len(columns)]."""
     assert layer.bias is not None
     kernel, bias = layer.kernel[...][:, columns], layer.bias[...][columns]
     x, kernel, bias = layer.promote_dtype((x, kernel, bias), dtype=layer.dtype)
@@ -80,8 +80,8 @@ def _forward(x: jax.Array, kernel: jax.Array):
 
 def _backward(kept: tuple[jax.Array, jax.Array], gradient: jax.Array):
     x, kernel = kept
-    # JAX's own rule makes the kernel's gradient transposed and turns it round afterwards, for
-    # which XLA on CPUs copies `x` or `gradient` to another layout: 9% of a block's time.
+    # JAX's own rule computes the kernel's gradient transposed and transposes it back. For that,
+    # XLA on CPUs copies `x` or `gradient` to another layout, which takes 9% of a block's time.
     rows = gradient.reshape(-1, gradient.shape[-1])
     x_gradient = jax.lax.dot_general(rows, kernel, (((1,), (1,)), ((), ())))
     kernel_gradient = jax.lax.dot_general(
@@ -97,9 +97,9 @@ _product.defvjp(_forward, _backward)
 def gelu(x: jax.Array) -> jax.Array:
     """Exact GELU, `x Phi(x)` with the normal distribution function, computed in at least float32.
 
-    `jax.nn.gelu` has the same values. Two things are cheaper here: `erf` takes a third of the time
-    of `erfc` (which is more exact only where the result is nearly zero), and the backward pass
-    needs `x` alone, not two more arrays of its size in float32.
+    Its values are those of `jax.nn.gelu`, at a lower cost. `erf` takes a third of the time of
+    `erfc`, which is more accurate only where the result is nearly zero. The backward pass saves
+    only `x`, and not two more float32 arrays of its size.
     """
     wide = _widen(x)
     return (wide * _normal_cdf(wide)).astype(x.dtype)
@@ -121,7 +121,7 @@ gelu.defvjp(_gelu_forward, _gelu_backward)
 
 @jax.custom_vjp
 def gelu_tanh(x: jax.Array) -> jax.Array:
-    """GELU by tanh, computed in at least float32; the backward pass needs `x` alone."""
+    """GELU by tanh, computed in at least float32; the backward pass saves only `x`."""
     return jax.nn.gelu(_widen(x), approximate=True).astype(x.dtype)
 
 
@@ -155,9 +155,9 @@ def _normal_cdf(x: jax.Array) -> jax.Array:
     return 0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5))
 
 
-# Element-wise, so computed again in less time than a read from memory takes: XLA fuses them into
-# their users. The gather of a split parameter is the exception: it costs communication,
-# and keeping its result would keep every layer whole.
+# Element-wise operations, which XLA fuses into their users: recomputing them takes less time than
+# reading their results from memory. "all_gather" of a sharded parameter costs communication, but
+# saving its result would keep every layer unsharded.
 _COMPUTED_AGAIN = frozenset(
     {
         "add",
@@ -184,18 +184,18 @@ _COMPUTED_AGAIN = frozenset(
 def checkpointed(
     run: Callable[..., jax.Array], name: str, *, scanned: bool
 ) -> Callable[..., jax.Array]:
-    """`run` with the policy `name` for its backward pass.
+    """Returns `run` with a rematerialisation policy for its backward pass.
 
     Args:
         run: one block, a function of its parameters and its input.
-        name: of the policy.
-        scanned: `run` is the body of a scan, where the compiler has no chance to merge the second
-            computation with the first.
+        name: of the policy; see the module docstring.
+        scanned: whether `run` is the body of a scan, where the compiler cannot merge the
+            recomputation with the first computation.
     """
     policies = jax.checkpoint_policies
     policy = {
         "none": _save_what_costs,
-        # By name: a policy does not see into the linear layers' own differentiation rule.
+        # By name, because a policy does not see into the linear layers' custom gradient rule.
         "dots": policies.save_only_these_names(LINEAR_OUT),
         "minimal": policies.save_only_these_names(QKV, ATTENTION_OUT, KERNEL_OUT),
         "full": policies.nothing_saveable,

@@ -1,16 +1,16 @@
-"""Parameters of NNX models as nested dicts: layout, fitted positions and low-rank adapters.
+"""Parameters of NNX models as nested dicts: layout, resized positions and low-rank adapters.
 
-Parameters are stored layer by layer (`vision/blocks/0/mlp/fc_in/kernel`), also where the model
-scans its layers: names, optimiser rules and checkpoints know nothing of scanned layers. A model
-that scans takes the blocks of a tower stacked along a new first axis
-(`vision/blocks/mlp/fc_in/kernel`); `stack_blocks` makes that form when a step begins.
+Parameters are stored layer by layer (`vision/blocks/0/mlp/fc_in/kernel`), even if the model scans
+its layers: names, optimiser rules and checkpoints do not depend on scanning. A model that scans
+needs the blocks of a tower stacked along a new first axis (`vision/blocks/mlp/fc_in/kernel`);
+`stack_blocks` stacks them at the beginning of a step.
 
-`fit_positions` fits learned positions to images of another size, or to texts of another length,
-than the model was trained with.
+`fit_positions` adapts learned positions to another image size or text length than the model was
+trained with.
 
 Low-rank adapters on the linear layers of the blocks are LoRA (docs/guides/train/finetuning.md).
 They are parameters of the layer, `vision/blocks/0/mlp/fc_in/lora_a` [in, rank] and `lora_b`
-[rank, out]. Where there are any, they alone are trained of the model: `frozen_by_adapters`.
+[rank, out]. If a model has adapters, its other parameters are frozen (`frozen_by_adapters`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from diht_jax.models.transformer import Execution
 from diht_jax.models.zoo import Architecture
 
 TOWERS = ("vision", "text")
-# Of the text tower; Long-CLIP's choices.
+# Stretching of the text tower's positions, with Long-CLIP's values.
 _KEPT_POSITIONS = 20
 _STRETCHING_FACTOR = 4
 A, B = "lora_a", "lora_b"  # names of the parameters of an adapter
@@ -47,7 +47,7 @@ _OF_THE_MODEL = (*(f"{tower}/" for tower in TOWERS), "log_logit_scale")
 
 @dataclasses.dataclass(frozen=True)
 class ModelDefinition:
-    """All of a model but its parameters."""
+    """The definition of a model, without its parameters."""
 
     arch: Architecture
     dtype: DTypeLike  # of the computation
@@ -60,7 +60,7 @@ class ModelDefinition:
         return model_parameters(self.build(key, Execution()))
 
     def build(self, key: jax.Array, execution: Execution) -> DualEncoder:
-        """The NNX model with parameters drawn from a key."""
+        """Builds the NNX model with parameters drawn from a key."""
         model = DualEncoder(
             self.arch,
             dtype=self.dtype,
@@ -74,10 +74,10 @@ class ModelDefinition:
 
 
 class _KeyStream(nnx.RngStream):
-    """The keys of `nnx.RngStream`, counted in Python rather than in the traced program.
+    """`nnx.RngStream` with the same keys, counted in Python rather than in the traced program.
 
-    Flax asks each traced count for its sharding, and JAX answers with an error whose message
-    lists the program so far: of a ViT-L/14, that takes four fifths of the time to build it.
+    Flax asks each traced count for its sharding. JAX answers with an error, and formatting its
+    message, which lists the program so far, takes four fifths of the time to build a ViT-L/14.
     """
 
     _drawn = 0
@@ -88,7 +88,7 @@ class _KeyStream(nnx.RngStream):
 
 
 class ParameterKeys(nnx.Rngs):
-    """Like `nnx.Rngs(params=key)`, with the same keys; large models are traced sooner."""
+    """Like `nnx.Rngs(params=key)`, with the same keys, but faster to trace for large models."""
 
     params: nnx.RngStream
 
@@ -99,23 +99,23 @@ class ParameterKeys(nnx.Rngs):
 
 @functools.lru_cache(maxsize=16)
 def _make_graphdef(definition: ModelDefinition) -> nnx.GraphDef:
-    """The static half of the NNX model; kept, as it takes the time of building the model."""
+    """Returns the static half of the NNX model; cached, because it requires building the model."""
     build = functools.partial(definition.build, jax.random.key(0), definition.execution)
     abstract = nnx.eval_shape(build)
     return nnx.split(abstract, nnx.Param)[0]
 
 
 def model_parameters(model: nnx.Module) -> dict[str, Any]:
-    """The parameters of an NNX model as a nested dict with string keys."""
+    """Returns the parameters of an NNX model as a nested dict with string keys."""
     leaves = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     named = {tuple(map(str, path)): leaf for path, leaf in leaves.items()}
     return traverse_util.unflatten_dict(named)
 
 
 def merge_model(definition: ModelDefinition, params: dict[str, Any]) -> DualEncoder:
-    """The NNX model with these parameters, which may be stacked if the model scans its layers.
+    """Returns the NNX model with the given parameters, whose blocks may be stacked for a scan.
 
-    Arrays that are no parameters of the model, such as those of the objective, are left out.
+    Entries that are not parameters of the model, such as those of the objective, are ignored.
     """
     params = {name: params[name] for name in (*TOWERS, "log_logit_scale")}
     if definition.execution.scan_layers:
@@ -124,9 +124,9 @@ def merge_model(definition: ModelDefinition, params: dict[str, Any]) -> DualEnco
 
 
 def stack_blocks(params: dict[str, Any]) -> dict[str, Any]:
-    """Parameters with the blocks of each tower stacked; stacked ones stay as they are.
+    """Stacks the blocks of each tower; blocks that are already stacked are returned unchanged.
 
-    What was at `params[tower]["blocks"][str(i)]` becomes leaves [layers, ...] one level above.
+    The leaves of `params[tower]["blocks"][str(i)]` become leaves [layers, ...] one level above.
     """
     stacked = dict(params)
     for tower in TOWERS:
@@ -141,7 +141,7 @@ def stack_blocks(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def parameter_shapes(params: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Path such as `text/blocks/0/mlp/fc_in/kernel` -> shape."""
+    """Returns the shape of each parameter by its path, such as `text/blocks/0/mlp/fc_in/kernel`."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -155,7 +155,7 @@ def fit_model(
     image_size: int | None = None,
     context_length: int | None = None,
 ) -> tuple[dict[str, Any], Architecture]:
-    """Parameters and sizes of a model for images or texts of another size; None keeps its own."""
+    """Fits a model to another image size or context length; None leaves that size unchanged."""
     fitted = dataclasses.replace(
         arch,
         image_size=arch.image_size if image_size is None else image_size,
@@ -167,7 +167,7 @@ def fit_model(
 
 
 def fit_positions(params: dict[str, Any], num_patches: int, context_length: int) -> dict[str, Any]:
-    """Model parameters with their positions for another size of images, or of texts.
+    """Fits the positions of both towers to another number of patches and another context length.
 
     See `resize_positions` and `stretch_positions`.
     """
@@ -186,15 +186,15 @@ def fit_positions(params: dict[str, Any], num_patches: int, context_length: int)
 def resize_positions(
     embedding: jax.Array, num_patches: int, *, class_token: bool = True
 ) -> jax.Array:
-    """Resizes the grid part of a ViT's position embeddings; the class token's stays.
+    """Resizes the grid part of a ViT's position embeddings; the class token's is unchanged.
 
-    Bicubic with antialiasing on the square grid, as open_clip does when it loads a checkpoint
-    into a model with another image size.
+    The interpolation on the square grid is bicubic with antialiasing, like that of open_clip for a
+    checkpoint of another image size.
 
     Args:
         embedding: [1 + g * g, width], class token first.
         num_patches: of the new grid, a square number.
-        class_token: False: there is none, and `embedding` is [g * g, width].
+        class_token: if False, there is none and `embedding` is [g * g, width].
 
     Returns:
         [1 + num_patches, width], or [num_patches, width]; same dtype.
@@ -212,13 +212,13 @@ def resize_positions(
 
 
 def stretch_positions(embedding: jax.Array, context_length: int) -> jax.Array:
-    """The text tower's position embeddings for texts of another length.
+    """Stretches or truncates the text tower's position embeddings to another context length.
 
     Long-CLIP's rule (arXiv 2403.15378, "Knowledge-Preserved Stretching"): most texts are shorter
-    than 20 tokens, so the first 20 positions are well trained and stay; those behind them are
-    stretched by a factor of 4, linearly, and the last steps go on beyond the last position. So 77
-    positions become 248. For more than that the factor is larger, and the last one reaches as far.
-    For less, those of 248 are cut, and for no more than there are, these are cut.
+    than 20 tokens, so the first 20 positions are well trained and are kept. The others are
+    interpolated linearly with a factor of 4, and extrapolated at the end: 77 positions become 248.
+    Longer contexts have a larger factor. Shorter ones are a prefix of the stretched positions, or
+    of the original ones if these suffice.
 
     Args:
         embedding: [t, width].
@@ -249,24 +249,24 @@ def stretch_positions(embedding: jax.Array, context_length: int) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """The layers that have adapters, and the size of these."""
+    """Low-rank adapters: their size, and the layers that have them."""
 
     rank: int  # of `A B`
-    alpha: float  # what `A B` is multiplied with, times the rank
+    alpha: float  # `A B` is multiplied by alpha / rank
     towers: tuple[str, ...]
     matrices: tuple[str, ...]  # of each block; `in_proj` makes queries, keys and values
 
     @property
     def scale(self) -> float:
-        """The factor on `A B`."""
+        """The factor of `A B`, alpha / rank."""
         return self.alpha / self.rank
 
 
 def lora_of(section: ml_collections.ConfigDict) -> Lora | None:
-    """The adapters that the section `lora` of a config describes; None for rank 0.
+    """Returns the adapters that the config section `lora` describes, or None for rank 0.
 
     Raises:
-        ValueError: an unknown tower or matrix, or none.
+        ValueError: a tower or matrix is unknown, or none is given.
     """
     if not section.rank:
         return None
@@ -278,11 +278,11 @@ def lora_of(section: ml_collections.ConfigDict) -> Lora | None:
 
 
 def add_adapters(model: DualEncoder, lora: Lora, key: jax.Array) -> None:
-    """Puts adapters on the layers of a model, in place.
+    """Adds adapters to the layers of a model, in place.
 
-    A is drawn from U(-1/sqrt(in), 1/sqrt(in)), as in the authors' code, and B is 0. Each A follows
-    from the key and the name of its layer, independently of other layers; those of stacked blocks,
-    which serve for a model's structure, draw alike.
+    A is drawn from U(-1/sqrt(in), 1/sqrt(in)), as in the authors' code, and B is 0. Each A depends
+    only on the key and the name of its layer. Stacked blocks share one draw; they are only used
+    for the structure of a model.
     """
     for tower in lora.towers:
         blocks = getattr(model, tower).blocks
@@ -305,7 +305,7 @@ def _add(layer: nnx.Linear, lora: Lora, key: jax.Array) -> None:
 
 
 def merge_adapters(params: dict[str, Any], lora: Lora) -> dict[str, Any]:
-    """The parameters, layer by layer, of the model without adapters that computes the same."""
+    """Returns the parameters, layer by layer, with the adapters merged into the kernels."""
 
     def merge(tree: Any) -> Any:
         if not isinstance(tree, dict):
@@ -322,9 +322,9 @@ def merge_adapters(params: dict[str, Any], lora: Lora) -> dict[str, Any]:
 
 
 def frozen_by_adapters(names: Iterable[str]) -> set[str]:
-    """Names of the parameters that adapters freeze; empty without adapters.
+    """Returns the names of the parameters that are frozen if there are adapters, else none.
 
-    All of the model but its adapters: what the objective adds to the model is trained.
+    These are all parameters of the model but its adapters. Parameters of the objective are trained.
     """
     names = set(names)
     adapters = set(filter(_ADAPTER.search, names))

@@ -1,16 +1,16 @@
 """Attention over short sequences on TPUs, as two Pallas kernels: forward and backward.
 
 A step of XLA's attention on a TPU is bound by memory traffic, most of it the attention weights.
-Here a grid step holds all heads of one example in on-chip memory (VMEM), read in the layout that
-the projection leaves, so that neither weights nor transposed nor padded tokens reach main memory.
-The backward pass computes the weights again, from the kernel's inputs and one number for each query
-and head. The bias of the projection is added inside, because what is kept for the backward pass
-(`remat`) is the product without it: added outside, it would be a second array of queries, keys and
-values. Its gradient is summed inside too, in float32.
+Here a grid step holds all heads of one example in on-chip memory (VMEM), and reads them in the
+layout of the projection's output. Neither weights nor transposed or padded tokens are written to
+main memory. The backward pass recomputes the weights from the kernel's inputs and one number for
+each query and head. The kernel adds the bias of the projection itself: rematerialisation saves the
+product without the bias, and adding it outside would need a second array of queries, keys and
+values. The gradient of the bias is also summed in the kernel, in float32.
 
-Scores are [keys, queries]: softmax then runs down the columns of registers, which costs additions
-only, and of the five products of the backward pass none needs a transposed array of scores. The
-scores of several heads are computed before the first softmax, so that it need not be waited for.
+Scores are [keys, queries]. The softmax then reduces along the sublane axis, which needs only
+additions, and none of the five products of the backward pass needs transposed scores. The scores of
+several heads are computed before the first softmax, to overlap the two.
 
 Blocks span the whole token axis, so any number of tokens is allowed. Ours.
 """
@@ -32,7 +32,7 @@ from jax.typing import DTypeLike
 from diht_jax.models.layers import KERNEL_OUT
 
 # VMEM of one core, in MiB, by a regular expression for the device kind (the table of
-# https://docs.jax.dev/en/latest/pallas/tpu/hardware.html). A row needs to fit.
+# https://docs.jax.dev/en/latest/pallas/tpu/hardware.html). One example must fit.
 _VMEM_MIB = (
     (r"TPU v5 ?(lite|e)", 128),
     (r"TPU v6 ?(lite|e)", 128),
@@ -41,24 +41,24 @@ _VMEM_MIB = (
 )
 _SMALLEST_VMEM_MIB = 16
 
-# Longer rows would need their weights in parts.
+# Longer sequences would need tiles of the attention weights.
 _MAX_TOKENS = 640
 # Heads whose scores are computed before the first softmax.
 _HEADS_AT_ONCE = 4
-# Arrays of [tokens, tokens] in float32 that the backward kernel holds at once, with room to spare:
-# two of each of these heads, and those of one in work.
+# Upper bound of the float32 arrays [tokens, tokens] that the backward kernel holds at once: two for
+# each of these heads, and three for the head being processed.
 _WEIGHT_ARRAYS = 2 * _HEADS_AT_ONCE + 3
 _MASKED = -1e30
-# Of a vector register.
+# Lanes of a vector register.
 _LANES = 128
-# Scores are logarithms to the base of 2, which the hardware's exponential has.
+# Scores are base-2 logarithms, because the hardware's exponential is 2^x.
 _LOG2_E = math.log2(math.e)
 
 
 def short_attention_obstacle(
     dtype: DTypeLike, num_tokens: int, num_heads: int, head_dim: int, device_kind: str
 ) -> str | None:
-    """Why a TPU of this kind cannot run `attend_short` for a tower, or None."""
+    """Returns why a TPU of this kind cannot run `attend_short` for a tower, or None."""
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
         return f"it needs bfloat16 or float32, and config.model.dtype is {jnp.dtype(dtype)}"
     if num_tokens > _MAX_TOKENS:
@@ -71,7 +71,7 @@ def short_attention_obstacle(
 
 
 def vmem_mib(device_kind: str) -> int:
-    """On-chip memory of one core, in MiB; the smallest there is for a kind that is not known."""
+    """Returns the VMEM of one core in MiB; for an unknown device kind, the smallest of any TPU."""
     found = (mib for pattern, mib in _VMEM_MIB if re.fullmatch(pattern, device_kind))
     return next(found, _SMALLEST_VMEM_MIB)
 
@@ -79,20 +79,20 @@ def vmem_mib(device_kind: str) -> int:
 def attend_short(
     qkv: jax.Array, bias: jax.Array, *, num_heads: int, causal: bool, interpret: bool = False
 ) -> jax.Array:
-    """Softmax attention of every row's tokens with each other, softmax in float32.
+    """Computes multi-head self-attention of every row, with the softmax in float32.
 
     Args:
-        qkv: [b, t, 3 * heads * d], the projection's product: queries, keys and values, each
+        qkv: [b, t, 3 * heads * d], the projection without its bias: queries, keys and values, each
             [heads, d]; bfloat16 or float32.
         bias: [3 * heads * d] of the projection, of the same dtype.
         num_heads: of the tower.
-        causal: whether a token sees those before it and itself only.
+        causal: whether a token attends only to itself and earlier tokens.
         interpret: run without a TPU, for tests.
 
     Returns:
         [b, t, heads * d], of the same dtype.
     """
-    # One device's share of a bias that all have: its gradient is then summed over the devices.
+    # Marks a replicated bias as varying; JAX then sums its gradient over the devices.
     missing = tuple(_varying_axes(qkv) - _varying_axes(bias))
     if missing:
         bias = jax.lax.pcast(bias, missing, to="varying")
@@ -129,7 +129,7 @@ _attend.defvjp(_forward, _backward)
 
 
 def _run_forward(qkv, bias, num_heads, causal, interpret) -> list[jax.Array]:
-    """Result [b, t, heads * d], and logarithms of softmax's denominators [b, turns, heads, t]."""
+    """Returns the result [b, t, heads * d] and log denominators [b, turns, heads, t] (base 2)."""
     b, t, width = qkv.shape
     turns = num_heads // _heads_of_a_turn(num_heads, width // 3 // num_heads)
     shapes = [
@@ -148,7 +148,7 @@ _Shapes = list[tuple[tuple[int, ...], DTypeLike]]
 def _cost(
     num_products: int, num_heads: int, inputs: tuple[jax.Array, ...], outputs: _Shapes
 ) -> pl.CostEstimate:
-    """Work and traffic of a kernel, for XLA's scheduler."""
+    """Estimates the FLOPs and memory traffic of a kernel, for XLA's scheduler."""
     b, t, width = inputs[0].shape
     arrays = [*((x.shape, x.dtype) for x in inputs), *outputs]
     return pl.CostEstimate(
@@ -166,7 +166,7 @@ def _run(
     interpret: bool,
     *inputs: jax.Array,
 ) -> list[jax.Array]:
-    """The kernel on every row of the batch; the array of two axes is of all rows."""
+    """Runs the kernel on every row of the batch; the rows share the input with two axes."""
     b, t, width = inputs[0].shape
 
     def block(shape: tuple[int, ...]) -> pl.BlockSpec:
@@ -193,7 +193,7 @@ def _run(
 
 
 def _vmem_bytes(num_tokens: int, width: int, itemsize: int) -> int:
-    """Memory of the backward kernel, the larger one: two rows at a time of input and output."""
+    """Returns the VMEM of the backward kernel, the larger one, with double-buffered rows."""
     tokens = -(-num_tokens // 16) * 16
     lanes = -(-num_tokens // 128) * 128
     rows = 2 * 7 * tokens * width * itemsize
@@ -263,10 +263,10 @@ def _backward_kernel(
 
 
 class _Heads:
-    """The heads next to each other in an array of [tokens, columns].
+    """Access to the adjacent heads of an array [tokens, columns].
 
-    A head that shares a register's lanes with others is not cut out, which would move lanes: it is
-    the lanes of all with the others' set to zero, in one of a product's two arrays.
+    Slicing a head that shares the lanes of a register with others would move lanes. Instead, one
+    operand of each product has the lanes of the other heads set to zero.
     """
 
     def __init__(self, head_dim: int, columns: int):
@@ -275,17 +275,17 @@ class _Heads:
         self.window_size = _LANES if whole else head_dim
 
     def batches(self) -> list[range]:
-        """The numbers of the heads, as many at once as may be."""
+        """Returns the indices of the heads, in ranges of at most `_HEADS_AT_ONCE`."""
         last = self.columns // self.head_dim
         return [range(h, min(h + _HEADS_AT_ONCE, last)) for h in range(0, last, _HEADS_AT_ONCE)]
 
     def window(self, x: jax.Array, head: int) -> jax.Array:
-        """[t, columns] -> the columns of a head and of those that share its registers."""
+        """Returns the columns of [t, columns] of a head and of those that share its registers."""
         first = head * self.head_dim // self.window_size * self.window_size
         return x[:, first : first + self.window_size]
 
     def own(self, x: jax.Array, head: int) -> jax.Array:
-        """`window` with the columns of other heads set to zero."""
+        """Returns `window` with the columns of other heads set to zero."""
         x = self.window(x, head)
         if self.window_size == self.head_dim:
             return x
@@ -295,11 +295,11 @@ class _Heads:
         return jnp.where(is_own, x, jnp.zeros_like(x))
 
     def rows(self, x: jax.Array, head: int) -> jax.Array:
-        """[columns, t] -> the rows of a head."""
+        """Returns the rows of [columns, t] that belong to a head."""
         return x[head * self.head_dim : (head + 1) * self.head_dim]
 
     def side_by_side(self, parts: list[jax.Array]) -> jax.Array:
-        """Puts parts of heads into their windows, zero in the columns of others: [t, columns]."""
+        """Joins arrays of the heads, zero in the columns of other heads, into [t, columns]."""
         sharing = self.window_size // self.head_dim
         windows = [
             functools.reduce(jnp.add, parts[h : h + sharing]) for h in range(0, len(parts), sharing)
@@ -308,7 +308,7 @@ class _Heads:
 
 
 def _heads_of_a_turn(num_heads: int, head_dim: int) -> int:
-    """The smallest number of heads that fill whole lanes, or twice as many."""
+    """Returns the heads of a loop iteration: the fewest to fill whole lanes, twice that, or all."""
     group = math.lcm(head_dim, _LANES) // head_dim
     if num_heads % group:
         return num_heads
@@ -317,10 +317,10 @@ def _heads_of_a_turn(num_heads: int, head_dim: int) -> int:
 
 
 def _for_each_turn(run: Callable[..., None], num_heads: int, head_dim: int) -> None:
-    """Calls `run(turn, columns)` in a loop over `_heads_of_a_turn`.
+    """Calls `run(turn, columns)` in a loop, with `_heads_of_a_turn` heads in each iteration.
 
-    A loop, since the compiler takes minutes for the heads one after the other. `columns(first)`
-    are the turn's columns of an array whose heads begin at column `first`.
+    Unrolled, the kernel would take minutes to compile. `columns(first)` returns the columns of
+    these heads in an array with its heads starting at column `first`.
     """
     heads = _heads_of_a_turn(num_heads, head_dim)
 
@@ -340,9 +340,9 @@ def _for_each_turn(run: Callable[..., None], num_heads: int, head_dim: int) -> N
 def _biased(
     qkv_ref, bias_ref, columns: Callable[[int], pl.Slice], width: int, head_dim: int
 ) -> list[jax.Array]:
-    """Queries, keys and values of a turn's heads, [t, columns] each; queries with softmax's scale.
+    """Returns queries, keys and values of a turn's heads, [t, columns] each, with scaled queries.
 
-    Added and scaled in float32, since not every TPU adds in bfloat16, and rounded once.
+    Adds the bias and scales in float32, since not every TPU adds in bfloat16; rounds only once.
     """
     found = []
     for part, scale in enumerate((head_dim**-0.5 * _LOG2_E, 1, 1)):
@@ -354,7 +354,7 @@ def _biased(
 
 
 def _scores(k: jax.Array, q: jax.Array, causal: bool) -> jax.Array:
-    """Logarithms to the base of 2 of softmax's numerators, [keys, queries] in float32."""
+    """Returns the base-2 logarithms of the softmax's numerators, float32 [keys, queries]."""
     scores = _product(k, q, 1, 1)
     if causal:
         keys, queries = (jax.lax.broadcasted_iota(jnp.int32, scores.shape, axis) for axis in (0, 1))
@@ -363,7 +363,7 @@ def _scores(k: jax.Array, q: jax.Array, causal: bool) -> jax.Array:
 
 
 def _product(left: jax.Array, right: jax.Array, left_axis: int, right_axis: int) -> jax.Array:
-    """Sums over an axis of each, in float32."""
+    """Contracts one axis of each array, with accumulation in float32."""
     precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
     return jax.lax.dot_general(
         left,

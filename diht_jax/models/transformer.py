@@ -1,9 +1,9 @@
-"""The pre-LayerNorm transformer block that both towers are built of, and how a tower runs it.
+"""The pre-LayerNorm transformer block of both towers, and the functions that build and run them.
 
 Layout and initialisation follow CLIP (Radford et al. 2021, arXiv 2103.00020, and its released
-code); the activation is the architecture's: exact GELU in DiHT's official code, QuickGELU in
-OpenAI's weights. `dtypes` of a layer are `dtype`, of the computation, `param_dtype`, of the stored
-parameters, and `rngs`.
+code). The activation depends on the architecture: exact GELU in DiHT's official code, QuickGELU in
+OpenAI's weights. The `dtypes` of a layer are its keyword arguments `dtype` (of the computation),
+`param_dtype` (of the stored parameters) and `rngs`.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class Execution:
     """Ways to compute a model that do not change its results.
 
     Attributes:
-        scan_layers: keep the parameters of a tower's blocks stacked, and compile one block.
-        remat: what the backward pass computes again, a name of `layers.POLICIES`.
+        scan_layers: stack the parameters of a tower's blocks and compile only one block.
+        remat: rematerialisation policy, one of `layers.POLICIES`.
         attention: see `attention.attention_implementation`.
-        target: the devices that the model runs on; None is this process's default backend.
+        target: devices that the model runs on; None is this process's default backend.
     """
 
     scan_layers: bool = False
@@ -59,7 +59,7 @@ class Execution:
 
 
 def uniform_init(bound: float) -> nnx.Initializer:
-    """Initialiser drawing from U(-bound, bound)."""
+    """Returns an initialiser that draws from U(-bound, bound)."""
 
     def init(key, shape, dtype=jnp.float32, out_sharding=None):
         del out_sharding
@@ -68,16 +68,16 @@ def uniform_init(bound: float) -> nnx.Initializer:
     return init
 
 
-# Statistics in float32 for every dtype. `use_fast_variance`, the mean of squares less the square of
-# the mean, takes one pass instead of two; it is off by 1e-7 (mean / deviation)^2 of the result.
+# Statistics are float32 for every dtype. `use_fast_variance` (the mean of squares minus the square
+# of the mean) needs one pass instead of two; its relative error is 1e-7 (mean / deviation)^2.
 layer_norm = functools.partial(nnx.LayerNorm, use_fast_variance=False)
 
 
 class BlockInit(NamedTuple):
-    """Weight initialisers of the four kernels of one block.
+    """Initialisers of the four kernels of one block.
 
-    CLIP's code scales the text tower's weights with width and depth, and leaves the image
-    tower's blocks at torch's defaults; both choices are kept.
+    As in CLIP's code, the text tower's weights are scaled by width and depth, and the image tower's
+    blocks have torch's defaults.
     """
 
     attention_in: nnx.Initializer
@@ -87,7 +87,7 @@ class BlockInit(NamedTuple):
 
     @classmethod
     def scaled_by_depth(cls, width: int, layers: int) -> BlockInit:
-        """CLIP's text tower: N(0, s^2), residual branches smaller by sqrt(2 * layers)."""
+        """CLIP's text tower: N(0, s^2), with residual branches scaled by 1 / sqrt(2 * layers)."""
         residual = width**-0.5 * (2 * layers) ** -0.5
         return cls(
             attention_in=normal_init(width**-0.5),
@@ -108,7 +108,7 @@ class BlockInit(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention with one fused input projection, as torch's and CLIP's."""
+    """Multi-head self-attention with one fused input projection, like that of torch and CLIP."""
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ class Attention(nnx.Module):
         positions: jax.Array | None = None,
         rotary: Rotary | None = None,
     ) -> jax.Array:
-        """[b, t, width] -> [b, t, width]; softmax in float32. For the others see `Block`."""
+        """[b, t, width] -> [b, t, width]; softmax in float32. For the arguments see `Block`."""
         if positions is not None:
             return self._at(x, positions)
         b, t, width = x.shape
@@ -154,7 +154,7 @@ class Attention(nnx.Module):
         return checkpoint_name(self.out_proj(out.reshape(b, t, width)), ATTENTION_OUT)
 
     def _at(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """[b, t, width] -> [b, 1, width]: queries of one token, keys and values of all."""
+        """[b, t, width] -> [b, 1, width]: attention of one token of each row to all tokens."""
         b, t, width = x.shape
         q = apply_columns(self.in_proj, pick_tokens(x, positions), slice(0, width))
         kv = checkpoint_name(apply_columns(self.in_proj, x, slice(width, None)), QKV)
@@ -168,7 +168,7 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """Two linear layers, wider inside, the activation between."""
+    """Two linear layers with an activation in between."""
 
     def __init__(
         self,
@@ -201,9 +201,9 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)).
+    """Transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
 
-    For a TPU, LayerNorm takes one pass, and gradients of biases are summed in float32.
+    With `for_tpu`, LayerNorm needs one pass and gradients of biases are summed in float32.
     """
 
     def __init__(
@@ -241,8 +241,8 @@ class Block(nnx.Module):
 
         Args:
             x: [b, t, width].
-            positions: int32 [b], the one token of each row whose output is wanted; all by default.
-            rotary: positions that queries and keys are turned by; not together with `positions`.
+            positions: int32 [b], the one token of each row to compute; all tokens by default.
+            rotary: rotary positions of queries and keys; not together with `positions`.
 
         Returns:
             [b, t, width], or [b, 1, width] of the tokens at `positions`.
@@ -253,12 +253,12 @@ class Block(nnx.Module):
 
 
 def in_shard_map() -> bool:
-    """True inside `shard_map`: outside, no compiler could split a kernel over devices."""
+    """Returns true inside `shard_map`; outside, a Pallas kernel cannot be split over devices."""
     return jax.sharding.get_abstract_mesh().are_all_axes_manual
 
 
 def pick_tokens(x: jax.Array, positions: jax.Array) -> jax.Array:
-    """[b, t, width] and int32 [b] -> [b, 1, width], one token of each row."""
+    """Selects one token of each row, [b, t, width] and int32 [b] -> [b, 1, width]."""
     return jnp.take_along_axis(x, positions[:, None, None], axis=1)
 
 
@@ -271,10 +271,10 @@ def make_blocks(
     num_tokens: int | None,
     **settings: Any,
 ) -> nnx.List | Block:
-    """The blocks of a tower, as `run_blocks` takes them; `settings` are the others of a `Block`.
+    """Builds the blocks of a tower for `run_blocks`; `settings` are further arguments of `Block`.
 
-    With `execution.scan_layers` one block, its parameters stacked along a new first axis. Without
-    a fixed number of tokens the kernel for TPUs does not apply.
+    With `execution.scan_layers` the result is one block, with the parameters of all layers stacked
+    along a new first axis. If `num_tokens` is None, the TPU kernel is not used.
     """
     attention = attention_implementation(
         execution.attention,
@@ -303,18 +303,18 @@ def run_blocks(
     remat: str = "none",
     gather: Gather | None = None,
 ) -> jax.Array:
-    """The blocks of a tower, one after the other.
+    """Runs the blocks of a tower.
 
     Args:
-        blocks: of `make_blocks`: the layers, run by an unrolled loop; or one block whose
-            parameters have a leading axis of layers, which `jax.lax.scan` runs.
+        blocks: from `make_blocks`: a list of layers, which is unrolled, or one block with stacked
+            parameters, which is run by `jax.lax.scan`.
         x: [b, t, width].
-        pooled: int32 [b], the one token of each row that the tower goes on with. In an unrolled
-            loop the last block then computes no other one: of 12 layers, 7% less work.
+        pooled: int32 [b], the one token of each row to return. If the layers are unrolled, the last
+            block computes only this token, which saves 7% of the work of 12 layers.
         rotary: see `Block`; not together with `pooled`.
-        remat: which intermediate values the backward pass computes again.
-        gather: makes a block's parameters, as a nested dict, whole before use. Called inside of
-            the block's backward pass as well, so that no more than one layer is whole at a time.
+        remat: rematerialisation policy, one of `layers.POLICIES`.
+        gather: all-gathers a block's sharded parameters (a nested dict) before use. The backward
+            pass calls it again, so at most one layer is unsharded at a time.
 
     Returns:
         [b, t, width], or [b, width] of the pooled tokens.

@@ -1,7 +1,4 @@
-"""Named architectures: DiHT's, those of other published models, and two small ones for laptops.
-
-Numbers only; no layers.
-"""
+"""Sizes of named architectures: DiHT's, other published models, and two small ones for laptops."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from typing import Any
 
 from diht_jax.config.checks import suggest
 
-# Values of the fields that are names; the first is CLIP's.
+# Allowed values of the string fields; the first is CLIP's.
 CHOICES = {
     "activation": ("gelu", "quick_gelu", "gelu_tanh"),
     "text_activation": (None, "gelu", "quick_gelu", "gelu_tanh"),
@@ -21,7 +18,7 @@ CHOICES = {
     "text_projection": ("linear", "bias"),
     "text_pool": ("end", "last"),
 }
-# Far above any model's, and small enough that looking at the parameters' shapes ends.
+# Far above any model's size, but small enough for computing the shapes of the parameters.
 _MOST_LAYERS = 1000
 _LARGEST_SIZE = 2**24
 
@@ -30,37 +27,37 @@ _LARGEST_SIZE = 2**24
 class Architecture:
     """Sizes of a dual encoder (DiHT, arXiv 2301.02280, and its official code).
 
-    The defaults make a CLIP. The fields from `text_activation` on are what SigLIP and the
-    Perception Encoder (PE-Core) have otherwise.
+    The defaults are CLIP's. The fields from `text_activation` on are for SigLIP and the Perception
+    Encoder (PE-Core).
 
     Attributes:
         image_size: side of the square input, in pixels.
-        patch_size: side of a patch, in pixels; divides `image_size`. Without a class token it need
-            not: SigLIP at 384 px has 27 patches of 14 px in a row, and does not see the last 6 px.
+        patch_size: side of a patch, in pixels. It must divide `image_size` if there is a class
+            token. SigLIP at 384 px has 27 patches of 14 px in a row and ignores the last 6 px.
         vision_layers, vision_width, vision_heads: the image tower.
         text_layers, text_width, text_heads: the text tower.
         embed_dim: size `d` of the shared embedding.
         context_length: text length, in tokens.
-        vocab_size: entries of the BPE vocabulary; fewer than CLIP's 49,408 hold the first of its
-            merges.
+        vocab_size: entries of the BPE vocabulary. A smaller size than CLIP's 49,408 has only the
+            first merges of CLIP's.
         activation: of the MLPs: "gelu" (exact, DiHT's and open_clip's), "quick_gelu" (OpenAI's
             x * sigmoid(1.702 x)) or "gelu_tanh" (SigLIP's, GELU by tanh).
-        layer_norm_epsilon: torch's default, which released CLIP weights were trained with.
+        layer_norm_epsilon: the default is torch's, which released CLIP weights were trained with.
         vision_mlp_width, text_mlp_width: inner width of the MLPs; None is four times the width.
         end_of_text_id: a text is pooled at the first token with this id; None pools at the largest
             id, which is the same for CLIP's vocabulary.
-        text_activation: of the text tower where it is another one; None is `activation`.
-        class_token: False is SigLIP's image tower: patches only, with a bias, and no LayerNorm
-            before the blocks. It needs `vision_pool_heads`.
-        vision_pool_heads: heads of the attention that pools all tokens of the image tower; None
-            pools at the class token.
-        rotary_grid: side, in patches, of the grid that rotary positions count in (PE-Core), which
-            stays what it is where images of another size are read; None: learned positions alone.
-            It needs `vision_pool_heads`.
+        text_activation: of the text tower, if it differs; None is `activation`.
+        class_token: False is SigLIP's image tower: no class token, patch embedding with a bias, no
+            LayerNorm before the blocks. False needs `vision_pool_heads`.
+        vision_pool_heads: heads of the attention pooling of the image tower; None pools at the
+            class token.
+        rotary_grid: side, in patches, of the reference grid of rotary positions (PE-Core). It does
+            not change with the image size. None has learned positions only; any other value needs
+            `vision_pool_heads`.
         vision_projection, text_projection: "linear", "bias" (linear with a bias), or for images
-            "none": what was pooled is the embedding.
-        causal_text: False: each token of a text sees all of them.
-        text_pool: "end" pools a text at its end, "last" at the last token, padding or not.
+            "none": the pooled feature is the embedding.
+        causal_text: whether the text tower has a causal mask.
+        text_pool: "end" pools at the end-of-text token, "last" at the last one, even if padding.
     """
 
     image_size: int
@@ -128,12 +125,12 @@ class Architecture:
 
     @property
     def num_patches(self) -> int:
-        """Patches of an image."""
+        """Number of patches of an image."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def num_image_tokens(self) -> int:
-        """Tokens of the image tower: the patches, and the class token if there is one."""
+        """Number of tokens of the image tower: patches, and the class token if there is one."""
         return self.num_patches + self.class_token
 
 
@@ -145,7 +142,7 @@ ARCHITECTURE_FIELDS: dict[str, type] = {
 
 
 def _check_value(field: str, value: Any) -> None:
-    """Raises ValueError for a value of another type, or a number out of range."""
+    """Raises ValueError if a value has the wrong type or a number is out of range."""
     kind, expected = ARCHITECTURE_FIELDS[field], ""
     least = 0 if field == "end_of_text_id" else 1
     most = _MOST_LAYERS if field.endswith("_layers") else _LARGEST_SIZE
@@ -159,8 +156,8 @@ def _check_value(field: str, value: Any) -> None:
         raise ValueError(f"{field}={value!r:.80}: expected {expected}")
 
 
-# What SigLIP (arXiv 2303.15343) and SigLIP 2 (arXiv 2502.14786) have otherwise than CLIP: parts
-# and sizes. The image is pooled with the heads of its tower.
+# How SigLIP (arXiv 2303.15343) and SigLIP 2 (arXiv 2502.14786) differ from CLIP. The attention
+# pooling has as many heads as the image tower.
 SIGLIP_PARTS: dict[str, Any] = {
     "class_token": False,
     "vision_projection": "none",
@@ -177,18 +174,18 @@ _SIGLIP: dict[str, Any] = {
 _SIGLIP_B: dict[str, Any] = {"vision_pool_heads": 12, **_SIGLIP}
 _SIGLIP_L: dict[str, Any] = {"vision_pool_heads": 16, **_SIGLIP}
 _SIGLIP_SO: dict[str, Any] = {"vision_mlp_width": 4304, "text_mlp_width": 4304, **_SIGLIP_L}
-# PE-Core (arXiv 2504.13181) with the text tower of its sizes B and L.
+# PE-Core (arXiv 2504.13181), with the text tower of sizes B and L.
 _PE_CORE: dict[str, Any] = {
     "context_length": 32,
     "vision_pool_heads": 8,
     "vision_projection": "bias",
 }
-# MetaCLIP 2 (arXiv 2507.22062) on texts of all languages.
+# MetaCLIP 2 (arXiv 2507.22062), the multilingual models.
 _WORLDWIDE: dict[str, Any] = {"vocab_size": 901629, "end_of_text_id": 2}
 _QUICK: dict[str, Any] = {"activation": "quick_gelu"}
 
-# By the sizes of images and patches; layers, width and heads of the image tower and of the text
-# tower; and the size of the embeddings.
+# The positional arguments are image and patch size; layers, width and heads of the image tower and
+# of the text tower; and the embedding size.
 ARCHITECTURES: dict[str, Architecture] = {
     "diht_vitb32_224px": Architecture(224, 32, 12, 768, 12, 12, 512, 8, 512),
     "diht_vitb16_224px": Architecture(224, 16, 12, 768, 12, 12, 512, 8, 512),
@@ -222,21 +219,21 @@ ARCHITECTURES: dict[str, Architecture] = {
     "dfn2b_vitb16_224px": Architecture(224, 16, 12, 768, 12, 12, 512, 8, 512, **_QUICK),
     "dfn2b_vitl14_224px": Architecture(224, 14, 24, 1024, 16, 12, 768, 12, 768, **_QUICK),
     "dfn5b_vith14_378px": Architecture(378, 14, 32, 1280, 16, 24, 1024, 16, 1024, **_QUICK),
-    # Ours: sizes with which a laptop's CPU trains in minutes.
+    # Ours: small enough to train on a laptop's CPU in minutes.
     "small_64px": Architecture(64, 8, 4, 192, 3, 2, 192, 3, 192, context_length=32),
     "tiny_32px": Architecture(32, 8, 4, 128, 2, 2, 128, 2, 128, context_length=32),
 }
 
 
 def get_architecture(name: str, overrides: dict[str, Any] | None = None) -> Architecture:
-    """The architecture called `name`, with some fields replaced.
+    """Returns the architecture called `name`, with some fields replaced.
 
     Args:
         name: a key of `ARCHITECTURES`.
-        overrides: fields of `Architecture` and their values; None leaves a field alone.
+        overrides: values by field of `Architecture`; None leaves a field unchanged.
 
     Raises:
-        ValueError: unknown name or field (names the nearest known one), or sizes that do not fit.
+        ValueError: an unknown name or field (suggests the nearest), or inconsistent sizes.
     """
     if name not in ARCHITECTURES:
         raise ValueError(f"unknown architecture '{name}'; {suggest(name, ARCHITECTURES)}")
@@ -245,10 +242,10 @@ def get_architecture(name: str, overrides: dict[str, Any] | None = None) -> Arch
 
 
 def replace_fields(arch: Architecture, fields: Mapping[str, Any], where: str) -> Architecture:
-    """The architecture with other values of some fields.
+    """Returns the architecture with some fields replaced; errors name `where` they came from.
 
     Raises:
-        ValueError: an unknown field (names the nearest known one), or sizes that do not fit.
+        ValueError: an unknown field (suggests the nearest known one), or inconsistent sizes.
     """
     for field in fields:
         if field not in ARCHITECTURE_FIELDS:
@@ -264,7 +261,7 @@ _BOOLEANS = {"true": True, "false": False}
 
 
 def parse_fields(settings: Iterable[str]) -> dict[str, Any]:
-    """Fields of an architecture, as a command line gives them, with values of their types."""
+    """Parses `field=value` settings of a command line into typed fields of an architecture."""
     fields = {}
     for setting in settings:
         name, _, text = setting.partition("=")

@@ -1,5 +1,5 @@
-"""HTML pages: one Jinja template for each kind of page, rendered into one file without links.
+"""HTML pages: one Jinja template for each kind of page, rendered into one self-contained file.
 
-`render` in `render.py` fills a template of `templates/`. A template extends `base.html` (frame and
-style) and imports its macros: tables, pictures with captions.
+`render` in `render.py` renders a template of `templates/`. Templates extend `base.html` (frame and
+style) and import its macros for tables and for images with captions.
 """

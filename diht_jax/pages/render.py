@@ -1,9 +1,9 @@
-"""Renders a template to a page of one file: escaped texts, embedded pictures.
+"""Rendering of templates to self-contained pages, with escaped text and embedded images.
 
     render("duplicates.html", folder + "/report.html", title="Duplicates", cards=cards)
 
-Jinja escapes every value that it prints into HTML, so captions, keys and file names go in as they
-are. Markup belongs into templates; `bar` is for cells of tables that Python builds.
+Jinja escapes all values in HTML, so captions, keys and file names need no escaping. Markup belongs
+in templates; `bar` is for table cells that Python builds.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ TEMPLATES = pathlib.Path(__file__).parent / "templates"
 
 
 def render(template: str, path: str | os.PathLike[str] | None = None, /, **data: Any) -> str:
-    """Renders a page, and writes it when a path is given.
+    """Renders a page, and writes it if a path is given.
 
     Args:
         template: file name in `templates/`.
-        path: local path or URL of the page; its folder is made when missing.
-        **data: variables of the template; one that it uses and that is missing is an error.
+        path: local path or URL of the page; its folder is created if missing.
+        **data: variables of the template; a missing one is an error.
     """
-    # `is_page` tells the frame from an import of the macros next to it, which have no variables.
+    # `is_page` is unset if `base.html` is only imported for its macros, which have no variables.
     page = _environment().get_template(template).render(is_page=True, **data)
     if path is not None:
         path = os.fspath(path)
         files.make_folder(os.path.dirname(path) or ".")
-        # A caption from the web may hold half a surrogate pair, which UTF-8 does not have.
+        # Captions from the web may contain lone surrogates, which UTF-8 cannot encode.
         files.write_bytes(path, page.encode("utf-8", "replace"))
     return page
 
 
 def data_uri(picture: bytes, kind: str = "png") -> str:
-    """An encoded picture as the address of itself, for `<img src>`."""
+    """Returns an encoded image as a data URI, for `<img src>`."""
     return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 
 def thumbnail(image: Image.Image, side: int = 224) -> str:
-    """A small copy of a picture, with at most `side` pixels on a side, as a data URI."""
+    """Returns a thumbnail with at most `side` pixels on a side, as a data URI."""
     small = image.convert("RGB")  # a copy
     small.thumbnail((side, side))
     buffer = io.BytesIO()
@@ -58,7 +58,7 @@ def thumbnail(image: Image.Image, side: int = 224) -> str:
 
 
 def bar(share: float, width: int = 160, css: str = "") -> markupsafe.Markup:
-    """A horizontal bar, half as long on a narrow screen; `width` is the pixels of a share of 1."""
+    """Returns a horizontal bar, `width` pixels long for a share of 1; half on narrow screens."""
     from markupsafe import Markup
 
     style = f"width:calc({width * share:.1f} * var(--unit))"

@@ -1,1 +1,1 @@
-"""Readers of the source formats: tars, tables, folders, TFDS and our own shards."""
+"""Readers of the source formats: tars, tables, image folders, TFDS and record shards."""

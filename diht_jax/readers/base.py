@@ -1,7 +1,7 @@
-"""The common part of all readers: formats, units of work, images of a folder, columns of a table.
+"""Code shared by all readers: formats, units of work, images in folders, columns of tables.
 
-Every reader ends with a `Format`, which stands in the table of `registry.py`; that module is the
-way in for everybody else.
+Every reader of a source format ends with a `Format`, which `registry.py` lists in its table. That
+module is the entry point to the readers.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from diht_jax.records.samples import (
 from diht_jax.storage import files, stores
 from diht_jax.storage.stores import input_version, is_remote, read_start
 
-# In folders people keep other pictures, too.
+# Other picture formats that occur in folders.
 _OTHERS = "gif bmp tif tiff jfif jpe avif jp2 j2k apng ppm pgm pbm"
 _UNSUPPORTED = "heic heif jxl svg svgz psd ico tga eps hdr exr dng cr2 nef arw raw wmf emf xcf pcx"
 FOLDER_EXTENSIONS = (*IMAGE_EXTENSIONS, *_OTHERS.split())
 UNSUPPORTED_EXTENSIONS = (*_UNSUPPORTED.split(), "dds", "jxr", "mng")
-# Why an entry is no pair, in the order of a funnel. "too_large" is the image's reason, and what has
-# crashed is skipped by the filter.
+# Reasons why an entry is not a pair, in the order of a funnel. "too_large" is about the image; the
+# filter skips what has crashed.
 SOURCE_REASONS = (
     "bad_row",
     "bad_json",
@@ -53,7 +53,7 @@ SOURCE_REASONS = (
 
 
 _NAMES_SHOWN = 20
-_NO_OPTIONS: Mapping[str, Any] = {}  # one for all, since there are many shards
+_NO_OPTIONS: Mapping[str, Any] = {}  # shared, since there are many shards
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,23 +61,23 @@ class SourceShard:
     """One unit of work: a tar, a part of a table, one class, or a range of a record file."""
 
     kind: str  # name of the format in `registry.FORMATS`
-    path: str  # of the file or folder; a URL where it is in an object store
-    start: int = 0  # where the part begins: a byte of a table, a record of a TFDS file
-    stop: int | None = None  # where it ends (exclusive); None for the end of the file
-    # What else its reader needs, JSON-able.
+    path: str  # path of the file or folder, or its URL in an object store
+    start: int = 0  # start of the part: a byte of a table, a record of a TFDS file
+    stop: int | None = None  # end of the part (exclusive); None for the end of the file
+    # Further arguments of the reader, JSON-able.
     options: Mapping[str, Any] = dataclasses.field(default_factory=lambda: _NO_OPTIONS)
-    # Whether files that a table only names, such as its images, are read, too.
+    # Whether files that a table names, such as its images, are read too.
     reads_linked: bool = True
-    # Whether parquet rows and pictures of a folder without captions are skipped; else theirs is
-    # empty.
+    # Whether parquet rows and pictures of a folder are skipped if they lack a caption; otherwise
+    # their caption is empty.
     needs_caption: bool = True
-    # Columns of metadata that nobody keeps: a value there that Python cannot hold costs no row of
-    # parquet.
+    # Metadata columns that are not kept. A value there that Python cannot represent does not make
+    # a parquet row bad.
     unneeded: tuple[str, ...] = ()
 
     @property
     def end(self) -> int:
-        """`stop` of a part that states it."""
+        """`stop` of a part that has one."""
         if self.stop is None:
             raise ValueError(f"{self}: expected a part with an end")
         return self.stop
@@ -88,17 +88,17 @@ class SourceShard:
 
     @property
     def root(self) -> str:
-        """The folder of the source that the path of a folder belongs to."""
-        # A class is a folder in the one that was named, pictures are that folder itself.
+        """The source folder that a shard of a folder belongs to."""
+        # A class is a sub-folder of the source folder; pictures are the source folder itself.
         if self.kind == "folder":
             return os.path.dirname(self.path)
         return self.path.removesuffix(self.options.get("below_root", ""))
 
     def identity(self) -> dict[str, Any]:
-        """The input's path, part, size and time of change, JSON-able, to compare with it later.
+        """Returns the input's path, part, size and modification time, JSON-able, to detect changes.
 
-        For a folder, size and time are those of the files in it together, but for links that lead
-        out; for a URL, the time is the version that the object store states, or None.
+        Size and time of a folder cover all files in it, except links that lead out. The "time" of a
+        URL is the version that the object store states, or None.
         """
         described = {
             "kind": self.kind,
@@ -126,36 +126,35 @@ class SourceShard:
 class Format:
     """A source format: how it is recognised, divided into shards, read and counted."""
 
-    # Yields the pairs of one shard, and `Skipped` for an entry that is no pair; raises ValueError
-    # naming the file if it is damaged.
+    # Yields the pairs of one shard, and `Skipped` for other entries; raises a ValueError that names
+    # the file if it is damaged.
     read: Callable[[SourceShard], Iterator[Pair | Skipped]]
-    suffixes: tuple[str, ...] = ()  # endings of the names of its files, in any case
-    # Those of them that are read where a file is named, not where its folder is.
+    suffixes: tuple[str, ...] = ()  # suffixes of its file names, ignoring case
+    # Suffixes that are read only if the user names the file, not its folder.
     named_only: tuple[str, ...] = ()
-    # Whether a path is such a file, where the ending alone does not decide it.
+    # Decides whether a path is a file of this format, if the suffix alone is not enough.
     matches: Callable[[str], bool] | None = None
-    prefix: str = ""  # start of texts that name a data set rather than files, such as "tfds:"
-    is_folder: bool = False  # reads folders without any file of another format
-    # Divides a path (or a text with the prefix) into units of work; takes an instance of `options`
-    # as second argument. None: one unit for each file.
+    prefix: str = ""  # prefix of texts that name a data set, such as "tfds:"
+    is_folder: bool = False  # reads folders without files of other formats
+    # Divides a path (or a text with the prefix) into units of work. The second argument is an
+    # instance of `options`. None makes one unit per file.
     list_shards: Callable[[str, Any], list[SourceShard]] | None = None
-    # Dataclass of the options that a user may set; each has a default, and the type of one whose
-    # default is None is `str | None`. Of two formats, equal names mean the same.
+    # Dataclass of the user's options. Each has a default; a default of None means the type
+    # `str | None`. Options with the same name mean the same in all formats.
     options: type[Any] | None = None
-    # Entries of a shard, exactly or nearly, without reading images; None if unknown.
+    # Counts the entries of a shard, maybe approximately, without reading images; None if unknown.
     count: Callable[[SourceShard], int | None] = lambda shard: None
-    # Counting goes through the whole file, so that only the first shard is counted, and the others
-    # are estimated by their bytes.
+    # Counting reads the whole file. Only the first shard is then counted, and the others are
+    # estimated from their bytes.
     count_reads_file: bool = False
-    # Kinds of files; in a folder with some of them, files of this format hold their metadata only.
+    # Kinds of files. In a folder with any of them, files of this format only hold their metadata.
     metadata_of: tuple[str, ...] = ()
-    # Of a shard, the files that its own file only names, such as the images of a table, as
-    # `read_image` takes them: folder, path in it. They may be missing. None where there are no such
-    # files.
+    # Lists the files that a shard's own file names, such as the images of a table, as the (folder,
+    # path in it) of `read_image`. They may be missing. None if the format has no such files.
     list_linked_files: Callable[[SourceShard], Iterable[tuple[str, str]]] | None = None
 
     def is_file(self, path: str, *, is_named: bool = True) -> bool:
-        """True for the path of a file of this format, by its name.
+        """Returns whether a path is a file of this format, by its name.
 
         `is_named`: whether the user has named the file, rather than its folder.
         """
@@ -166,7 +165,7 @@ class Format:
 
 
 def held_bytes(entry: Pair | Skipped) -> int:
-    """About how much memory an entry takes, at most: its image, its texts, its metadata."""
+    """Returns an upper estimate of the memory of an entry: its image, texts and metadata."""
     if isinstance(entry, Skipped):
         return 0
     total, values = len(entry.image), [entry.caption, entry.metadata]
@@ -181,14 +180,14 @@ def held_bytes(entry: Pair | Skipped) -> int:
 
 
 def read_image(root: str, name: str, key: str) -> bytes | Skipped:
-    """The bytes of an image below a folder, or why there are none.
+    """Reads an image below a folder, or returns the reason why it cannot be read.
 
     Args:
-        root: the folder, a real path or a URL. What leads out of it, by ".." or a link, is refused.
+        root: the folder, a real path or a URL. Paths that lead out of it (".." or a link) fail.
         name: path of the image, relative to `root` or absolute.
 
     Raises:
-        StorageError: the file exists and cannot be read, now and after some attempts.
+        StorageError: the file exists but cannot be read, even after retries.
     """
     shown = repr(name if len(name) <= 200 else f"{name[:200]}...")
     too_large = Skipped(key, "too_large", f"{shown} has over {MAX_IMAGE_BYTES} bytes")
@@ -200,20 +199,20 @@ def read_image(root: str, name: str, key: str) -> bytes | Skipped:
             is_refused = is_remote(inner) or f"{path}/".startswith(("/", "../"))
             image = b"" if is_refused else read_start(folder + path, MAX_IMAGE_BYTES + 1)
         else:
-            # Resolved first, so that neither ".." nor a link leads out of the folder.
+            # Resolved first, since ".." or a link may lead out of the folder.
             path = os.path.realpath(os.path.join(root, name))
             is_refused = not _is_inside(path, root)
         if is_refused:
             return Skipped(key, "refused_path", f"{shown} leads out of '{root}'")
         if not is_remote(root):
             status = files.stat(path)
-            if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
+            if not stat.S_ISREG(status.st_mode):  # reading a pipe could block forever
                 return Skipped(key, "no_image", f"{shown} is no ordinary file")
             if status.st_size > MAX_IMAGE_BYTES:
                 return too_large
             image = files.read_bytes(path)
     except OSError as error:
-        # Anything else is no reason to lose a pair: the file may well be there.
+        # Other errors must not lose a pair, since the file may exist.
         if not stores.is_missing(error):
             raise
         return Skipped(key, "no_image", f"{shown}: {error.strerror or 'no such file'}")
@@ -228,11 +227,11 @@ def _is_inside(path: str, root: str) -> bool:
 
 
 def walk_images(folder: str, root: str) -> Iterator[tuple[str, str | None]]:
-    """Yields the images in a folder and below it, sorted; hidden ones are left out.
+    """Yields the images in a folder and below it, sorted, without hidden ones.
 
-    With each path comes the reason for which it cannot be read: "unsupported_format",
-    "refused_path" for any link that leads out of `root`, or "no_image" for one that leads nowhere,
-    a pipe, a socket or a device; None for the others.
+    Each path comes with None, or the reason why it cannot be read: "unsupported_format",
+    "refused_path" for a link that leads out of `root`, or "no_image" for a broken link, a pipe, a
+    socket or a device.
     """
     for path, is_inside in walk_files(folder, root):
         extension = path.rpartition(".")[2].lower()
@@ -250,11 +249,11 @@ def walk_images(folder: str, root: str) -> Iterator[tuple[str, str | None]]:
 def walk_files(
     folder: str, root: str, above: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, bool | None]]:
-    """Yields the path of every file that is not hidden, and whether it is inside of `root`.
+    """Yields the path of every file that is not hidden, and whether it is inside `root`.
 
-    A link that leads out of `root` is yielded, and not followed. Of a link that leads nowhere, a
-    pipe, a socket or a device it is None. A link to a folder above it is left out, with a warning;
-    `above` are the real paths of these.
+    A link that leads out of `root` is yielded but not followed. The second value is None for a
+    broken link, a pipe, a socket or a device. A link to a folder above it is skipped with a
+    warning; `above` has the real paths of these folders.
     """
     if not _is_inside(folder, root):
         yield folder, False
@@ -278,9 +277,9 @@ def walk_files(
             yield entry.path, None
 
 
-@functools.cache  # once a process, however often a folder is walked
+@functools.cache  # warns once per process
 def warn_of_loop(folder: str, real_path: str) -> None:
-    """Says that a link to a folder above it is left out."""
+    """Warns that a link to a folder above it is skipped."""
     logging.warning("'%s' leads back to '%s', which holds it: left out", folder, real_path)
 
 
@@ -288,22 +287,22 @@ def warn_of_loop(folder: str, real_path: str) -> None:
 class ColumnOptions:
     """Columns of a table or parquet file."""
 
-    # Holds the image, or its path relative to `image_root`; the first of `samples.IMAGE_NAMES`, in
-    # any case, where it is None; "" where no image is read.
+    # Column of the image, or of its path relative to `image_root`. None takes the first of
+    # `samples.IMAGE_NAMES`, ignoring case; "" reads no image.
     image_column: str | None = None
-    # Holds the caption, or a list of captions; the first of `samples.CAPTION_NAMES`, in any case,
-    # where it is None.
+    # Column of the caption or of a list of captions. None takes the first of
+    # `samples.CAPTION_NAMES`, ignoring case.
     caption_column: str | None = None
-    # Holds the key; keys are made of table name and row number where it is None. (Of parquet files,
-    # it is "key" where there is such a column.)
+    # Column of the key. None makes keys from table name and row number; for a parquet file with a
+    # column "key", None takes that column.
     key_column: str | None = None
-    # Folder of the images, or its URL; the table's own folder where it is None. Paths that lead out
-    # of it are refused.
+    # Folder of the images, or its URL; None takes the folder of the table. Paths that lead out of
+    # this folder are refused.
     image_root: str | None = None
 
 
 def find_columns(names: Collection[str], options: Any) -> tuple[Any, list[str]]:
-    """Completes `ColumnOptions` by a table's names; and tells what is missing, in words."""
+    """Completes `ColumnOptions` from a table's columns; also lists missing columns, in words."""
     image, caption = options.image_column, options.caption_column
     image = find_name(names, IMAGE_NAMES) if image is None else image
     caption = find_name(names, CAPTION_NAMES) if caption is None else caption
@@ -318,7 +317,7 @@ def find_columns(names: Collection[str], options: Any) -> tuple[Any, list[str]]:
 
 
 def describe_missing(path: str, names: Collection[str], missing: list[str]) -> str:
-    """The message about a table that lacks columns."""
+    """Returns the message about a table that lacks columns."""
     shown = ", ".join(map(repr, list(names)[:_NAMES_SHOWN])) or "nothing"
     return (
         f"{path}: no {' and no '.join(missing)}; it has {shown:.500}; set image_column, "
@@ -335,13 +334,13 @@ def make_pair(
     needs_caption: bool = True,
     clean: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> Pair | Skipped:
-    """The pair of a row, or why there is none.
+    """Makes a pair of a row, or explains why it is not one.
 
     Args:
-        image: encoded, or its path below `image_root`.
-        options: complete ones.
-        needs_caption: whether a row without one is no pair.
-        clean: makes metadata of the columns that are nothing else.
+        image: the encoded image, or its path below `image_root`.
+        options: options completed by `find_columns`.
+        needs_caption: whether to skip a row without a caption.
+        clean: makes metadata of the remaining columns.
     """
     if not image:
         nothing = f"nothing in column '{options.image_column}'"

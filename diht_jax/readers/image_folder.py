@@ -1,13 +1,13 @@
-"""Folders of images: with captions in text files, one sub-folder for each class, or neither.
+"""Folders of images: with captions in text files, with one sub-folder per class, or with neither.
 
-Captions are in files of the same name, as in an unpacked webdataset tar: `NAME.jpg`, `NAME.txt` and
-`NAME.json` are a pair, as the members of a tar are. Sub-folders are read too: img2dataset's output
-format "files" has one for each shard.
+A caption is in a file of the same name, as in an unpacked webdataset tar: `NAME.jpg`, `NAME.txt`
+and `NAME.json` are a pair. Sub-folders are read too, since img2dataset's output format "files" has
+one for each shard.
 
-Pictures of a class are directly in its folder. Anything deeper is an error, since the folders above
-could be splits (train, val), super-classes or dates, and not the classes that are meant.
+Pictures of a class must be directly in its folder. Deeper pictures are an error, since the folders
+above them could be splits (train, val), super-classes or dates rather than the intended classes.
 
-A link may lead to any file inside of the folder that was named, and to none outside of it.
+A link may lead to any file inside the source folder, but to no file outside of it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SPLITS = frozenset(
 )
 _PICTURES = (*FOLDER_EXTENSIONS, *UNSUPPORTED_EXTENSIONS)
 _SAMPLES_PER_SHARD = 10_000
-_STATS = "_stats.json"  # of img2dataset, about the folder next to it
+_STATS = "_stats.json"  # img2dataset's statistics of the folder next to it
 
 
 class FolderLayoutError(ValueError):
@@ -47,11 +47,11 @@ class FolderLayoutError(ValueError):
 class FolderOptions:
     """Options of a folder."""
 
-    split: str | None = None  # sub-folder that is read in place of the folder, such as "train"
+    split: str | None = None  # sub-folder to read instead of the folder, such as "train"
 
 
 def _refuse_splits(root: str, names: Collection[str]) -> None:
-    """Raises FolderLayoutError where all sub-folders with pictures have names of splits."""
+    """Raises FolderLayoutError if all sub-folders with pictures are named like splits."""
     if names and all(name.lower() in _SPLITS for name in names):
         raise FolderLayoutError(
             f"folder '{root}': its sub-folders ({', '.join(sorted(names))}) are splits, no classes;"
@@ -60,7 +60,7 @@ def _refuse_splits(root: str, names: Collection[str]) -> None:
 
 
 def list_sample_shards(root: str) -> list[SourceShard]:
-    """Parts of each folder with pictures; empty where no picture has a text of its name.
+    """Divides folders with pictures into parts; empty if no picture has a text of the same name.
 
     Raises:
         FolderLayoutError: the sub-folders are splits.
@@ -83,9 +83,9 @@ def list_sample_shards(root: str) -> list[SourceShard]:
 
 
 def read_samples(shard: SourceShard) -> Iterator[Pair | Skipped]:
-    """Yields the pairs of a part of a folder; a key is the path below the root without its ending.
+    """Yields the pairs of a part of a folder; keys are paths below the root without extension.
 
-    What the files mean is said in `tars.make_pair`; texts have to be UTF-8.
+    `tars.make_pair` defines the meaning of the files. Texts must be UTF-8.
     """
     for stem, names in list(_list_samples(shard.path).items())[shard.start : shard.stop]:
         key = clean_text(os.path.join(shard.options["below_root"], stem))
@@ -98,7 +98,7 @@ def _read_sample(shard: SourceShard, key: str, names: list[str]) -> Pair | Skipp
     for name in names:
         extension = _extension(name)
         if extension in UNSUPPORTED_EXTENSIONS:
-            if has_picture:  # such as that of a camera's a.arw and a.jpg
+            if has_picture:  # such as a camera's a.arw next to a.jpg
                 continue
             detail = f"expected one of {', '.join(FOLDER_EXTENSIONS)}"
             return Skipped(key, "unsupported_format", detail)
@@ -116,7 +116,7 @@ def _read_sample(shard: SourceShard, key: str, names: list[str]) -> Pair | Skipp
 
 
 def _list_samples(folder: str) -> dict[str, list[str]]:
-    """Names of pictures and texts in a folder by their common stem, both sorted."""
+    """Returns stem -> names of the pictures and texts in a folder, both sorted."""
     with os.scandir(folder) as entries:
         files = (e for e in entries if not os.path.isdir(e.path.removesuffix(_STATS)))
         names = sorted(e.name for e in files if e.name[0] != ".")
@@ -132,10 +132,10 @@ def _extension(name: str) -> str:
 
 
 def check_classes(root: str, pictures: Iterable[Sequence[str]]) -> bool:
-    """Returns whether there are pictures, given as parts below `root`: class and file.
+    """Returns whether there are pictures, given as parts of their paths below `root`.
 
     Raises:
-        FolderLayoutError: a picture is deeper, or the folders are splits.
+        FolderLayoutError: a picture is deeper than class and file, or the folders are splits.
     """
     names, deep = set(), None
     for parts in pictures:
@@ -156,9 +156,9 @@ def check_classes(root: str, pictures: Iterable[Sequence[str]]) -> bool:
 
 
 def list_class_shards(root: str) -> list[SourceShard]:
-    """One shard per class, in the order of the labels; empty where `root` has no such folders.
+    """Returns one shard per class, in the order of the labels; empty without class folders.
 
-    Its visible sub-folders are the classes; their sorted order numbers them from 0.
+    The visible sub-folders of `root` are the classes, numbered from 0 in sorted order.
 
     Raises:
         FolderLayoutError: pictures are deeper than one level, or the sub-folders are splits.
@@ -191,20 +191,20 @@ def read_class(shard: SourceShard) -> Iterator[Pair | Skipped]:
 
 
 def read_pictures(shard: SourceShard) -> Iterator[Pair | Skipped]:
-    """Yields the images of a folder with empty captions; keys are their paths in it."""
+    """Yields the images of a folder with empty captions; keys are relative paths."""
     yield from read_listed(shard.path, list_pictures(shard.path))
 
 
 def list_pictures(folder: str) -> Iterator[tuple[str, str, str | None]]:
-    """Path, key, and the reason for which it cannot be read or None, of each image of a folder."""
+    """Yields the path, the key, and None or the reason for failing, of each image in a folder."""
     for path, reason in walk_images(folder, folder):
-        # A name from another system need not be UTF-8, and keys are; no two of them become one.
+        # Keys must be UTF-8, but names need not be. The escapes keep different keys distinct.
         key = os.fsencode(os.path.relpath(path, folder)).decode("utf-8", "backslashreplace")
         yield path, key, reason
 
 
 def find_picture(folder: str, key: str) -> str:
-    """The path of the picture to which `list_pictures` gave a key."""
+    """Returns the path of the picture with a key from `list_pictures`."""
     if os.path.exists(os.path.join(folder, key)):
         return os.path.join(folder, key)
     escaped = re.compile(rb"\\x([89a-f][0-9a-f])")
@@ -215,13 +215,13 @@ def find_picture(folder: str, key: str) -> str:
 def read_listed(
     folder: str, listed: Iterable[tuple[str, str, str | None]]
 ) -> Iterator[Pair | Skipped]:
-    """Yields the images that `list_pictures` listed, with empty captions."""
+    """Yields the images listed by `list_pictures`, with empty captions."""
     for path, key, reason in listed:
         yield _read_image(path, folder, reason, Pair(key, b"", ""))
 
 
 def _read_image(path: str, root: str, reason: str | None, pair: Pair) -> Pair | Skipped:
-    """The pair with its image, or why there is none."""
+    """Returns the pair with its image, or the reason why there is none."""
     if reason == "refused_path":
         return Skipped(pair.key, reason, f"a link that leads out of '{root}'")
     if reason is not None:
@@ -247,5 +247,5 @@ CLASSES = Format(
     read=read_class,
     count=_count_images,
 )
-# Nothing is recognised as this: without captions it is no source of pairs, but it can be embedded.
+# Never recognised by itself: without captions, it is no source of pairs, but can be embedded.
 PICTURES = Format(read=read_pictures, count=_count_images)

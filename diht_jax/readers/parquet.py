@@ -2,9 +2,9 @@
 
 Images are bytes, Hugging Face's struct of bytes and path, or paths in the file's folder (as in the
 `metadata.parquet` of Hugging Face's imagefolder). Columns are those of `base.ColumnOptions`; the
-others become metadata. A number in a column "label" gets its name from Hugging Face's description
-in the file, where there is one. In a folder with tars, img2dataset's parquet files hold metadata
-only.
+others become metadata. If the file has Hugging Face's feature description, a number in a column
+"label" gets its class name from there. In a folder with tars, parquet files of img2dataset only
+hold metadata.
 """
 
 from __future__ import annotations
@@ -40,28 +40,28 @@ from diht_jax.storage.stores import (
 
 SUFFIX = ".parquet"
 LABEL_COLUMN = "label"
-# Hugging Face's name for a table of the pictures next to it.
+# Hugging Face's name for a table of the pictures in the same folder.
 _IMAGE_TABLE = "metadata.parquet"
 
-# Bytes of a column of a local file that Arrow reads at once, instead of all of it in a row group.
+# Arrow's read size for a column of a local file; by default, it reads the whole column chunk.
 _BUFFER_BYTES = 2**20
 
 
 def open_parquet(path: str, *, is_footer_enough: bool = False) -> Any:
-    """The `pyarrow.parquet.ParquetFile` at a path or URL; its reads are tried again.
+    """Opens a `pyarrow.parquet.ParquetFile` at a path or URL, with retried reads.
 
-    Of a file in a store, Arrow requests the columns that are read, neighbours together.
-    `is_footer_enough`: no row will be read.
+    For a file in a store, Arrow requests the columns that are read, and joins adjacent ones.
+    `is_footer_enough` states that no row will be read.
 
     Raises:
-        ValueError: it cannot be read as one.
+        ValueError: the file is not valid parquet.
     """
     import pyarrow
     import pyarrow.parquet
 
     is_stored = is_remote(path)
     is_small = not is_stored or (not is_footer_enough and input_size(path) <= BLOCK_BYTES)
-    # Of a small file in a store the whole is one request.
+    # A small file in a store is read with one request.
     file = open_file(path) if is_small else RangesFile(path)
     buffer_size = 0 if is_stored else _BUFFER_BYTES
     with explain_errors(path, lambda: "cannot be read as parquet"):
@@ -79,9 +79,9 @@ def open_parquet(path: str, *, is_footer_enough: bool = False) -> Any:
 
 @contextlib.contextmanager
 def explain_errors(path: str, describe: Callable[[], str]) -> Generator[None]:
-    """Makes Arrow's errors a ValueError that names the file; those of a disk stay what they are.
+    """Converts Arrow's errors to a ValueError that names the file; storage errors pass through.
 
-    `describe` says what is wrong with the file, if its contents are.
+    `describe` returns what is wrong with the file if its contents are invalid.
     """
     import pyarrow
 
@@ -94,18 +94,18 @@ def explain_errors(path: str, describe: Callable[[], str]) -> Generator[None]:
 
 
 class BadRow(NamedTuple):
-    """A row with a value that Python cannot hold: a date out of range, bytes that are no text."""
+    """A row with a value that Python cannot represent, such as an invalid date or invalid text."""
 
-    values: dict[str, Any]  # the others, by column
-    columns: set[str]  # those of the values that are left out
-    detail: str  # file, column and error, for a person
+    values: dict[str, Any]  # the valid values, by column
+    columns: set[str]  # columns of the invalid values
+    detail: str  # file, column and error, in words
 
 
 def batch_rows(path: str, batch: Any) -> list[dict[str, Any] | BadRow]:
-    """The rows of a record batch of a file."""
+    """Returns the rows of a record batch of a file."""
     try:
         return batch.to_pylist()
-    except Exception:  # Arrow raises nearly any type; the values are looked at one by one
+    except Exception:  # Arrow raises nearly any type; convert value by value
         return [_row(path, batch, number) for number in range(batch.num_rows)]
 
 
@@ -116,7 +116,7 @@ def _row(path: str, batch: Any, number: int) -> dict[str, Any] | BadRow:
             values[name] = column[number].as_py()
         except Exception as error:
             bad.add(name)
-            # Arrow asks for a package, which may well be there.
+            # Arrow's message asks for a package that may be installed.
             reason = "no such time zone is known" if "zoneinfo" in str(error) else error
             detail = detail or f"{path}: column '{name}' ({column.type}): {reason}"
     return BadRow(values, bad, detail) if bad else values
@@ -125,10 +125,10 @@ def _row(path: str, batch: Any, number: int) -> dict[str, Any] | BadRow:
 def read_rows(
     path: str, file: Any, columns: list[str] | None = None
 ) -> Iterator[dict[str, Any] | BadRow]:
-    """Yields the rows of a file of `open_parquet`, one at a time, of some columns or all.
+    """Yields the rows of a file from `open_parquet` one by one, with some columns or all.
 
-    A few bytes can stand for many rows of hundreds of megabytes each, which Arrow would unpack
-    together, however few rows a batch had.
+    Batches of one row bound the memory: a few bytes can encode many rows of hundreds of megabytes
+    each, which Arrow would unpack together.
     """
     for row_groups in _row_group_runs(file.metadata):
         for batch in file.iter_batches(1, row_groups, columns=columns, use_threads=False):
@@ -136,10 +136,10 @@ def read_rows(
 
 
 def _row_group_runs(metadata: Any) -> Iterator[list[int]]:
-    """Neighbouring row groups of up to `BLOCK_BYTES`, which Arrow holds together; one at least."""
+    """Yields runs of adjacent row groups up to `BLOCK_BYTES`, at least one, to read together."""
     run, num_bytes = [], 0
     for number in range(metadata.num_row_groups):
-        # Not the sizes of its columns: of a damaged footer pyarrow does not survive them.
+        # Does not use the columns' sizes, which crash pyarrow if the footer is damaged.
         size = max(0, metadata.row_group(number).total_byte_size)
         if run and num_bytes + size > BLOCK_BYTES:
             yield run
@@ -151,9 +151,9 @@ def _row_group_runs(metadata: Any) -> Iterator[list[int]]:
 
 
 def list_parquet_shards(path: str, options: ColumnOptions) -> list[SourceShard]:
-    """One shard for each file, with the options that were set.
+    """Returns one shard for each file, with the options that were set.
 
-    Images of a `metadata.parquet` on a local disk are compared with those of an earlier run.
+    Images of a local `metadata.parquet` are compared with those of an earlier run.
     """
     stated = {k: v for k, v in dataclasses.asdict(options).items() if v is not None}
     root = options.image_root or path
@@ -162,10 +162,10 @@ def list_parquet_shards(path: str, options: ColumnOptions) -> list[SourceShard]:
 
 
 def read_parquet(source: SourceShard) -> Iterator[Pair | Skipped]:
-    """Yields the pairs of one file, in its order.
+    """Yields the pairs of one file, in order.
 
     Raises:
-        ValueError: the file is damaged, unpacks to far more than it takes, or has no column of
+        ValueError: the file is damaged, unpacks to far more than its size, or lacks a column of
             images or of captions.
     """
     file = open_parquet(source.path)
@@ -217,11 +217,11 @@ def list_parquet_images(source: SourceShard) -> Iterator[tuple[str, str]]:
             if isinstance(name := _image_of(values.get(column)), str):
                 yield str(options.image_root), name
     except ValueError:
-        return  # the error is that of the file's reader
+        return  # the reader of the file raises this error
 
 
 def _image_of(value: Any) -> bytes | str | None:
-    """The bytes of an image or its path, which Hugging Face's struct has where it has no bytes."""
+    """Returns an image's bytes, or its path if Hugging Face's struct has no bytes."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     return value if isinstance(value, bytes | str) else None
@@ -230,7 +230,7 @@ def _image_of(value: Any) -> bytes | str | None:
 def _find_columns(
     source: SourceShard, names: Collection[str], needs_caption: bool
 ) -> ColumnOptions:
-    """The columns of a file, by its options and the names that are there; "" for no captions."""
+    """Returns the columns of a file from its options and column names; "" for no captions."""
     known = {field.name for field in dataclasses.fields(ColumnOptions)} & source.options.keys()
     options = ColumnOptions(**{name: source.options[name] for name in known})
     root = options.image_root or os.path.dirname(source.path) or "."
@@ -251,7 +251,7 @@ def _find_columns(
 
 
 def _read_class_names(metadata: Mapping[bytes, bytes] | None) -> list[str]:
-    """The names in Hugging Face's description of the column of labels, if any."""
+    """Returns the class names from Hugging Face's description of the label column, if any."""
     try:
         described = json.loads((metadata or {})[b"huggingface"])
         names = described["info"]["features"][LABEL_COLUMN]["names"]
@@ -262,7 +262,7 @@ def _read_class_names(metadata: Mapping[bytes, bytes] | None) -> list[str]:
 
 
 def clean_row(row: Mapping[str, Any], without: Collection[str] = ()) -> dict[str, Any]:
-    """A row's columns but some, as JSON can hold them: no NaN, dates as text, no bytes."""
+    """Returns a row's other columns as JSON can represent them: no NaN, dates as text, no bytes."""
     kept = {k: v for k, v in row.items() if k not in without and not isinstance(v, bytes | None)}
     # Bytes are also in lists and structs, such as Hugging Face's of a second image.
     return parse_json(json.dumps(kept, default=lambda v: None if isinstance(v, bytes) else str(v)))

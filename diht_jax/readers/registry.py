@@ -1,7 +1,7 @@
-"""Pairs from anywhere: the table of source formats, `open_source`, and `list_shards`.
+"""The table of source formats, with `open_source` and `list_shards` to read pairs from any of them.
 
-`open_source` iterates over all pairs; `list_shards` divides a source into units of work, each of
-which `read_pairs` reads, in any process. Texts that name a source:
+`open_source` iterates over all pairs. `list_shards` divides a source into units of work, which
+`read_pairs` can read in any process. A source is named by a text:
 
     PATH.tar, GLOB/*.tar             webdataset, as img2dataset writes it
     PATH.jsonl, .csv, .tsv, .json    a table, and a folder of images
@@ -10,10 +10,10 @@ which `read_pairs` reads, in any process. Texts that name a source:
                                      with a .txt of the same name; else one sub-folder a class
     PATH.tfrecord, GLOB              our own records, and img2dataset's
     PATH.array_record, GLOB          our own records
-    URL of one of these              the same, in an object store; but folders of classes
+    URL of one of these              the same in an object store, except folders of classes
     tfds:NAME[/CONFIG][:VERSION]:SPLIT, tfds:FOLDER:SPLIT   TensorFlow Datasets
 
-Options of one source of several come after it: "a.csv?image_column=file&caption_column=title", and
+Options for one of several sources follow its name: "a.csv?image_column=file&caption_column=title".
 "FOLDER?split=train" is the folder "train" in FOLDER.
 
 Images are not decoded here.
@@ -40,7 +40,7 @@ from diht_jax.storage import files, stores
 from diht_jax.storage.files import find_inputs, is_glob
 from diht_jax.storage.stores import is_remote
 
-# Kind of a shard -> format. The first that recognises a text or a file reads it.
+# Kind of a shard -> format. The first format that recognises a text or a file reads it.
 FORMATS: dict[str, Format] = {
     "webdataset": shard_formats.WEBDATASET,
     "table": tables.FORMAT,
@@ -57,11 +57,11 @@ _LARGEST_LISTING = 5
 
 
 class PairSource(Iterable[Pair]):
-    """The pairs of a source, in a fixed order; can be iterated again and again.
+    """The pairs of a source, in a fixed order; can be iterated repeatedly.
 
     Attributes:
         shards: the units of work.
-        skipped: reason -> count of the last complete iteration.
+        skipped: reason -> count, from the last complete iteration.
     """
 
     def __init__(self, name: str, shards: list[SourceShard]):
@@ -86,12 +86,12 @@ class PairSource(Iterable[Pair]):
 def open_source(spec: str | Sequence[str], **options: Any) -> PairSource:
     """Opens a source of pairs, an iterable of `schema.Pair`.
 
-    Metadata may hold "captions", "label" and "class_name".
+    Metadata may contain "captions", "label" and "class_name".
 
     Args:
-        spec: one of the texts above, or a list of them.
-        **options: of the formats, such as the fields of `tables.TableOptions`, for all sources that
-            do not state their own.
+        spec: one of the texts in the module docstring, or a list of them.
+        **options: options of the formats, such as the fields of `tables.TableOptions`, for all
+            sources that do not state their own.
 
     Raises:
         ValueError: nothing is found, or an option does not exist.
@@ -100,21 +100,21 @@ def open_source(spec: str | Sequence[str], **options: Any) -> PairSource:
 
 
 def names_files(source: SourceShard) -> bool:
-    """True for an input that is a table which names other files, which are read with it."""
+    """Returns whether an input is a table that names other files, which are read with it."""
     form = FORMATS.get(source.kind)
     return source.reads_linked and form is not None and form.list_linked_files is not None
 
 
 def list_linked_files(source: SourceShard) -> Iterable[tuple[str, str]]:
-    """Folder and name of the files that an input's own file only names."""
+    """Returns folder and name of the files that an input's own file names."""
     listed = FORMATS[source.kind].list_linked_files
     return () if listed is None else listed(source)
 
 
 def describe_linked(source: SourceShard) -> str | None:
-    """Hash of size and time of change of the files that an input names; None where it names none.
+    """Returns a hash of sizes and times of the files that an input names; None if there are none.
 
-    None of them is opened.
+    It opens none of these files.
     """
     digest, count = hashlib.blake2b(digest_size=16), 0
     for root, name in list_linked_files(source):
@@ -123,7 +123,7 @@ def describe_linked(source: SourceShard) -> str | None:
             path = os.path.join(root, name)
             status = files.stat(path)
             state = f"{status.st_size} {status.st_mtime_ns}"
-        except (OSError, ValueError) as error:  # no file can have such a name, either
+        except (OSError, ValueError) as error:  # ValueError: no file can have such a name
             if isinstance(error, OSError) and not stores.is_missing(error):
                 raise
             state = "missing"
@@ -157,16 +157,16 @@ def list_shards(spec: str | Sequence[str], **options: Any) -> list[SourceShard]:
 
 
 def read_pairs(shard: SourceShard) -> Iterator[Pair | Skipped]:
-    """Yields the pairs of one unit of work, and `Skipped` for each entry that is no pair.
+    """Yields the pairs of one unit of work, and `Skipped` for each entry that is not a pair.
 
     Raises:
-        ValueError: the file is damaged; names it.
+        ValueError: the file is damaged; names the file.
     """
     return FORMATS[shard.kind].read(shard)
 
 
 def option_defaults() -> dict[str, dataclasses.Field]:
-    """Every option of the formats by its name, as a field with type and default."""
+    """Returns every option of the formats by name, as a field with type and default."""
     found: dict[str, dataclasses.Field] = {}
     for form in FORMATS.values():
         for field in dataclasses.fields(form.options) if form.options else ():
@@ -175,8 +175,8 @@ def option_defaults() -> dict[str, dataclasses.Field]:
 
 
 def name_options(message: str, form: str) -> str:
-    """A message with the options named as a user types them, such as "--config.source.{}"."""
-    # "split" is an ordinary word.
+    """Rewrites the options in a message as the user types them, such as "--config.source.{}"."""
+    # Skips "split", which is an ordinary word.
     names = "|".join(name for name in option_defaults() if "_" in name)
     return re.sub(
         rf"(?<![\w.'?/-])({names})(?![\w'/]|\.\w)", lambda name: form.format(name[1]), message
@@ -184,10 +184,10 @@ def name_options(message: str, form: str) -> str:
 
 
 def enter_split(folder: str, split: str) -> str:
-    """The path or URL of a sub-folder.
+    """Returns the path or URL of a sub-folder.
 
     Raises:
-        ValueError: there is no such sub-folder, as in anything but a folder.
+        ValueError: there is no such sub-folder, or the parent is not a folder.
     """
     path = files.join(folder, split)
     if not (files.exists(path) if is_remote(path) else os.path.isdir(path)):
@@ -196,7 +196,7 @@ def enter_split(folder: str, split: str) -> str:
 
 
 def _split_options(text: str) -> tuple[str, dict[str, Any]]:
-    """Path and options of "PATH?NAME=VALUE&NAME=VALUE"; a "?" may also belong to a glob."""
+    """Splits "PATH?NAME=VALUE&NAME=VALUE" into path and options; a glob may contain a "?" too."""
     match = re.fullmatch(r"(.+?)\?(\w+=[^?&]*(?:&\w+=[^?&]*)*)", text, re.DOTALL)
     if match is None:
         return text, {}
@@ -270,7 +270,7 @@ def _list_path(text: str, options: dict[str, Any]) -> list[SourceShard]:
 
 
 def _recognise(paths: Sequence[str], *, is_named: bool) -> tuple[dict[str, str], list[str]]:
-    """The kinds of the files that a format reads, but for metadata alone; and the other paths."""
+    """Returns path -> kind without files that only hold metadata, and the unrecognised paths."""
     known: dict[str, str] = {}
     unknown: list[str] = []
     for path in paths:

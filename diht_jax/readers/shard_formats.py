@@ -1,7 +1,7 @@
-"""Packed pairs as sources: webdataset tars, and TFRecord and ArrayRecord shards.
+"""Shards of pairs as sources: webdataset tars, and TFRecord and ArrayRecord shards.
 
-The members of a tar are `KEY.jpg`, `KEY.txt` and `KEY.json` in a row, as img2dataset writes them;
-what they mean is the matter of `records/tars.py`. Shards of records are ours or img2dataset's.
+The members of a tar are consecutive `KEY.jpg`, `KEY.txt` and `KEY.json`, as img2dataset writes
+them; `records/tars.py` defines their meaning. Record shards are ours or img2dataset's.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _IMAGE_SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 
 
 def read_tar(path: str) -> Iterator[Pair | Skipped]:
-    """Yields the pairs of one tar, in its order, as `tars.make_pair` makes them.
+    """Yields the pairs of one tar in order, as made by `tars.make_pair`.
 
     Raises:
-        ValueError: the archive is damaged, cut off, or several in one file.
+        ValueError: the archive is damaged, cut off, or several archives in one file.
     """
     members = read_members(path, tars.size_limit)
     is_empty = True
@@ -40,11 +40,11 @@ def read_tar(path: str) -> Iterator[Pair | Skipped]:
 
 
 def count_images(shard: SourceShard) -> int | None:
-    """Image members of a tar, by their headers; None of one in a store, compressed or damaged."""
+    """Counts the images of a tar by its headers; None if it is remote, compressed or damaged."""
     if is_remote(shard.path) or not shard.path.endswith(".tar"):
         return None
     try:
-        # No contents are wanted, of any size.
+        # -1 lists the members without reading contents.
         members = read_members(
             shard.path, lambda name: -1 if name.lower().endswith(_IMAGE_SUFFIXES) else None
         )
@@ -54,12 +54,12 @@ def count_images(shard: SourceShard) -> int | None:
 
 
 def read_shard(shard: SourceShard) -> Iterator[Pair | Skipped]:
-    """Yields the pairs of one shard, in its order.
+    """Yields the pairs of one shard, in order.
 
-    Our records may share a key. Those of img2dataset may not, as in its tars.
+    Our records may share a key. Those of img2dataset must not, as in its tars.
 
     Raises:
-        ValueError: a record is damaged or no pair; names file and record.
+        ValueError: a record is damaged or cannot be decoded; names file and record.
     """
     seen: set[str] = set()
     for number, data in enumerate(_read_bytes(shard.path)):
@@ -81,7 +81,7 @@ def read_shard(shard: SourceShard) -> Iterator[Pair | Skipped]:
 
 def _read_bytes(path: str) -> Iterator[bytes]:
     if kind_of(path) == ArrayRecordSource.kind:
-        # Its library reads local files only, and begins at their end.
+        # The library reads local files only, starting at their end.
         with local_copy(path) as local:
             yield from read_array_records(local)
     else:
@@ -89,7 +89,7 @@ def _read_bytes(path: str) -> Iterator[bytes]:
 
 
 def _count_records(shard: SourceShard) -> int | None:
-    """Counts the records of a TFRecord shard; in a store by its index, if there is one."""
+    """Counts the records of a TFRecord shard; in a store by its index, or None without one."""
     if not is_remote(shard.path):
         return len(TFRecordSource([shard.path]))
     offsets = INDEX.load(shard.path, input_size(shard.path))

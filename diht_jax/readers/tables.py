@@ -1,8 +1,8 @@
-"""Tables of captions of the images of a folder: jsonl, csv, tsv, and lists in json.
+"""Tables of captions for the images of a folder: jsonl, csv, tsv, and lists in json.
 
-A table is cut into parts of `rows_per_shard` rows, so that many workers can share a large one; for
-that it is read once more. A json file, and a table in an object store, is a single part. Fields of
-a csv are separated by commas, tabs or semicolons, which its header shows.
+A table is cut into parts of `rows_per_shard` rows for parallel workers, which reads it one more
+time. A json file, or a table in an object store, is a single part. Fields of a csv are separated by
+commas, tabs or semicolons, as detected from its header.
 """
 
 from __future__ import annotations
@@ -38,33 +38,33 @@ _DELIMITERS = (",", "\t", ";")
 _CONVERT_LATIN = "`iconv -f WINDOWS-1252 -t UTF-8` converts Windows' Latin letters"
 _MAX_FIELD_CHARS = 2**24
 _MAX_LINE_BYTES = 2**28
-_HEAD_BYTES = 2**18  # of a table in a store, in which its columns are looked for
+_HEAD_BYTES = 2**18  # start of a table in a store, searched for its columns
 _LARGE_TABLE_BYTES = 2**30
-# Texts in UTF-16 and UTF-32 begin so, with zeros among the bytes that follow.
+# First bytes of UTF-16 and UTF-32 texts, with zeros among the bytes that follow.
 _OTHER_ENCODINGS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 
 
 @dataclasses.dataclass(frozen=True)
 class TableOptions(ColumnOptions):
-    """The form of a table."""
+    """Options of a table."""
 
     rows_per_shard: int = 10_000  # size of the parts of a local table
 
 
 def list_table_shards(path: str, options: TableOptions) -> list[SourceShard]:
-    """Cuts a local table into parts; of one in a store only the beginning is read.
+    """Cuts a local table into parts; only reads the beginning of a table in a store.
 
-    Images in a store are not compared with those of an earlier run: that would be a request each.
-    A table without rows has no parts, which is logged: others that are listed with it are read.
+    Images in a store are not compared with those of an earlier run, which would take a request per
+    image. A table without rows has no parts, with a warning, so other tables are still read.
 
     Raises:
-        ValueError: the table lacks a column, is no UTF-8 text, or `rows_per_shard` is not positive.
-        StorageError: it cannot be read, now and after some attempts.
+        ValueError: the table lacks a column, is not UTF-8, or `rows_per_shard` is not positive.
+        StorageError: the table cannot be read, even after retries.
     """
     if options.rows_per_shard < 1:
         raise ValueError(f"rows_per_shard={options.rows_per_shard}; expected at least 1")
     if not (is_remote(path) or os.path.isfile(path)):
-        # Reading it is an error; the tables that are listed with it are read.
+        # Reading this shard raises the error; other tables are still read.
         return [SourceShard("table", path, reads_linked=False)]
     root = options.image_root or os.path.dirname(path) or "."
     if not is_remote(root) and not os.path.isdir(root):
@@ -109,7 +109,7 @@ def _has_suffix(path: str, *suffixes: str) -> bool:
 
 
 def _whole(path: str, position: int) -> Iterator[tuple[int, int]]:
-    """The rows of a table that is not divided, as a single one, if there are any."""
+    """Yields the rows of an undivided table as a single extent, if there are any."""
     size = input_size(path)
     if size > _LARGE_TABLE_BYTES:
         message = "%s: %d MB are one unit of work; several workers could read smaller tables"
@@ -122,10 +122,10 @@ def read_table(shard: SourceShard) -> Iterator[Pair | Skipped]:
     """Yields the pairs of one part of a table; images are read from the folder.
 
     Raises:
-        ValueError: csv quoting that cannot be resolved.
+        ValueError: the csv has invalid quoting.
     """
     if not shard.options:
-        read_bytes(shard.path)  # raises: no file was there when the tables were listed
+        read_bytes(shard.path)  # raises, since the file was missing at listing
         raise ValueError(f"{shard.path}: it appeared after the command began; run it again")
     stated = {f.name: shard.options[f.name] for f in dataclasses.fields(TableOptions)}
     root = stated["image_root"]  # set when the table was listed
@@ -151,7 +151,7 @@ def list_table_images(shard: SourceShard) -> Iterator[tuple[str, str]]:
     """Yields folder and path in it of every image that one part of a table names."""
     options = shard.options
     if "header" not in options:
-        return  # not a part that `list_table_shards` has made
+        return  # not a part made by `list_table_shards`
     for row in _read_rows(shard):
         name = None if isinstance(row, str) else row.get(options["image_column"])
         if isinstance(name, str) and name.strip():
@@ -159,7 +159,7 @@ def list_table_images(shard: SourceShard) -> Iterator[tuple[str, str]]:
 
 
 def _read_rows(shard: SourceShard) -> Iterator[dict[str, Any] | str]:
-    """Yields rows, and a text about each one that is wrong."""
+    """Yields rows, and an error message in place of each invalid row."""
     if _has_suffix(shard.path, ".json"):
         yield from _read_json(shard.path)
         return
@@ -184,7 +184,7 @@ def _read_rows(shard: SourceShard) -> Iterator[dict[str, Any] | str]:
 
 
 def _is_bad(text: str) -> bool:
-    """Tells whether a text had bytes that are no UTF-8, as `_read_csv` marks them."""
+    """Returns whether a text had bytes that are not UTF-8, as marked by `_read_csv`."""
     return not text.isascii() and any("\udc80" <= letter <= "\udcff" for letter in text)
 
 
@@ -198,7 +198,7 @@ def _parse_line(path: str, line: bytes) -> dict[str, Any] | str:
 
 
 def _read_json(path: str) -> Iterator[dict[str, Any] | str]:
-    """Yields the rows of a json file, and a text about each one that is no object."""
+    """Yields the rows of a json file, and an error message in place of each invalid row."""
     try:
         rows = parse_json(read_bytes(path).decode("utf-8-sig"), object)
     except ValueError as error:
@@ -216,7 +216,7 @@ def _row_extents(path: str, file: BinaryIO, delimiter: str | None) -> Iterator[t
     """Yields the first and last (exclusive) byte of every row that is not blank."""
     start = file.tell()
     for row in _read_csv(path, file, delimiter) if delimiter else _read_lines(path, file):
-        end = file.tell()  # of the lines of this row, which were read one by one
+        end = file.tell()  # end of the row, since lines are read one by one
         if row.strip() if isinstance(row, bytes) else row:
             yield start, end
         start = end
@@ -235,11 +235,11 @@ def _check_encoding(path: str, file: BinaryIO) -> None:
 def _find_json_columns(
     path: str, rows: Iterable[dict[str, Any] | str], options: TableOptions
 ) -> TableOptions:
-    """Looks for rows with the columns, as a csv has them in its header; goes no further."""
+    """Reads rows until all columns were seen, since json has no header."""
     names: dict[str, None] = {}
     for row in rows:
         if isinstance(row, str):
-            continue  # it is counted when the rows are read
+            continue  # invalid rows are counted when the rows are read
         names |= dict.fromkeys(row)
         found, missing = find_columns(names, options)
         if not missing:
@@ -252,9 +252,9 @@ def _find_json_columns(
 def _read_csv_header(
     path: str, file: BinaryIO, options: TableOptions
 ) -> tuple[TableOptions, list[str], str]:
-    """The options with the names of the columns, the header, and what separates the fields."""
+    """Returns the options with the columns' names, the header, and the delimiter."""
     best: list[str] = []
-    # Behind a byte order mark, quotes would count as a part of the first name.
+    # Skips a byte order mark, since quotes after it would become part of the first name.
     start = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
     for delimiter in ("\t",) if _has_suffix(path, ".tsv") else _DELIMITERS:
         file.seek(start)
@@ -266,7 +266,7 @@ def _read_csv_header(
         if not missing:
             return found, header, delimiter
         best = max(best, header, key=len)
-    if not best:  # nor rows
+    if not best:  # there are no rows either
         return options, [], _DELIMITERS[0]
     raise ValueError(describe_missing(path, best, find_columns(best, options)[1]))
 
@@ -274,10 +274,10 @@ def _read_csv_header(
 def _read_csv(
     path: str, file: BinaryIO, delimiter: str, stop: int | None = None, strict: bool = True
 ) -> Iterator[list[str]]:
-    """Yields the fields of each row; a byte that is no UTF-8 is a lone surrogate in them."""
+    """Yields the fields of each row; a byte that is not UTF-8 becomes a lone surrogate."""
     csv.field_size_limit(_MAX_FIELD_CHARS)
     lines = (line.decode("utf-8", "surrogateescape") for line in _read_lines(path, file, stop))
-    # Strict: a quote that is never closed is an error, instead of swallowing all rows behind it.
+    # Strict: an unclosed quote is an error instead of swallowing all rows after it.
     reader = csv.reader(lines, delimiter=delimiter, strict=strict)
     try:
         yield from reader
@@ -286,7 +286,7 @@ def _read_csv(
 
 
 def _read_lines(path: str, file: BinaryIO, stop: int | None = None) -> Iterator[bytes]:
-    """Yields the lines from the position of a file on, up to a byte."""
+    """Yields the lines from a file's current position up to a byte."""
     while stop is None or file.tell() < stop:
         line = file.readline(_MAX_LINE_BYTES + 1)
         if len(line) > _MAX_LINE_BYTES:
@@ -301,7 +301,7 @@ def _read_lines(path: str, file: BinaryIO, stop: int | None = None) -> Iterator[
 
 FORMAT = Format(
     suffixes=TABLE_SUFFIXES,
-    named_only=(".json", ".samples.tsv"),  # the second: what the filter keeps next to a shard
+    named_only=(".json", ".samples.tsv"),  # the second is a file of the filter next to a shard
     list_shards=list_table_shards,
     options=TableOptions,
     read=read_table,

@@ -1,7 +1,7 @@
 """Image-caption data sets of TensorFlow Datasets, by name or by folder.
 
-`tensorflow_datasets` is imported inside the functions, and TensorFlow never: the files are read
-here, and TFDS only finds them and explains their features.
+`tensorflow_datasets` is imported inside the functions, and only finds the files and explains their
+features. The files are read here, without TensorFlow.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 @dataclasses.dataclass(frozen=True)
 class TfdsOptions:
-    """The folder of a TFDS data set, and the features of it that make a pair."""
+    """The folder of a TFDS data set, and its features that make a pair."""
 
-    data_dir: str | None = None  # of TFDS; its default (~/tensorflow_datasets) where it is None
-    image_feature: str | None = None  # name of an image feature; found by type where it is None
-    # Name of a text feature, with slashes for nested ones ("captions/text"); found by name and type
-    # where it is None. Of a class label, the class name is the caption.
+    data_dir: str | None = None  # TFDS's data_dir; None is its default, ~/tensorflow_datasets
+    image_feature: str | None = None  # name of an image feature; None finds it by type
+    # Name of a text feature, with slashes for nested ones ("captions/text"); None finds it by name
+    # and type. For a class label, the caption is the class name.
     caption_feature: str | None = None
 
 
 def list_tfds_shards(spec: str, options: TfdsOptions) -> list[SourceShard]:
-    """One shard per file of the split.
+    """Returns one shard per file of the split.
 
     Args:
         spec: "tfds:NAME[/CONFIG][:VERSION]:SPLIT" or "tfds:FOLDER:SPLIT", where SPLIT may be a
             part such as "train[:10%]".
 
     Raises:
-        ValueError: another form of text, the data set is not prepared, the split does not
+        ValueError: the text has another form, the data set is not prepared, the split does not
             exist, or several features could make a pair.
     """
     import tensorflow_datasets as tfds
@@ -85,7 +85,7 @@ def list_tfds_shards(spec: str, options: TfdsOptions) -> list[SourceShard]:
 
 
 def read_tfds(shard: SourceShard) -> Iterator[Pair | Skipped]:
-    """Yields the pairs of one file, images encoded as they are; ValueError for a damaged one."""
+    """Yields the pairs of one file with undecoded images; ValueError for a damaged file."""
     import tensorflow_datasets as tfds
 
     features = _builder_of_folder(shard.options["folder"]).info.features
@@ -96,7 +96,7 @@ def read_tfds(shard: SourceShard) -> Iterator[Pair | Skipped]:
         count += 1
         try:
             entry = _read_example(f"{stem}-{number:08d}", data, features, labels, shard.options)
-        except Exception as error:  # TFDS raises nearly any type on other bytes
+        except Exception as error:  # TFDS raises nearly any type for invalid bytes
             raise ValueError(
                 f"{shard.path}: record {number}: no example with the features in the data set's "
                 f"description ({_first_line(error)})"
@@ -120,7 +120,7 @@ def _read_example(
     image = bytes(example[image_feature])
     if not image:
         return Skipped(key, "no_image", f"feature '{image_feature}' is empty")
-    # Of the class label that is the caption, or of the only one; -1 marks an example without.
+    # The class label used as caption, or the only one; -1 means that an example has no label.
     only = next(iter(labels)) if len(labels) == 1 else None
     label_feature = caption_feature if caption_feature in labels else only
     metadata: dict[str, Any] = {}
@@ -140,12 +140,12 @@ def _read_example(
 
 
 def _builder_of_folder(folder: str) -> Any:
-    """The data set in a folder with `dataset_info.json` and `features.json`."""
+    """Opens the data set in a folder with `dataset_info.json` and `features.json`."""
     import tensorflow_datasets as tfds
 
     try:
         return tfds.builder_from_directory(folder)
-    except Exception as error:  # TFDS raises nearly any type on damaged files
+    except Exception as error:  # TFDS raises nearly any type for damaged files
         if is_storage_failure(error):
             raise
         raise ValueError(
@@ -160,7 +160,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _parse_spec(spec: str) -> tuple[str, str]:
-    # The last colon outside of brackets; a split may be "train[:10%]".
+    # Splits at the last colon outside brackets, since a split may be "train[:10%]".
     match = re.fullmatch(r"tfds:(.+):([^:\[\]/]+(?:\[[^\[\]]*\])?)", spec)
     if not match or _VERSION.fullmatch(match[2]):
         raise ValueError(
@@ -193,7 +193,7 @@ def _open_builder(spec: str, name: str, options: TfdsOptions) -> Any:
 
 
 def _find_features(features: Any, kind: type, *, nested: bool = False) -> dict[str, Any]:
-    """Features of a kind by name; `nested`: those in sequences and dictionaries, by path, too."""
+    """Returns name -> feature of a kind; `nested` includes sequences and dictionaries, by path."""
     import tensorflow_datasets as tfds
 
     found = {}
@@ -237,7 +237,7 @@ def _read_range(shard: SourceShard) -> Iterator[bytes]:
 
 
 def _look_up(example: Mapping[str, Any], path: str) -> Any:
-    # A name may hold slashes itself ("image/filename"), hence the longest name first.
+    # Tries the longest name first, since a name may contain slashes itself ("image/filename").
     parts = path.split("/")
     for end in range(len(parts), 0, -1):
         name = "/".join(parts[:end])

@@ -1,1 +1,1 @@
-"""TFRecord shards: the schema of a record, the file format, indices, vocabularies."""
+"""Record shards: the record schema, shard formats and their indices, labels and vocabularies."""

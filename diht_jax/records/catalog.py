@@ -1,8 +1,8 @@
-"""The shards that a data set consists of, and where their records begin.
+"""The shards of a data set, and where their records begin.
 
-Where a folder has a `dataset.index`, one listing of the folder and the head of the index are all
-that is looked at, for any number of shards. The listing shows whether the index still fits: shards
-that are new, gone or of another size are an error.
+If a folder has a `dataset.index`, only the folder's listing and the head of the index are read, for
+any number of shards. The listing is compared with the index: new, missing or resized shards are an
+error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from diht_jax.storage.files import find_inputs, is_glob
 from diht_jax.storage.stores import input_size, is_remote, listed_url, open_local
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-# Bytes of files by path; None where no listing has stated them.
+# Path -> bytes of a file, or None if no listing has stated the size.
 _Sizes = dict[str, int | None]
 
 _NOUNS = {"tfrecord": "TFRecord shard", "array_record": "ArrayRecord shard", "webdataset": "tar"}
@@ -35,24 +35,24 @@ _NAMES_SHOWN = 3
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A shard that was found."""
+    """A shard of a data set."""
 
-    path: str  # its path or URL
-    num_bytes: int | None = None  # its size, where a listing or an index stated it
-    index: DatasetIndex | None = None  # the index that describes it, if any
-    row: int = -1  # its row there
+    path: str  # path or URL
+    num_bytes: int | None = None  # size of the file, if a listing or an index states it
+    index: DatasetIndex | None = None  # the `dataset.index` that describes the shard, if any
+    row: int = -1  # row of the shard in `index`
 
 
 @dataclasses.dataclass(frozen=True)
 class Catalog:
-    """The shards of a data set, all of one kind, in their order."""
+    """The ordered shards of a data set, all of one kind."""
 
     kind: str
     shards: Sequence[Shard]
 
 
 class ShardsNotFoundError(ValueError):
-    """Some paths lead to no shards, to several kinds of them, or to compressed tars."""
+    """Some paths match no shards, shards of several kinds, or compressed tars."""
 
 
 def find_shards(paths: Paths, kind: str | None = None) -> list[str]:
@@ -60,8 +60,8 @@ def find_shards(paths: Paths, kind: str | None = None) -> list[str]:
 
     Args:
         paths: what to look for; also URLs such as `gs://bucket/folder`.
-        kind: of the shards, a key of `SUFFIXES`; None takes the first kind that is found, in their
-            order.
+        kind: kind of the shards, a key of `SUFFIXES`. None selects the first kind in the order of
+            `SUFFIXES` that is found.
 
     Returns:
         Paths, sorted within each folder or glob, in the order of the list.
@@ -73,7 +73,7 @@ def find_shards(paths: Paths, kind: str | None = None) -> list[str]:
 
 
 def find_kind(paths: Paths) -> str:
-    """The kind of the shards that some paths lead to; see `find_shards`."""
+    """Returns the kind of the shards that some paths resolve to; see `find_shards`."""
     return _find(paths, None, {})[0]
 
 
@@ -82,7 +82,7 @@ def open_catalog(paths: Paths, kind: str | None = None) -> Catalog:
 
     Raises:
         ShardsNotFoundError: see `find_shards`.
-        ValueError: an index is damaged or does not fit its folder.
+        ValueError: an index is damaged or does not match its folder.
     """
     folders: dict[str, _Sizes] = {}
     kind, found = _find(paths, kind, folders)
@@ -96,7 +96,7 @@ def open_catalog(paths: Paths, kind: str | None = None) -> Catalog:
                 indices[folder] = None
                 if listed is None or path in listed:
                     indices[folder] = read_index(folder, listed[path] if listed else None)
-            # A local file of any name can be given by its path.
+            # A path may name a local file without a shard's suffix.
             own = {
                 path: size
                 for path, size in sizes.items()
@@ -110,9 +110,9 @@ def open_catalog(paths: Paths, kind: str | None = None) -> Catalog:
 
 
 def describe_stale(known: Mapping[str, Any], found: Mapping[str, Any], is_whole: bool) -> list[str]:
-    """Differences between shards and what was stated of them, in words; empty where it fits.
+    """Describes in words how shards differ from an earlier record of them; empty if they match.
 
-    Both are bytes, or more, by name; `is_whole`: those found are all that there are.
+    Both arguments map names to bytes or other facts. `is_whole` means that `found` is complete.
     """
     differing = {
         "changed": [name for name in found if name in known and found[name] != known[name]],
@@ -130,7 +130,7 @@ def describe_stale(known: Mapping[str, Any], found: Mapping[str, Any], is_whole:
 def _find(
     paths: Paths, kind: str | None, folders: dict[str, _Sizes]
 ) -> tuple[str, list[tuple[str, _Sizes]]]:
-    """The kind of the shards, and the shards of each path; notes the folders that were listed."""
+    """Returns the kind and the shards of each path; records listed folders in `folders`."""
     given = [paths] if isinstance(paths, str | os.PathLike) else paths
     entries = [os.fspath(entry) for entry in given]
     entries = [listed_url(entry) if is_remote(entry) else entry for entry in entries]
@@ -155,7 +155,7 @@ def _find(
 
 
 def _list(entry: str, folders: dict[str, _Sizes], siblings: Mapping[str, int]) -> _Sizes:
-    """The files that a path stands for."""
+    """Returns the files that a path, folder, glob or URL stands for."""
     if not is_remote(entry):
         if os.path.isfile(entry):
             return {entry: None}
@@ -176,7 +176,7 @@ def _list(entry: str, folders: dict[str, _Sizes], siblings: Mapping[str, int]) -
 
 
 def _match(index: DatasetIndex, kind: str, found: _Sizes, is_whole: bool) -> list[Shard]:
-    """The shards of the index's folder, with their rows; ValueError for a stale index."""
+    """Returns the shards of an index's folder, with their rows; ValueError for a stale index."""
     sizes = {
         os.path.basename(path): input_size(path) if size is None else size
         for path, size in found.items()
@@ -194,8 +194,8 @@ def _match(index: DatasetIndex, kind: str, found: _Sizes, is_whole: bool) -> lis
 
 
 def _shared_kind(files: Sequence[tuple[str, _Sizes]]) -> str:
-    """The kind of the shards among the files of some entries; of several, the first of each."""
-    kinds: dict[str, str] = {}  # and an example of each
+    """Returns the kind of all shards; of an entry with several kinds, the first in `SUFFIXES`."""
+    kinds: dict[str, str] = {}  # kind -> an example
     for entry, paths in files:
         found = set(map(kind_of, paths))
         kind = next((kind for kind in SUFFIXES if kind in found), None) or kind_of(entry)

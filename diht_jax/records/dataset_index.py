@@ -1,7 +1,7 @@
-"""One index of a whole data set: the file `dataset.index` in the folder of its shards.
+"""The index of a whole data set: the file `dataset.index` in the folder of its shards.
 
-It states of every shard its name, records, bytes and digest, and of every record where it begins.
-All numbers are little-endian::
+It states the name, records, bytes and digest of every shard, and where every record begins. All
+numbers are little-endian::
 
     preamble   8 bytes "DIHTSET1" | uint64 bytes of the head | uint32 CRC32C of the head | uint32 0
     head       uint64 bytes of the JSON | JSON | zeros up to a multiple of 8
@@ -10,17 +10,16 @@ All numbers are little-endian::
                zeros up to a multiple of 8
     offsets    uint64 [records]
 
-The JSON has `shards`, `records`, `anchors` and `names_bytes` (how long the arrays are), `kinds`
-(what a kind's number means), maybe `vocabulary` (of the concepts that all shards are labelled
-with) and, of shards of labels, `labels` (which record shards they belong to, see
-`labels/shards.py`). Anchors are the offsets of the records 0, 64, 128, ... of every shard: with the
-head alone, which is small, one finds the blocks of every multiple of 64 records. A record ends
-where the next one begins, the last one with its shard. A shard's digest is the number that its 16
-hex digits write; see `digest_shard`.
+The JSON has the lengths of the arrays (`shards`, `records`, `anchors` and `names_bytes`) and
+`kinds`, the names of the kind numbers. It may have `vocabulary`, that of the concepts of all
+shards. An index of label shards also has `labels`, which states the record shards that they belong
+to (`labels/shards.py`). Anchors are the offsets of the records 0, 64, 128, ... of every shard. With
+them, the small head is enough to locate all blocks of a multiple of 64 records. A record ends where
+the next one begins, the last one at the end of its shard. A shard's digest is the number written by
+its 16 hex digits; see `digest_shard`.
 
-The head is checked when it is read. The offsets, which may take gigabytes, are checked one by one
-as they are used: no offset leads out of its shard, and a record's own frame must fit both of its
-offsets.
+The head is checked when it is read. The offsets may take gigabytes, so each is checked when it is
+used: it must lie in its shard, and a record's own frame must fit both of its offsets.
 """
 
 from __future__ import annotations
@@ -42,23 +41,23 @@ from diht_jax.storage.stores import RangesFile, is_remote
 
 INDEX_NAME = "dataset.index"
 ANCHOR_RECORDS = 64
-END_BYTES = 4096  # of both ends of a shard, in its digest
+END_BYTES = 4096  # of each end of a shard, covered by its digest
 
-# Fewest bytes of a record, by the kind of a shard: an empty frame, the header of a tar's member. In
-# ArrayRecord shards the numbers of the records stand for their offsets.
+# Minimum bytes of a record by kind of shard: an empty frame, or the header of a tar's member.
+# ArrayRecord shards use the numbers of the records as offsets.
 KINDS = {"tfrecord": 16, "webdataset": 512, "array_record": 1}
 
 _MAGIC = b"DIHTSET1"
 _PREAMBLE = struct.Struct("<8sQII")
 _LENGTH = struct.Struct("<Q")
-_MAX_NUMBER = 2**61  # so that sums of offsets and lengths fit into an int64
-# Read at first: enough for the preamble and the head of some thousands of shards.
+_MAX_NUMBER = 2**61  # sums of offsets and lengths must fit into an int64
+# Size of the first read: enough for the preamble and the head of some thousand shards.
 _FIRST_READ_BYTES = 2**20
 _MAX_HEAD_BYTES = 2**36
 
 
 def digest_shard(offsets: np.ndarray, head: bytes, tail: bytes) -> str:
-    """16 hex digits of where a shard's records begin, uint64 [n], and of its two ends."""
+    """Returns 16 hex digits of a hash of a shard's record offsets, uint64 [n], and its two ends."""
     digest = hashlib.sha256(offsets.astype("<u8").tobytes())
     digest.update(head)
     digest.update(tail)
@@ -69,42 +68,42 @@ def digest_shard(offsets: np.ndarray, head: bytes, tail: bytes) -> str:
 class ShardEntry:
     """The entry of one shard in the index, without its offsets."""
 
-    name: str  # within the folder
+    name: str  # file name in the folder
     kind: str  # one of `KINDS`
-    num_records: int  # how many
+    num_records: int  # number of records
     num_bytes: int  # size of the file
-    digest: str  # of `digest_shard`
+    digest: str  # result of `digest_shard`
     anchors: np.ndarray  # uint64, the offset of every 64th record
 
 
 class DatasetIndex:
-    """The head of an index, and access to its offsets. It can be pickled.
+    """The head of an index, and access to its offsets. Can be pickled.
 
-    A record at a multiple of 64 is found with the head alone. The offsets of others are read from
-    the file, 64 at a time.
+    A record at a multiple of 64 is located by the head alone. Other offsets are read from the file,
+    64 at a time.
 
     Attributes:
         path: path or URL of the file.
-        head: its bytes.
-        vocabulary: of the labels of all shards (`Vocabulary.describe`), where it is known.
-        labels: what `labels.shards.describe_labels` states; empty of any other data set.
+        head: bytes of the head.
+        vocabulary: vocabulary of the labels of all shards (`Vocabulary.describe`), if known.
+        labels: for label shards, the result of `labels.shards.describe_labels`; else empty.
         names, kinds: str, of each shard.
-        rows: the row of each shard, by its name.
+        rows: name of a shard -> its row.
         num_records, num_bytes: int64 [shards].
         starts: int64 [shards + 1], the first record of each shard.
         file_bytes: size of the file.
     """
 
     def __init__(self, head: bytes, path: str, local_path: str | None = None):
-        """Reads and checks a head; `local_path` is that of a copy of the file on this host.
+        """Parses and checks a head; `local_path` is a copy of the file on this host.
 
         Raises:
-            TFRecordError: it is damaged, or its numbers contradict each other.
+            TFRecordError: the head is damaged, or its numbers contradict each other.
         """
         self.head, self.path = head, path
         self._local_path = local_path or (None if is_remote(path) else path)
         self._file: Any = None
-        self._last: tuple[int, int, Any] = (0, 0, None)  # the offsets that were read last
+        self._last: tuple[int, int, Any] = (0, 0, None)  # the last offsets that were read
         try:
             self._parse()
         except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
@@ -117,12 +116,12 @@ class DatasetIndex:
         return type(self), (self.head, self.path, self._local_path)
 
     def sizes(self, kind: str | None = None) -> dict[str, int]:
-        """Bytes of each shard, or of those of a kind, by name."""
+        """Returns name -> bytes of all shards, or of those of one kind."""
         rows = zip(self.names, self.kinds, self.num_bytes.tolist(), strict=True)
         return {name: size for name, its_kind, size in rows if kind in (None, its_kind)}
 
     def entry(self, row: int) -> ShardEntry:
-        """All that is stated of a shard."""
+        """Returns everything that the head states about a shard."""
         return ShardEntry(
             name=self.names[row],
             kind=self.kinds[row],
@@ -133,7 +132,7 @@ class DatasetIndex:
         )
 
     def extent(self, row: int, begin: int, end: int) -> tuple[int, int]:
-        """First byte and end of the records [begin, end) of a shard; errors as `damaged_index`."""
+        """Returns first byte and end of the records [begin, end); errors as `damaged_index`."""
         smallest, size = KINDS[self.kinds[row]], int(self.num_bytes[row])
         start = self._offset(row, begin)
         stop = size if end == self.num_records[row] else self._offset(row, end)
@@ -144,7 +143,7 @@ class DatasetIndex:
         return start, stop
 
     def bounds(self, row: int, begin: int, end: int) -> np.ndarray:
-        """int64 [end - begin + 1], where the records [begin, end) begin, and where they end.
+        """Returns int64 [end - begin + 1]: the offsets of the records [begin, end), then their end.
 
         Errors as `damaged_index`.
         """
@@ -160,16 +159,16 @@ class DatasetIndex:
         return offsets.astype(np.int64)
 
     def offsets(self, row: int) -> np.ndarray:
-        """uint64 [n], where the records of a shard begin."""
+        """Returns uint64 [n], where the records of a shard begin."""
         return self._read(int(self.starts[row]), int(self.starts[row + 1]))
 
     def make_local(self, cache_dir: str | os.PathLike[str] | None = None) -> None:
         """Downloads an index from a store; the processes of a host share one copy.
 
-        `cache_dir` gets the file; None is a folder of this user in the system's temporary one.
+        `cache_dir` is the cache folder. None uses a per-user folder in the system's temporary one.
 
         Raises:
-            ValueError: there is no room for it.
+            ValueError: the disk has too little free space.
         """
         if self._local_path is None:
             self._local_path = cached_copy(
@@ -183,7 +182,7 @@ class DatasetIndex:
             self._file = None
 
     def _offset(self, row: int, record: int) -> int:
-        """The first byte of a record that is not the end of its shard."""
+        """Returns the first byte of a record that is not the end of its shard."""
         group, within = divmod(record, ANCHOR_RECORDS)
         if not within:
             return int(self._anchors[self._anchor_starts[row] + group])
@@ -192,8 +191,8 @@ class DatasetIndex:
         return int(self._read(begin, end)[within])
 
     def _read(self, begin: int, end: int) -> np.ndarray:
-        """The offsets [begin, end), numbered through all shards."""
-        last = self._last  # threads may replace it meanwhile
+        """Reads the offsets [begin, end), numbered across all shards."""
+        last = self._last  # read once, since other threads may replace it
         if last[:2] == (begin, end) and last[2] is not None:
             return last[2]
         if self._file is None:
@@ -259,7 +258,7 @@ class DatasetIndex:
 
 
 def damaged_index(path: str, detail: str) -> TFRecordError:
-    """The error for an index that cannot be used."""
+    """Returns the error for an index that cannot be used."""
     return TFRecordError(
         f"{path}: this index is damaged ({detail}); delete it, or make it again by "
         f"`{rebuild_command(path)} --overwrite`"
@@ -267,15 +266,15 @@ def damaged_index(path: str, detail: str) -> TFRecordError:
 
 
 def rebuild_command(path: str) -> str:
-    """The command that brings an index up to date, given by its path or that of a shard."""
+    """Returns the command that updates an index, given the path of the index or of a shard."""
     return f"python -m diht_jax.data.index {os.path.dirname(path) or '.'}"
 
 
 def read_index(folder: str, file_bytes: int | None = None) -> DatasetIndex | None:
-    """Reads the head of a folder's index, in a store by one or two requests; None without one.
+    """Reads the head of a folder's index with one or two requests; None if there is no index.
 
     Raises:
-        TFRecordError: it is damaged, or cut off.
+        TFRecordError: the index is damaged or cut off.
     """
     path = os.path.join(folder, INDEX_NAME)
     try:
@@ -308,10 +307,10 @@ def encode_head(
     vocabulary: Mapping[str, Any] | None = None,
     labels: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """The head of an index, with the entries of all shards in their order.
+    """Returns the head of an index with the entries of all shards, in order.
 
-    `vocabulary` is what they are labelled with, as `Vocabulary.describe` gives it; `labels` is what
-    `labels.shards.describe_labels` states of shards of labels.
+    `vocabulary` is the shards' vocabulary as `Vocabulary.describe` returns it. `labels` is the
+    result of `labels.shards.describe_labels`, for label shards only.
     """
     kinds = sorted({entry.kind for entry in entries})
     names = b"".join(os.fsencode(entry.name) + b"\0" for entry in entries)
@@ -339,7 +338,7 @@ def encode_head(
 
 
 def encode_preamble(head: bytes) -> bytes:
-    """The first bytes of an index with a given head."""
+    """Returns the first bytes of an index with a given head."""
     return _PREAMBLE.pack(_MAGIC, len(head), google_crc32c.value(head), 0)
 
 

@@ -1,9 +1,8 @@
-"""The metadata files that make a folder of shards a data set for others.
+"""Metadata files that make a folder of shards a data set for other tools.
 
-They are written when all shards are there. With two of them, `tfds.builder_from_directory(FOLDER)`
-opens a folder of TFRecord or ArrayRecord shards; a third one tells webdataset's users how many
-samples each tar has. `tensorflow_datasets` is imported inside the function; TensorFlow is not
-needed.
+They are written after all shards. With two of them, `tfds.builder_from_directory(FOLDER)` opens a
+folder of TFRecord or ArrayRecord shards. A third one tells webdataset's users the number of samples
+in each tar. `tensorflow_datasets` is imported inside the function; TensorFlow is not needed.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from diht_jax.storage.files import write_bytes
 from diht_jax.storage.stores import is_remote
 
 FILES = ("dataset_info.json", "features.json")
-# Name -> samples, of tars; open_clip takes the size of its epochs from it.
+# Tar name -> number of samples; open_clip takes the size of its epochs from it.
 SIZES = "sizes.json"
-# Beside each shard that `data_prep` writes: what went into it and what came out.
+# Statistics of inputs and outputs, next to each shard that `data_prep` writes.
 STATS_SUFFIX = ".stats.json"
 
-# What TFDS can decode; a folder with any other format is declared to hold encoded bytes.
+# Formats that TFDS can decode; a folder with any other is declared to hold encoded bytes.
 _TFDS_IMAGE_FORMATS = frozenset(("JPEG", "PNG"))
 _SHARD_TEMPLATE = "{DATASET}-{SPLIT}-{SHARD_INDEX}.{FILEFORMAT}"
 
@@ -45,15 +44,15 @@ def write_dataset_info(
     """Writes `dataset_info.json` and `features.json`.
 
     Args:
-        folder: of the shards, or its URL; their names are those of `shard_files.shard_name`.
-        shard_lengths: records per shard, of `num_bytes` together.
-        image_formats: formats that occur. TFDS decodes JPEG and PNG only: where anything else
-            occurs, the feature `image` is declared as encoded bytes.
+        folder: folder of the shards, or its URL. Shard names are those of `shard_files.shard_name`.
+        shard_lengths: records per shard, with `num_bytes` in total.
+        image_formats: image formats that occur. If TFDS cannot decode one of them (only JPEG and
+            PNG), the feature `image` is declared as encoded bytes.
         with_concepts: whether every record has the field `concepts`, declared as bytes.
     """
     import tensorflow_datasets as tfds
 
-    # TFDS knows few stores, and what is written does not name the folder.
+    # TFDS supports few stores, and the files do not name the folder.
     data_dir = "." if is_remote(os.fspath(folder)) else os.fspath(folder)
     decodable = set(image_formats) <= _TFDS_IMAGE_FORMATS
     names = [schema.KEY, schema.IMAGE, schema.CAPTION, schema.METADATA]

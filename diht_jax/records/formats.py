@@ -1,10 +1,10 @@
-"""The formats of record shards: TFRecord, ArrayRecord and webdataset tars; which one a file has.
+"""The formats of record shards: TFRecord, ArrayRecord and webdataset tars.
 
-What a record holds is described in `schema.py`, the bytes around it in `shard_files.py`, tars in
-`tar_records.py`. ArrayRecord is read by TFDS's `data_source`, grain and MaxText; its bytes are the
-package `array_record`'s, which is imported inside of the functions. Such a shard holds the same
-records as a TFRecord shard would, each in a group of its own, so that any of them is read alone. It
-has no offsets that we know, and its reader takes local or mounted files only.
+`schema.py` describes a record, `shard_files.py` the TFRecord framing, and `tar_records.py` tars.
+TFDS's `data_source`, grain and MaxText read ArrayRecord. The package `array_record` implements the
+format and is imported inside the functions. An ArrayRecord shard holds the same records as a
+TFRecord shard, one record per group, so each can be read alone. Its byte offsets are unknown, and
+its reader opens local or mounted files only.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from diht_jax.storage.stores import check_readable, is_remote, open_local, retry
 
 INDEX = ShardIndex(b"DIHTIDX1", FRAME_BYTES, alignment=1, is_gapless=True, scan=scan_offsets)
 
-# Encoded images cannot be compressed any further.
+# Encoded images do not compress further.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
-# The fastest for random access.
+# Fastest options for random access.
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 
 
 class TFRecordWriter(RecordWriter):
-    """Writes one shard and its index; see `RecordWriter`."""
+    """Writes one TFRecord shard and its index; see `RecordWriter`."""
 
     index = INDEX
 
@@ -95,15 +95,15 @@ class _TFRecordShard(OpenShard):
 class TFRecordSource(ShardedRecords):
     """Random access to the records of many shards, in the order of the shards.
 
-    A grain `RandomAccessDataSource`. Without a `dataset.index`, the missing indices of shards are
-    built, and kept next to them where the folder can be written, in memory where it cannot.
+    A grain `RandomAccessDataSource`. Without a `dataset.index`, missing indices of shards are
+    built, and kept next to the shards if the folder is writable, else in memory.
     """
 
     kind = "tfrecord"
     shard_type = _TFRecordShard
 
     def unpack(self, index: int, piece: bytes) -> bytes:
-        """The element of a record, of its piece of an extent; see `ShardedRecords.unpack`."""
+        """Returns the element in a piece of an extent; see `ShardedRecords.unpack`."""
         data = unframe(piece, functools.partial(self.locate, index))
         if data is None:
             path, record = self.locate(index)
@@ -114,11 +114,11 @@ class TFRecordSource(ShardedRecords):
         return data
 
     def cut(self, first: int, last: int, data: bytes) -> np.ndarray:
-        """Cuts the bytes of an extent at its records by their frames; see `ShardedRecords.cut`."""
+        """Splits the bytes of an extent at the frames of records; see `ShardedRecords.cut`."""
         starts = [0]
         while len(starts) <= last - first and len(data) - starts[-1] >= FRAME_BYTES:
             length = framed_length(data[starts[-1] : starts[-1] + FRAME_BYTES])
-            if length is None:  # damaged; the index knows where the other records are
+            if length is None:  # damaged; the index states where the other records are
                 break
             starts.append(starts[-1] + length)
         is_whole = len(starts) == last - first + 1 and starts[-1] == len(data)
@@ -126,7 +126,7 @@ class TFRecordSource(ShardedRecords):
 
 
 class ArrayRecordWriter(RecordWriter):
-    """Writes one shard; equal records give equal bytes."""
+    """Writes one ArrayRecord shard; equal records give equal bytes."""
 
     def _open(self, path: pathlib.Path) -> None:
         from array_record.python import array_record_module
@@ -144,7 +144,7 @@ class ArrayRecordWriter(RecordWriter):
 
 @contextlib.contextmanager
 def _system_errors() -> Generator[None]:
-    """Raises OSErrors for the package's RuntimeErrors, which have the system's error as text."""
+    """Converts the package's RuntimeErrors, whose text contains the system's error, to OSErrors."""
     try:
         yield
     except RuntimeError as error:
@@ -154,7 +154,7 @@ def _system_errors() -> Generator[None]:
 
 
 class _ArrayRecordShard(OpenShard):
-    # Only `dataset.index` has it.
+    # Used only to build a `dataset.index`.
     index = ShardIndex(
         b"DIHTARR1",
         record_bytes=1,
@@ -172,7 +172,7 @@ class _ArrayRecordShard(OpenShard):
             )
         self.path = shard.path
         self._reader = self._open()
-        # The numbers of the records stand for their offsets.
+        # The numbers of the records are used as offsets.
         super().__init__(shard, np.arange(self._reader.num_records(), dtype=np.uint64))
 
     @classmethod
@@ -199,8 +199,8 @@ class _ArrayRecordShard(OpenShard):
         try:
             return self._reader.read([record])[0]
         except RuntimeError:
-            # The same error as for damage comes of a disk that fails for a moment; after a restart
-            # of a file server, a descriptor stays stale.
+            # A transient disk failure raises the same error as damage; after a restart of a file
+            # server, the descriptor is stale.
             check_readable(self.path)
             self._reader = self._open()
         try:
@@ -213,7 +213,7 @@ class _ArrayRecordShard(OpenShard):
     def _open(self) -> Any:
         from array_record.python import array_record_module
 
-        # Its reader does not tell a missing file, and waits for a pipe.
+        # The package's reader does not report a missing file, and blocks on a pipe.
         retry(functools.partial(open_local, self.path), self.path).close()
         reader = array_record_module.ArrayRecordReader(self.path, _READER_OPTIONS)
         if not reader.ok():
@@ -229,14 +229,14 @@ class _ArrayRecordShard(OpenShard):
 class ArrayRecordSource(ShardedRecords):
     """Random access to the records of many shards, in the order of the shards.
 
-    Like `TFRecordSource`; but no extent of several records is known.
+    Like `TFRecordSource`, but without extents of several records.
     """
 
     kind = "array_record"
     shard_type = _ArrayRecordShard
 
     def extent(self, first: int, last: int) -> tuple[str, int, int]:
-        """Raises ValueError: the places of records are not known of this format."""
+        """Raises ValueError, since the byte offsets of records are unknown in this format."""
         raise ValueError(
             f"{self.locate(first)[0]}: ArrayRecord shards are not read by ranges of bytes; set "
             'config.data.order="global", or train on TFRecord shards or tars'
@@ -244,7 +244,7 @@ class ArrayRecordSource(ShardedRecords):
 
 
 def read_array_records(path: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
-    """Yields the records of one shard in order; errors as those of `ArrayRecordSource`."""
+    """Yields the records of one shard in order; errors are those of `ArrayRecordSource`."""
     shard = _ArrayRecordShard(Shard(path))
     yield from map(shard.read, range(shard.num_records)[start:stop])
 
@@ -254,11 +254,11 @@ class ShardFormat(NamedTuple):
 
     # Random access to the records of many shards; its `kind` is the name of the format.
     source: type[ShardedRecords]
-    writer: type[RecordWriter]  # of one shard
-    tfds_name: str | None = None  # what TFDS calls it; None where it does not read it
+    writer: type[RecordWriter]  # writes one shard
+    tfds_name: str | None = None  # TFDS's name of the format; None if TFDS cannot read it
 
 
-# By the values of `config.output_format`.
+# `config.output_format` -> format.
 FORMATS = {
     "tfrecord": ShardFormat(TFRecordSource, TFRecordWriter, "tfrecord"),
     "array_record": ShardFormat(ArrayRecordSource, ArrayRecordWriter, "array_record"),
@@ -267,19 +267,19 @@ FORMATS = {
 
 
 def check_format(name: str, allowed: Iterable[str] = FORMATS) -> None:
-    """Raises ValueError for a `config.output_format` that is not one of those allowed."""
+    """Raises ValueError if a `config.output_format` is not allowed."""
     if name not in allowed:
         raise ValueError(f"config.output_format='{name}'; expected one of {', '.join(allowed)}")
 
 
 def open_source(paths: Paths) -> ShardedRecords:
-    """The records of some shards, all of one format.
+    """Opens the records of some shards, all of one format.
 
     Args:
         paths: a shard, a folder, a glob or a list of these; also their URLs.
 
     Raises:
-        ShardsNotFoundError: nothing is found, several formats are, or tars that are compressed.
+        ShardsNotFoundError: there are no shards, several formats, or compressed tars.
         ValueError: a shard or an index is broken.
     """
     found = open_catalog(paths)
@@ -287,7 +287,7 @@ def open_source(paths: Paths) -> ShardedRecords:
 
 
 def open_writer(path: str | os.PathLike[str]) -> RecordWriter:
-    """A writer of one shard, such as `TFRecordWriter`, by the name of the shard or its URL."""
+    """Opens a writer for one shard; the file name or URL determines the format."""
     kind = kind_of(os.fspath(path))
     if kind is None:
         suffixes = ", ".join(SUFFIXES.values())

@@ -1,13 +1,13 @@
-"""Pairs and the samples that they come from: an image under its format's name, texts, captions.
+"""Pairs, and the samples that they come from: an image, its captions and metadata.
 
 A sample's parts are `jpg`, `jpeg`, `png` or `webp` (the encoded image), `txt` (the caption), and
-metadata, of which `caption` and `captions` are captions too. In tars the parts are members and the
-metadata is `json`; in TFRecords they are fields, as img2dataset's output format "tfrecord" has
-them. What the parts mean is the same everywhere, and stands here.
+metadata, where `caption` and `captions` are captions too. In tars, the parts are members and the
+metadata is `json`. In TFRecords, they are fields, as in img2dataset's output format "tfrecord". The
+meaning of the parts is the same in all formats, and is defined here.
 
-An image may have several captions, each of a kind such as alt text or synthetic: `captions` in the
-metadata are all texts, where there are several, and `caption_kinds` the kind of each of them, or of
-the only caption. Kinds are left out where all are the usual one.
+An image may have several captions, each of a kind such as alt text or synthetic. The metadata then
+has all texts as `captions`, and the kind of each text, or of the only caption, as `caption_kinds`.
+The kinds are omitted if all captions are of the usual kind.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-# Names of columns and fields, in any case; of several that are there the first counts.
+# Names of columns and fields, ignoring case; the first one present is used.
 IMAGE_NAMES = (
     *IMAGE_EXTENSIONS,
     "image",
@@ -33,33 +33,33 @@ IMAGE_NAMES = (
     "file",
 )
 CAPTION_NAMES = ("txt", "caption", "captions", "text", "title", "description")
-# Nothing that is worth decoding has more bytes; keeps a hostile member from filling the memory.
+# Size limit of an encoded image, which keeps a hostile member from filling the memory.
 MAX_IMAGE_BYTES = 2**28
 
 # In the metadata, next to `captions`: the kind of each caption.
 _CAPTION_KINDS = "caption_kinds"
 USUAL_KIND = "alt"
 _KIND = re.compile(r"[A-Za-z0-9_-]+")
-# What may end a sentence, with the quotes and brackets that it closes and the space behind it.
+# Possible ends of a sentence, with closing quotes and brackets and the space after them.
 _END = re.compile(
     r"""[.!?\u2026]+["'\u2019\u201d)\]]*\s+|[\u3002\uff01\uff1f]+[\u300d\u300f\u201d]*\s*|\s*\n\s*"""
 )
 _OPENING = "\"'\u2018\u201c(["
-# Their full stop ends none. A single letter, as in "J. S. Bach", ends none either.
+# Words whose full stop ends no sentence; nor does one after a single capital ("J. S. Bach").
 _ABBREVIATIONS = frozenset(["mr", "mrs", "ms", "dr", "prof", "st", "mt", "jr", "sr", "vs"])
 _LAST_WORD = re.compile(r"(\w+)\.$")
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """An image and its caption, as a source gave them.
+    """An image and its caption, as read from a source.
 
     Attributes:
-        key: names the pair within its source.
+        key: name of the pair within its source.
         image: encoded bytes (JPEG, PNG, WebP, ...), untouched.
-        caption: the text; the first one where an image has several.
-        metadata: JSON-able side data: "captions" (all, where there are several), "label" (int or
-            str), "class_name" (str), and all else that the source knows.
+        caption: the text; the first one if an image has several.
+        metadata: JSON-able side data: "captions" (all, if there are several), "label" (int or
+            str), "class_name" (str), and everything else that the source states.
     """
 
     key: str
@@ -70,15 +70,15 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Skipped:
-    """An entry of a source that is no pair."""
+    """An entry of a source that is not a valid pair."""
 
-    key: str  # names the entry, as well as it can be named
+    key: str  # name of the entry, as far as it is known
     reason: str  # one of `readers.base.SOURCE_REASONS`
-    detail: str = ""  # what was found, for a person
+    detail: str = ""  # what was found, in words
 
 
 class SampleError(ValueError):
-    """A sample that is no pair, since its image or its caption is missing or not the only one."""
+    """A sample that is not a pair: its image or caption is missing or not unique."""
 
     def __init__(self, skipped: Skipped):
         super().__init__(skipped)
@@ -98,16 +98,16 @@ def clean_text(text: str) -> str:
 
 
 def find_name(names: Collection[str], wanted: Sequence[str]) -> str | None:
-    """The first of the wanted names that is there in any case; None where there is none."""
+    """Returns the first wanted name that is present, ignoring case; None if there is none."""
     present = {name.strip().lower(): name for name in names}
     present |= {name: name for name in names}  # "text" before "TEXT"
     return next((present[name] for name in wanted if name in present), None)
 
 
 def pick_captions(value: Any, *, keep_repeated: bool = False) -> list[str]:
-    """The captions in a text, a list of texts, or anything else (none).
+    """Returns the captions in a text or a list of texts; none in anything else.
 
-    Cleaned, not empty, in order, without repetitions unless these are kept.
+    They are cleaned, not empty, and in order. Repetitions are removed unless `keep_repeated`.
     """
     found = []
     for item in value if isinstance(value, list | tuple) else [value]:
@@ -117,7 +117,7 @@ def pick_captions(value: Any, *, keep_repeated: bool = False) -> list[str]:
 
 
 def explain_no_caption(column: str | None, value: Any) -> str:
-    """Tells, for a person, why `pick_captions` finds nothing in the value of a column."""
+    """Returns a message on why `pick_captions` finds nothing in the value of a column."""
     values = value if isinstance(value, list | tuple) else [value]
     other = next((item for item in values if not isinstance(item, str | None)), None)
     if other is None:
@@ -129,12 +129,12 @@ def explain_no_caption(column: str | None, value: Any) -> str:
 def merge_captions(
     metadata: Mapping[str, Any], captions: list[str], stated: Any = None
 ) -> dict[str, Any]:
-    """Metadata with "captions" where there are several, without it where there is one.
+    """Returns metadata with "captions" if there are several, and without it if there is one.
 
     Args:
-        metadata: of the pair; the kinds of its captions stay with their texts.
-        captions: of `pick_captions`.
-        stated: the texts as they came, which the kinds are of; None: they are the captions.
+        metadata: metadata of the pair; the kinds of its captions stay with their texts.
+        captions: result of `pick_captions`.
+        stated: the original texts that the kinds refer to; None means `captions`.
     """
     merged = dict(metadata)
     merged.pop("captions", None)
@@ -143,7 +143,7 @@ def merge_captions(
     kinds = merged.get(_CAPTION_KINDS)
     texts = captions if stated is None else stated
     texts = texts if isinstance(texts, list | tuple) else [texts]
-    if isinstance(kinds, list) and len(kinds) == len(texts):  # what does not fit stays as it is
+    if isinstance(kinds, list) and len(kinds) == len(texts):  # otherwise they are left unchanged
         named = [(clean_text(t), k) for t, k in zip(texts, kinds, strict=True) if type(t) is str]
         kind_of = dict(reversed(named))
         merged[_CAPTION_KINDS] = [kind_of.get(text, USUAL_KIND) for text in captions]
@@ -153,12 +153,12 @@ def merge_captions(
 def take_caption(
     text: bytes | None, metadata: Mapping[str, Any]
 ) -> tuple[str | None, dict[str, Any]]:
-    """The first caption of a sample, None without any, and what is left as its metadata.
+    """Returns the first caption of a sample (None without any) and its remaining metadata.
 
     Args:
         text: contents of `txt`, which come first.
-        metadata: with `caption`, which comes next, and `captions`; else one of `CAPTION_NAMES`. It
-            comes back without `key` and `caption`, and with `captions` where there are several.
+        metadata: side data with `caption`, which comes next, and `captions`, or else one of
+            `CAPTION_NAMES`. The result lacks `key` and `caption`, and has `captions` if several.
     """
     in_metadata = pick_captions(metadata.get("caption"))
     captions = pick_captions((text or b"").decode("utf-8-sig", "replace")) or in_metadata
@@ -174,11 +174,11 @@ def take_caption(
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of a text, without the space between them.
+    """Splits a text into sentences, without the space between them.
 
-    A sentence ends with a full stop, a question or exclamation mark before a space and anything
-    but a small letter, with a mark of Chinese or Japanese, or with its line. By rules alone, so
-    that every machine splits alike; a wrong guess makes a part of another length, and no more.
+    A sentence ends at a line break, at a Chinese or Japanese mark, or at a full stop, question mark
+    or exclamation mark before a space that no small letter follows. Fixed rules give every machine
+    the same result; a wrong split only makes a part of another length.
     """
     sentences, start = [], 0
     for end in _END.finditer(text):
@@ -197,7 +197,7 @@ def split_sentences(text: str) -> list[str]:
 
 
 def all_captions(pair: Pair) -> list[str]:
-    """The captions of a pair, its first one first; ValueError where they are no list of texts."""
+    """Returns the captions of a pair, its first one first; ValueError unless a list of texts."""
     several = pair.metadata.get("captions", ())
     if not isinstance(several, list | tuple) or not all(isinstance(t, str) for t in several):
         raise ValueError(
@@ -208,7 +208,7 @@ def all_captions(pair: Pair) -> list[str]:
 
 
 def caption_kinds(pair: Pair) -> dict[str, str]:
-    """Caption -> its kind, as `all_captions`; ValueError where kinds are not as many."""
+    """Returns caption -> kind, in the order of `all_captions`; ValueError if the counts differ."""
     captions = all_captions(pair)
     kinds = pair.metadata.get(_CAPTION_KINDS)
     if kinds is None:
@@ -229,7 +229,7 @@ def caption_kinds(pair: Pair) -> dict[str, str]:
 
 
 def with_captions(pair: _Pair, kind_of: Mapping[str, str]) -> _Pair:
-    """The pair with other captions, at least one, by their kinds."""
+    """Returns the pair with other captions, at least one, given as caption -> kind."""
     hidden = ("captions", _CAPTION_KINDS)
     metadata = {name: value for name, value in pair.metadata.items() if name not in hidden}
     captions, kinds = list(kind_of), list(kind_of.values())
@@ -241,14 +241,14 @@ def with_captions(pair: _Pair, kind_of: Mapping[str, str]) -> _Pair:
 
 
 def parse_columns(text: str, where: str) -> dict[str, str]:
-    """Column of the metadata -> kind of the captions in it.
+    """Parses a text into a dict from column of the metadata to kind of its captions.
 
     Args:
         text: such as "synthetic=re_caption,title=page_title"; "" names none.
         where: the key of the config, for messages.
 
     Raises:
-        ValueError: another form, or a column that is named twice.
+        ValueError: the text has another form, or names a column twice.
     """
     columns: dict[str, str] = {}
     for part in filter(None, text.split(",")):
@@ -264,7 +264,7 @@ def parse_columns(text: str, where: str) -> dict[str, str]:
 
 
 def check_kind(kind: str, where: str) -> None:
-    """Raises ValueError unless `kind` can be the name of a kind of caption."""
+    """Raises ValueError unless `kind` is a valid name for a kind of caption."""
     if not _KIND.fullmatch(kind):
         raise ValueError(
             f"{where}: '{kind}' is no kind of caption; expected a name of letters, digits, - and "
@@ -273,10 +273,10 @@ def check_kind(kind: str, where: str) -> None:
 
 
 def add_columns(pair: Pair, columns: Mapping[str, str], kind: str | None = None) -> Pair:
-    """The pair with the captions in columns of its metadata behind its own ones.
+    """Returns the pair with the captions of some metadata columns added after its own.
 
-    A text that it has already is not added again. `kind` is that of its own captions, where they
-    have none.
+    Repeated texts are not added. `kind` is the kind of the pair's own captions if its metadata
+    states none.
     """
     kind_of = caption_kinds(pair)
     if kind is not None and _CAPTION_KINDS not in pair.metadata:

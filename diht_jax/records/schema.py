@@ -1,21 +1,21 @@
-"""The record: one image-text pair as a shard holds it, and its two encodings.
+"""The record: one image-text pair as stored in a shard, and its two encodings.
 
-The only contract between `data_prep` (writes) and `diht_jax` (reads). A record is a serialised
-`tf.train.Example`, so TensorFlow and TFDS read it too. Files belong in `formats.py`, pixels in
-`input/transforms.py`.
+It is the only contract between `data_prep` (writes) and `diht_jax` (reads). A record is a
+serialised `tf.train.Example`, which TensorFlow and TFDS can also read. File access belongs in
+`formats.py`, image decoding in `input/transforms.py`.
 
-The concepts of a labelled record are packed into one field, `concepts`, of 102 bytes for ten
-objects and ten attributes (four lists would take over 200); first objects, then attributes::
+The concepts of a labelled record are packed into one field, `concepts`, which takes 102 bytes for
+ten objects and ten attributes (four lists would take over 200). Objects come first::
 
     uint8 k | k x uint24 id | k x float16 probability        (little-endian)
 
-Whoever writes records with other tools may give the four lists `object_ids`, `object_probs`,
-`attribute_ids` and `attribute_probs` (int64 and float) instead; they are read as well.
+Other writers may give the four lists `object_ids`, `object_probs`, `attribute_ids` and
+`attribute_probs` (int64 and float) instead, which are also read.
 
 The message classes are built here from a descriptor of TensorFlow's published `example.proto`
-(same field numbers, hence the same bytes). The copy that TFDS ships is the same, but importing it
-runs all of `tensorflow_datasets`, in the training process and in each of its workers; this one
-needs `protobuf` alone, whose C parser takes about 8 microseconds for a 100 kB record.
+(same field numbers, hence the same bytes). TFDS ships the same descriptor, but importing it runs
+all of `tensorflow_datasets`, in the training process and in each of its workers. This one needs
+only `protobuf`, whose C parser takes about 8 microseconds for a 100 kB record.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ CONCEPT_FIELDS = ((OBJECT_IDS, OBJECT_PROBS), (ATTRIBUTE_IDS, ATTRIBUTE_PROBS))
 _TEXT = "txt"  # the caption, in img2dataset's layout
 _LISTS = ("bytes_list", "float_list", "int64_list")
 MAX_CONCEPT_ID = 2**24 - 1
-MAX_CONCEPTS = 255  # of one kind, in one record
+MAX_CONCEPTS = 255  # per kind and record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Record(Pair):
     """A pair with its distillation targets (DiHT, arXiv 2301.02280, "Concept Distillation").
 
     Attributes:
-        object_ids: int32 [k], the teacher's likeliest objects, likeliest first; None before
-            labelling, empty where the teacher gave none.
+        object_ids: int32 [k], the teacher's likeliest objects, likeliest first. None before
+            labelling, empty if the teacher found none.
         object_probs: float32 [k], their probabilities; a shard keeps 11 bits of each.
         attribute_ids: int32 [k], the same for attributes.
         attribute_probs: float32 [k].
@@ -79,15 +79,15 @@ def encode_record(record: Pair) -> bytes:
     """Serialises a pair or a record; equal records give equal bytes.
 
     Args:
-        record: what to write. Without any concept field, `concepts` is left out; where one kind
-            is None, it is written as empty. Metadata is written as one JSON object.
+        record: the pair or record. Without concept fields, `concepts` is omitted. If only one kind
+            of concepts is None, it is written as empty. Metadata is written as one JSON object.
 
     Returns:
         A serialised `tf.train.Example`.
 
     Raises:
-        ValueError: empty key or image, text that is no valid Unicode, metadata that is no JSON,
-            or concept ids and probabilities that do not belong together.
+        ValueError: the key or image is empty, text is not valid Unicode, metadata is not JSON, or
+            concept ids and probabilities do not match.
     """
     if not record.key:
         raise ValueError("a record has an empty key; every pair needs one, to be named by")
@@ -115,21 +115,21 @@ def encode_record(record: Pair) -> bytes:
 
 
 def decode_record(data: bytes) -> Record:
-    """Reads what `encode_record`, img2dataset, or any other writer of the same fields, has written.
+    """Decodes a record of `encode_record`, img2dataset, or any other writer of the same fields.
 
     Args:
         data: a serialised `tf.train.Example` with at least `key`, `image` and `caption`; or, as
             img2dataset writes it, with `key`, the image under its format's name, and `txt`.
 
     Raises:
-        ValueError: not a `tf.train.Example`; a field is missing, of another type or no JSON; or
-            concept ids and probabilities that do not belong together.
+        ValueError: the bytes are not a `tf.train.Example`, a field is missing or has a wrong type
+            or invalid JSON, or concept ids and probabilities do not match.
     """
     return decode_fields(parse_example(data))
 
 
 def parse_example(data: bytes) -> Mapping[str, Any]:
-    """The fields of a serialised `tf.train.Example` by name; ValueError for other bytes."""
+    """Parses a `tf.train.Example` into its fields by name; raises ValueError for other bytes."""
     try:
         return Example.FromString(data).features.feature
     except DecodeError as error:
@@ -140,9 +140,9 @@ def parse_example(data: bytes) -> Mapping[str, Any]:
 
 
 def decode_fields(fields: Mapping[str, Any]) -> Record:
-    """The record in the fields of `parse_example`; errors are those of `decode_record`.
+    """Decodes the fields of `parse_example` into a record; errors are those of `decode_record`.
 
-    Of img2dataset's layout also SampleError, for a record without image or caption.
+    For img2dataset's layout, a record without image or caption raises SampleError.
     """
     if has_sample_fields(fields):
         return _read_sample_fields(fields)
@@ -156,7 +156,7 @@ def decode_fields(fields: Mapping[str, Any]) -> Record:
         ) from error
     if CONCEPTS in fields:
         concepts = _unpack_concepts(key, _decode_bytes(fields, CONCEPTS, key))
-    else:  # the four lists of other writers; None where a field is absent
+    else:  # the four lists of other writers; None if a field is absent
         concepts: dict[str, Any] = {}
         for ids_name, probs_name in CONCEPT_FIELDS:
             ids, probs = fields.get(ids_name), fields.get(probs_name)
@@ -192,7 +192,7 @@ def _pack_concepts(record: Record, ids_name: str, probs_name: str) -> bytes | No
 def check_concepts(
     key: str, ids_name: str, ids: Any, probs_name: str, probs: Any, max_id: int = MAX_CONCEPT_ID
 ) -> None:
-    """Raises ValueError where ids, integer [k], and probabilities do not fit each other."""
+    """Raises ValueError if ids (integer [k]) and probabilities do not match."""
     if ids is None or probs is None:
         missing = ids_name if ids is None else probs_name
         raise ValueError(f"record '{key}': {missing} is missing; ids and probabilities go together")
@@ -242,8 +242,8 @@ def _decode_bytes(fields: Any, name: str, key: str) -> bytes:
 
 
 def has_sample_fields(fields: Mapping[str, Any]) -> bool:
-    """Whether a `tf.train.Example` has the layout of img2dataset rather than ours."""
-    # A user's column may be called "image" as well, but ours has no `txt`.
+    """Returns whether a `tf.train.Example` has the layout of img2dataset rather than ours."""
+    # img2dataset's may have a user's column "image", but ours has no `txt`.
     if IMAGE in fields and _TEXT not in fields:
         return False
     has_image = any(_single_bytes(fields, name) is not None for name in IMAGE_EXTENSIONS)
@@ -251,14 +251,14 @@ def has_sample_fields(fields: Mapping[str, Any]) -> bool:
 
 
 def _read_sample_fields(fields: Mapping[str, Any]) -> Record:
-    """The record in the fields of img2dataset's layout.
+    """Decodes the fields of img2dataset's layout into a record.
 
-    All fields but the image, `txt`, `key` and the captions are metadata: texts, and numbers that
-    JSON can hold; None for the others. `has_sample_fields` must be true of the fields.
+    Every field except the image, `txt`, `key` and the captions becomes metadata: texts and numbers
+    that JSON can represent, None otherwise. `has_sample_fields` must be true of the fields.
 
     Raises:
-        SampleError: there is not exactly one image, or no caption.
-        ValueError: there is no key.
+        SampleError: the record does not have exactly one image, or has no caption.
+        ValueError: the record has no key.
     """
     values = {name: _plain_value(fields[name]) for name in sorted(fields)}
     key = "" if values.get(KEY) is None else clean_text(str(values[KEY]))
@@ -280,13 +280,13 @@ def _read_sample_fields(fields: Mapping[str, Any]) -> Record:
 
 
 def _single_bytes(fields: Mapping[str, Any], name: str) -> bytes | None:
-    # `in` first: indexing a protobuf map inserts what is missing.
+    # Test with `in` first, since indexing a protobuf map inserts missing keys.
     values = fields[name].bytes_list.value if name in fields else ()
     return values[0] if len(values) == 1 else None
 
 
 def _plain_value(feature: Any) -> Any:
-    """The value of a field as JSON can hold it; a list where there are several."""
+    """Returns the value of a field as JSON can represent it; a list if there are several."""
     for kind in _LISTS:
         values = [_plain(value) for value in getattr(feature, kind).value]
         if values:
@@ -327,7 +327,7 @@ message_type { name: "Example"
   field { name: "features" number: 1 label: LABEL_OPTIONAL
           type: TYPE_MESSAGE type_name: ".tensorflow.Features" } }
 """
-# A pool of its own keeps the names apart from those that TensorFlow registers in the default pool.
+# A separate pool avoids conflicts with the names that TensorFlow registers in the default pool.
 _POOL = descriptor_pool.DescriptorPool()
 _POOL.Add(text_format.Parse(_EXAMPLE_PROTO, descriptor_pb2.FileDescriptorProto()))
 Example = message_factory.GetMessageClass(_POOL.FindMessageTypeByName("tensorflow.Example"))

@@ -1,16 +1,16 @@
-"""Files of record shards: their names, TFRecord's framing, the index of a shard, its writer.
+"""Files of record shards: names, TFRecord framing, the index of a shard, and the writer interface.
 
 The framing is TensorFlow's, little-endian::
 
     uint64 length | uint32 masked CRC32C of length | bytes | uint32 masked CRC32C of bytes
 
-The index is the file `SHARD.idx` next to a shard: where each of its records begins. It is
-little-endian, and its header ties it to one shard::
+The index of a shard is the file `SHARD.idx` next to it, which states where each record begins. It
+is little-endian, and its header ties it to one shard::
 
     8 bytes magic | uint64 shard size | uint64 n | n x uint64 offset
 
-The magic is "DIHTIDX1" of a TFRecord shard and "DIHTTAR1" of a tar. An index needs no checksum: a
-record's own frame or header must fit its offsets when it is read.
+The magic is "DIHTIDX1" for a TFRecord shard and "DIHTTAR1" for a tar. An index has no checksum,
+since every read compares the record's own frame or header with its offsets.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from diht_jax.storage import files
 from diht_jax.storage.files import read_bytes, write_bytes
 from diht_jax.storage.stores import StorageError, is_remote, open_file, open_local, retry
 
-# By kind, as `config.output_format` names it; of a folder with several the first one is read.
+# By kind, as named in `config.output_format`. A folder with several is read as the first one.
 SUFFIXES = {"tfrecord": ".tfrecord", "array_record": ".array_record", "webdataset": ".tar"}
 # Both `name-00000.tfrecord` and TFDS's default `name.tfrecord-00000-of-00010`.
 _NAMES = {
@@ -51,21 +51,21 @@ _MASK_DELTA = 0xA282EAD8
 
 
 class TFRecordError(ValueError):
-    """A shard or its index cannot be trusted; the message names file and record."""
+    """A damaged shard or index; the message names the file and the record."""
 
 
 class DamagedRecordError(TFRecordError):
-    """One record is damaged; those around it can be read."""
+    """A single damaged record; the records around it can be read."""
 
 
 def is_of_one_record(error: ValueError) -> bool:
-    """False for the error of a whole shard, or of the disk or store that it is in."""
+    """Returns False for an error of a whole shard, or of its disk or store."""
     is_whole_shard = isinstance(error, TFRecordError | StorageError)
     return not is_whole_shard or isinstance(error, DamagedRecordError)
 
 
 def kind_of(path: str) -> str | None:
-    """The kind of a shard by its name alone; None where it is no name of a shard."""
+    """Returns the kind of a shard from its file name; None if it is not a shard's name."""
     name = os.path.basename(path)
     for kind, form in _NAMES.items():
         if form.fullmatch(name):
@@ -76,10 +76,10 @@ def kind_of(path: str) -> str | None:
 def shard_name(
     dataset: str, split: str, index: int, num_shards: int, suffix: str = ".tfrecord"
 ) -> str:
-    """File name of one shard, as TFDS forms it from our template; a ValueError for other names.
+    """Returns the file name of one shard in TFDS's format; raises ValueError for invalid names.
 
-    Those of data set and split are lower case with underscores; `index` counts from 0, and more
-    than 99,999 shards make the number longer.
+    The names of data set and split must be lower case with underscores. `index` counts from 0. The
+    number is longer for more than 99,999 shards.
     """
     for name in (dataset, split):
         if not _DATASET_NAME.fullmatch(name):
@@ -89,28 +89,28 @@ def shard_name(
 
 
 def _masked_crc(data: bytes) -> int:
-    """CRC32C of the data, masked as the TFRecord format wants it."""
+    """Returns the CRC32C of the data, masked as the TFRecord format requires."""
     crc = google_crc32c.value(data)
     return (((crc >> 15) | (crc << 17)) + _MASK_DELTA) & 0xFFFFFFFF
 
 
 def frame_header(length: int) -> bytes:
-    """The 12 bytes before a record of `length` bytes."""
+    """Returns the 12 bytes before a record of `length` bytes."""
     packed = struct.pack("<Q", length)
     return packed + _CRC.pack(_masked_crc(packed))
 
 
 def frame_footer(data: bytes) -> bytes:
-    """The 4 bytes after a record."""
+    """Returns the 4 bytes after a record."""
     return _CRC.pack(_masked_crc(data))
 
 
 def unframe(frame: bytes, locate: Callable[[], tuple[str, int]]) -> bytes | None:
-    """The record within a complete frame; `locate` gives path and number for the message.
+    """Returns the record in a complete frame; `locate` gives path and number for the message.
 
     Returns:
-        The record's bytes; None where `frame` is not one whole frame, so that whoever cut it out
-        gave a wrong offset.
+        The record's bytes. None if `frame` is not one whole frame, which means that the offset was
+        wrong.
 
     Raises:
         TFRecordError: the frame is whole but its contents are damaged.
@@ -124,7 +124,7 @@ def unframe(frame: bytes, locate: Callable[[], tuple[str, int]]) -> bytes | None
 
 
 def framed_length(header: bytes) -> int | None:
-    """Bytes of the frame that begins with `header`; None where its checksum is wrong."""
+    """Returns the bytes of the frame that begins with `header`; None if its checksum is wrong."""
     if len(header) < _LENGTH.size:
         return None
     length, crc = _LENGTH.unpack_from(header)
@@ -132,11 +132,11 @@ def framed_length(header: bytes) -> int | None:
 
 
 def scan_offsets(path: str | os.PathLike[str]) -> np.ndarray:
-    """Where each record's frame starts, uint64 [n]; contents of a local shard are not read.
+    """Finds where each record's frame starts, uint64 [n]; skips the contents of a local shard.
 
     Raises:
-        TFRecordError: not a TFRecord file, or cut off, or damaged between two records.
-        StorageError: it cannot be read, now and after some attempts.
+        TFRecordError: the file is not a TFRecord file, is cut off, or is damaged between records.
+        StorageError: the file cannot be read, even after retries.
     """
     path = os.fspath(path)
 
@@ -148,11 +148,11 @@ def scan_offsets(path: str | os.PathLike[str]) -> np.ndarray:
 
 
 def read_records(path: str | os.PathLike[str]) -> Iterator[bytes]:
-    """Yields the records of one shard in order, checksums checked; needs no index.
+    """Yields the records of one shard in order and checks their checksums; needs no index.
 
     Raises:
-        TFRecordError: like `scan_offsets`, and for a record whose checksum differs.
-        StorageError: the file cannot be read, now and after some attempts.
+        TFRecordError: like `scan_offsets`, and for a record with a wrong checksum.
+        StorageError: the file cannot be read, even after retries.
     """
     path = os.fspath(path)
     with open_file(path) as file:
@@ -164,7 +164,7 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[bytes]:
 
 
 def _walk_frames(path: str, file: BinaryIO) -> Iterator[tuple[int, int]]:
-    """Yields where each frame starts, and the length of its record, which the file is then at."""
+    """Yields the start of each frame and the length of its record, with the file at the record."""
     record, position, size = 0, 0, file.seek(0, os.SEEK_END)
     while position < size:
         file.seek(position)
@@ -177,7 +177,7 @@ def _walk_frames(path: str, file: BinaryIO) -> Iterator[tuple[int, int]]:
 
 
 def _check_header(path: str, record: int, header: bytes) -> int:
-    """The length that a frame header states."""
+    """Returns the record length that a frame header states."""
     framed = framed_length(header)
     if framed is not None:
         return framed - FRAME_BYTES
@@ -212,17 +212,17 @@ class ShardIndex:
     """Reads and writes the indices of shards of one format."""
 
     magic: bytes  # the first 8 bytes
-    record_bytes: int  # fewest of a record
-    alignment: int  # records begin at multiples of it
+    record_bytes: int  # minimum size of a record
+    alignment: int  # records begin at multiples of this
     is_gapless: bool  # whether the records fill the shard
-    # Finds the offsets of a shard, uint64 [n], without an index; raises `TFRecordError` where the
-    # shard is damaged.
+    # Finds the offsets of a shard, uint64 [n], without an index; raises `TFRecordError` for a
+    # damaged shard.
     scan: Callable[[str], np.ndarray]
 
     def load(self, path: str, shard_bytes: int) -> np.ndarray | None:
-        """The offsets of the index, uint64 [n]; None where there is no index.
+        """Returns the offsets from the index of a shard, uint64 [n]; None if there is no index.
 
-        Those of a local shard are memory-mapped: processes that read the same shards share them.
+        A local index is memory-mapped, so processes that read the same shards share the memory.
 
         Raises:
             TFRecordError: the index is damaged or another shard's, or the shard is cut off.
@@ -232,7 +232,7 @@ class ShardIndex:
                 data = np.frombuffer(read_bytes(path + INDEX_SUFFIX), np.uint8)
             elif os.path.getsize(path + INDEX_SUFFIX):
                 data = np.memmap(path + INDEX_SUFFIX, np.uint8, "r")
-            else:  # nothing cannot be mapped
+            else:  # an empty file cannot be mapped
                 data = np.zeros(0, np.uint8)
         except FileNotFoundError:
             return None
@@ -245,7 +245,7 @@ class ShardIndex:
         if self.is_gapless and bool(count) != bool(expected_bytes):
             raise wrong_index(path, f"it has {count} records for {expected_bytes} bytes")
         if expected_bytes != shard_bytes:
-            # A shard that was cut off has the right index: the scan finds that and raises.
+            # If the shard was cut off and the index is right, the scan raises that error.
             self.scan(path)
             raise wrong_index(
                 path, f"it was made for {expected_bytes} bytes, the shard has {shard_bytes}"
@@ -253,7 +253,7 @@ class ShardIndex:
         offsets = data[_HEADER.size :].view("<u8")
         if self.is_gapless and count and offsets[0] != 0:
             raise wrong_index(path, "the first record does not begin the shard")
-        # Where no record can begin, a read could request any size.
+        # With an impossible offset, a read could request any size.
         bounds = np.append(offsets, np.uint64(shard_bytes)).astype(np.int64)
         is_wrong = (np.diff(bounds) < self.record_bytes) | (bounds[:-1] < 0)
         is_wrong |= bounds[:-1] % self.alignment > 0
@@ -263,7 +263,7 @@ class ShardIndex:
         return offsets
 
     def find(self, path: str, shard_bytes: int) -> np.ndarray:
-        """The offsets of a shard, from its index or by a scan; nothing is written."""
+        """Returns the offsets of a shard, from its index or by a scan; writes nothing."""
         offsets = self.load(path, shard_bytes)
         return self.scan(path) if offsets is None else offsets
 
@@ -274,7 +274,7 @@ class ShardIndex:
 
 
 def wrong_index(path: str, detail: str) -> TFRecordError:
-    """The error for an index that does not describe its shard."""
+    """Returns the error for an index that does not describe its shard."""
     return TFRecordError(
         f"{path}{INDEX_SUFFIX} does not belong to {path} ({detail}); delete the index, it is built "
         "again on the next use"
@@ -283,34 +283,34 @@ def wrong_index(path: str, detail: str) -> TFRecordError:
 
 @dataclasses.dataclass
 class RecordHash:
-    """A hash of records in their order; it is the same for every format."""
+    """A hash of records in order, which does not depend on the shard format."""
 
     _hash: Any = dataclasses.field(
         default_factory=functools.partial(hashlib.blake2b, digest_size=16)
     )
 
     def update(self, data: bytes) -> None:
-        """Takes one record."""
+        """Adds one record."""
         self._hash.update(len(data).to_bytes(8, "little"))
         self._hash.update(data)
 
     def digest(self) -> str:
-        """Hash of all records so far."""
+        """Returns the hash of all records so far."""
         return self._hash.hexdigest()
 
 
 class RecordWriter:
     """Writes one shard, local or in a store; use it as a context manager.
 
-    Leaving normally closes, leaving by an exception discards. Bytes go to a temporary file, so that
-    a reader never sees half a shard. A format gives `_open`, `_append` and `_finish`.
+    A normal exit closes the shard, an exception discards it. Bytes go to a temporary file, so a
+    reader never sees half a shard. Subclasses implement `_open`, `_append` and `_finish`.
 
     Attributes:
-        path: of the shard, or its URL.
-        hash: takes every record that is written; None by default.
+        path: path or URL of the shard.
+        hash: updated with every written record; None by default.
     """
 
-    index: ShardIndex | None = None  # of the format; its `_append` then notes the offsets
+    index: ShardIndex | None = None  # if set, `_append` must record the offsets
     hash: RecordHash | None = None
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -324,18 +324,18 @@ class RecordWriter:
         self._open(self._local)
 
     def write(self, data: bytes) -> None:
-        """Appends one record, such as `schema.encode_record` gives."""
+        """Appends one record, such as the result of `schema.encode_record`."""
         self._append(data)
         self._count += 1
         if self.hash is not None:
             self.hash.update(data)
 
     def __len__(self) -> int:
-        """Records written so far."""
+        """Returns the number of records written so far."""
         return self._count
 
     def close(self) -> None:
-        """Gives the shard its name, and writes its index; a second call does nothing."""
+        """Gives the shard its final name and writes its index; a second call does nothing."""
         if not self._is_open:
             return
         self._is_open = False
@@ -343,22 +343,22 @@ class RecordWriter:
             self._finish()
             size = self._local.stat().st_size
             if self.index is not None:
-                # An old index must not stand next to the new shard, not even for a moment.
+                # An old index must never exist next to the new shard.
                 files.remove(self.path + INDEX_SUFFIX)
         if self.index is not None:
             self.index.write(self.path, np.array(self._offsets, np.uint64), size)
 
     def discard(self, error: BaseException | None = None) -> None:
-        """Throws away what was written; nothing is left.
+        """Deletes everything that was written.
 
-        `error`, the reason, is raised with the name of the shard where it has none.
+        `error` is the reason; an OSError without a file name is raised again with the shard's name.
         """
         if not self._is_open:
             return
         self._is_open = False
-        with contextlib.suppress(OSError):  # of bytes that nobody wants
+        with contextlib.suppress(OSError):  # errors of discarded bytes do not matter
             self._finish()
-        error = error or RuntimeError("discarded")  # so that the output does not get its name
+        error = error or RuntimeError("discarded")  # keeps the output from being renamed
         self._output.__exit__(type(error), error, error.__traceback__)
 
     def __enter__(self) -> RecordWriter:
@@ -371,13 +371,13 @@ class RecordWriter:
             self.discard(error)
 
     def _open(self, path: pathlib.Path) -> None:
-        """Opens a new file of this name."""
+        """Opens a new file at this path."""
         raise NotImplementedError
 
     def _append(self, data: bytes) -> None:
-        """Writes a record into it."""
+        """Writes a record to the file."""
         raise NotImplementedError
 
     def _finish(self) -> None:
-        """Completes and closes it; a second call does nothing."""
+        """Completes and closes the file; a second call does nothing."""
         raise NotImplementedError

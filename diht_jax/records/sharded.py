@@ -1,6 +1,6 @@
-"""Records that are numbered through many shards: the part that all formats of shards share.
+"""Access to records numbered across many shards: the code that all shard formats share.
 
-A block is a run of consecutive records of one shard, which one ranged request brings.
+A block is a run of consecutive records of one shard, which one ranged request can read.
 """
 
 from __future__ import annotations
@@ -22,36 +22,36 @@ from diht_jax.records.shard_files import ShardIndex, TFRecordError, wrong_index
 from diht_jax.storage.files import map_many
 from diht_jax.storage.stores import RangesFile, input_size, is_remote
 
-# Two descriptors each, of local ones: well under the usual limit of 1024 for a process.
+# A local shard takes two descriptors; this stays well below the usual limit of 1024.
 _MAX_OPEN_SHARDS = 128
 
 
 class ShardedRecords(Sequence[bytes]):
-    """A sequence over the records of several shards, in the order of the shards.
+    """A sequence of the records of several shards, in the order of the shards.
 
-    It can be pickled, shared by threads (every read carries its own offset) and inherited by
-    forks; the number of open files is bounded for any number of shards. Shards that a
-    `dataset.index` describes are not looked at before they are read. The ends of a local one are
-    compared with the digest in the index when it is first read.
+    Can be pickled, shared by threads (every read has its own offset) and inherited by forks. The
+    number of open files is bounded for any number of shards. A shard that a `dataset.index`
+    describes is not opened before it is read. The first read of a local one compares its ends with
+    the digest in the index.
 
     Attributes:
-        paths: of the shards.
-        unindexed_urls: those in a store that no `dataset.index` describes; to open one costs
+        paths: paths of the shards.
+        unindexed_urls: shards in a store that no `dataset.index` describes; opening each one costs
             requests.
     """
 
-    kind: str  # of the shards, a key of `shard_files.SUFFIXES`
+    kind: str  # a key of `shard_files.SUFFIXES`
     shard_type: type[OpenShard]
 
     def __init__(self, paths: Paths | Catalog):
         """Finds the shards, and counts the records of those that no `dataset.index` describes.
 
         Args:
-            paths: a shard, a folder of shards, a glob, or a list of any of them; also their URLs
-                in an object store; or what `catalog.open_catalog` has found.
+            paths: a shard, a folder of shards, a glob, or a list of these, also as URLs in an
+                object store; or a result of `catalog.open_catalog`.
 
         Raises:
-            ValueError: nothing is found, or (`TFRecordError`) a shard or an index is broken.
+            ValueError: no shard is found, or (`TFRecordError`) a shard or an index is broken.
         """
         if not isinstance(paths, Catalog):
             paths = open_catalog(paths, self.kind)
@@ -82,20 +82,20 @@ class ShardedRecords(Sequence[bytes]):
 
     @property
     def shard_lengths(self) -> np.ndarray:
-        """int64 [shards], the records of each shard."""
+        """int64 [shards], the number of records of each shard."""
         return np.diff(self._starts)
 
     def block_starts(self, block_records: int) -> np.ndarray:
-        """Divides shards into blocks of consecutive records; none crosses the end of a shard.
+        """Divides shards into blocks of consecutive records; no block crosses a shard boundary.
 
-        Within a shard they begin at multiples of `block_records`. What is left at its end, if less
-        than half a block, joins the block before.
+        Blocks begin at multiples of `block_records` in their shard. A remainder of less than half a
+        block joins the previous block.
 
         Args:
             block_records: K, the usual length of a block.
 
         Returns:
-            int64 [B + 1]: the first record of each block; the last entry is the number of records.
+            int64 [B + 1]: the first record of each block, then the number of records.
         """
         lengths = np.asarray(self.shard_lengths, np.int64)
         whole, left = np.divmod(lengths, block_records)
@@ -105,58 +105,58 @@ class ShardedRecords(Sequence[bytes]):
         return np.append(starts, lengths.sum())
 
     def locate(self, index: int) -> tuple[str, int]:
-        """Shard path and number within the shard of a record, for messages."""
+        """Returns the shard path of a record and its number in the shard, for messages."""
         number, record = self._find(index)
         return self.paths[number], record
 
     def make_offsets_local(self, cache_dir: str | os.PathLike[str] | None = None) -> None:
-        """Downloads what is needed to read single records of a store by one request each.
+        """Downloads the indices that allow single records of a store to be read with one request.
 
-        Nothing happens for local shards, nor for those that no `dataset.index` describes.
-        `cache_dir` gets the files; None is a folder of this user in the system's temporary one.
+        Does nothing for local shards and for shards without a `dataset.index`. `cache_dir` is the
+        cache folder; None uses a per-user folder in the system's temporary one.
         """
         for shard in self._shards:
             if shard.index is not None:
                 shard.index.make_local(cache_dir)
 
     def identify(self, number: int) -> tuple[int, int, str]:
-        """Records, bytes and digest of a shard; see `train_data.fingerprint_records`."""
+        """Returns records, bytes and digest of a shard; see `train_data.fingerprint_records`."""
         shard = self._shards[number]
         if shard.index is not None:
             entry = shard.index.entry(shard.row)
             return entry.num_records, entry.num_bytes, entry.digest
-        # Not through the cache: a look at all shards would throw out those that are being read.
+        # Bypasses the cache, since a pass over all shards would evict those being read.
         return self.shard_type(shard, self._offsets_in_memory.get(number)).identify()
 
     def __getitem__(self, index: int) -> bytes:
-        """The bytes of one element.
+        """Returns the bytes of one element.
 
         Raises:
             IndexError: the index is negative or too large.
             TFRecordError: the record is damaged, or the shard or its index was replaced.
-            StorageError: it cannot be read, now and after some attempts.
+            StorageError: the record cannot be read, even after retries.
         """
         number, record = self._find(index)
         return self._opened(number).read(record)
 
     def extent(self, first: int, last: int) -> tuple[str, int, int]:
-        """Finds the bytes of the records [first, last) of one shard, for one ranged request.
+        """Returns the byte range of the records [first, last) of one shard, for one ranged request.
 
         Returns:
             Path of the shard, first byte, end.
 
         Raises:
-            IndexError: there is no such record, or they do not lie in one shard.
-            TFRecordError: a local shard is not the one that its `dataset.index` describes.
+            IndexError: a record does not exist, or the records are in several shards.
+            TFRecordError: a local shard does not match its `dataset.index`.
         """
         number, begin, end = self._find_range(first, last)
         return self.paths[number], *self._opened(number).extent(begin, end)
 
     def cut(self, first: int, last: int, data: bytes) -> np.ndarray:
-        """Cuts the bytes of the extent of [first, last) at its records.
+        """Splits the bytes of the extent of [first, last) at its records.
 
         Returns:
-            int64 [last - first + 1], where each record's piece begins; the last entry is its end.
+            int64 [last - first + 1], the start of each record's piece, then the end of the last.
 
         Raises:
             TFRecordError: these are not the bytes of the extent.
@@ -171,7 +171,7 @@ class ShardedRecords(Sequence[bytes]):
         return starts - starts[0]
 
     def unpack(self, index: int, piece: bytes) -> bytes:
-        """The element of a record, of its piece between two entries of `cut`.
+        """Returns the element of a record from its piece between two entries of `cut`.
 
         Raises:
             TFRecordError: the record is damaged.
@@ -180,7 +180,7 @@ class ShardedRecords(Sequence[bytes]):
         return piece
 
     def split(self, first: int, last: int, data: bytes) -> Iterator[bytes]:
-        """Yields the elements in the bytes of an extent; arguments and errors of `cut`.
+        """Yields the elements in the bytes of an extent; arguments and errors as in `cut`.
 
         Raises:
             TFRecordError: a record is damaged.
@@ -189,12 +189,12 @@ class ShardedRecords(Sequence[bytes]):
         for index, (start, end) in enumerate(itertools.pairwise(starts), first):
             yield self.unpack(index, data[start:end])
 
-    # The record of an element.
+    # Decodes an element into a record.
     decode = staticmethod(schema.decode_record)
 
     def __repr__(self) -> str:
-        # Grain compares it when it restores an iterator: the same data must give the same text,
-        # in any folder.
+        # Grain compares this when it restores an iterator, so it must be the same for the same
+        # data in any folder.
         return (
             f"{type(self).__name__}(shards={len(self.paths)}, records={len(self)}, "
             f"digest={self._digest})"
@@ -208,7 +208,7 @@ class ShardedRecords(Sequence[bytes]):
         self._reset_open_shards()
 
     def _find(self, index: int) -> tuple[int, int]:
-        """The number of a record's shard, and of the record within it."""
+        """Returns the number of a record's shard, and of the record in the shard."""
         index = operator.index(index)
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {self!r}")
@@ -216,7 +216,7 @@ class ShardedRecords(Sequence[bytes]):
         return number, index - int(self._starts[number])
 
     def _find_range(self, first: int, last: int) -> tuple[int, int, int]:
-        """The shard of the records [first, last), and the first and the end within it."""
+        """Returns the shard of the records [first, last), and their range in the shard."""
         number, begin = self._find(first)
         end = begin + last - first
         if not begin < end <= self._starts[number + 1] - self._starts[number]:
@@ -224,7 +224,7 @@ class ShardedRecords(Sequence[bytes]):
         return number, begin, end
 
     def _opened(self, number: int) -> OpenShard:
-        """An open shard whose ends were compared with its `dataset.index`."""
+        """Returns an open shard after comparing its ends with its `dataset.index`."""
         shard = self._open_shard(number)
         if number in self._unchecked:
             shard.check_ends()
@@ -232,9 +232,9 @@ class ShardedRecords(Sequence[bytes]):
         return shard
 
     def _reset_open_shards(self) -> None:
-        # The cache locks in C, under the interpreter's lock: there is no lock of ours that a fork
-        # could inherit locked. A shard that falls out is closed when its last reader is done.
-        # It must not refer to this object: as a cycle, it would keep files open for long.
+        # The cache locks in C, under the interpreter's lock, so a fork cannot inherit a locked
+        # Python lock. An evicted shard is closed when its last reader is done. The cache must not
+        # refer to this object, since a reference cycle would keep files open.
         self._open_shard = functools.lru_cache(maxsize=_MAX_OPEN_SHARDS)(
             functools.partial(_open, self.shard_type, self._shards, self._offsets_in_memory)
         )
@@ -250,19 +250,19 @@ class OpenShard:
     """One open shard; closed by the garbage collector.
 
     Attributes:
-        index: of the format, for a shard that no `dataset.index` describes.
-        path: of the shard.
-        size: in bytes.
-        num_records: how many it has.
+        index: index of the format, for a shard that no `dataset.index` describes.
+        path: path of the shard.
+        size: size in bytes.
+        num_records: number of records.
     """
 
     index: ShardIndex
 
     def __init__(self, shard: Shard, offsets: np.ndarray | None = None):
-        """Opens the file; `offsets`, uint64 [n], is where its records begin, if that is known.
+        """Opens the file; `offsets`, uint64 [n], are the starts of its records, if known.
 
         Raises:
-            TFRecordError: its size is not that of its index, or the index is damaged.
+            TFRecordError: its size differs from its index, or the index is damaged.
         """
         self.path = shard.path
         self._described, self._row = shard.index, shard.row
@@ -279,7 +279,7 @@ class OpenShard:
 
     @classmethod
     def count(cls, shard: Shard) -> tuple[int, int, np.ndarray | None]:
-        """Record count, size in bytes, and the offsets where they could not be kept in a file."""
+        """Returns record count, bytes, and the offsets if they could not be saved to a file."""
         size = input_size(shard.path) if shard.num_bytes is None else shard.num_bytes
         if shard.index is not None:
             return shard.index.num_records.item(shard.row), size, None
@@ -288,16 +288,16 @@ class OpenShard:
             offsets = cls.index.scan(shard.path)
             try:
                 cls.index.write(shard.path, offsets, size)
-            except Exception:  # a web server refuses by an error of its client's own
+            except Exception:  # each store's client has its own error for a refusal
                 return len(offsets), size, offsets
         return len(offsets), size, None
 
     def identify(self) -> tuple[int, int, str]:
-        """Records, bytes and digest of a shard that no `dataset.index` describes."""
+        """Returns records, bytes and digest of a shard that no `dataset.index` describes."""
         return self.num_records, self.size, digest_shard(self._offsets, *read_ends(self))
 
     def check_ends(self) -> None:
-        """Raises TFRecordError unless its ends have the digest that its `dataset.index` states."""
+        """Raises TFRecordError unless the digest of its ends matches its `dataset.index`."""
         assert self._described is not None
         offsets = self._described.offsets(self._row)
         is_same = digest_shard(offsets, *read_ends(self)) == self._described.entry(self._row).digest
@@ -305,31 +305,31 @@ class OpenShard:
             raise self.wrong("its first or last 4 KiB are not those that the index was made of")
 
     def _has_damaged_end(self, offsets: np.ndarray) -> bool:
-        """True if a record of the ends is damaged: it is named when it is read, others are good."""
+        """Returns whether an end mismatch is a damaged record, which its read reports by itself."""
         return False
 
     def read(self, record: int) -> bytes:
-        """The bytes of an element."""
+        """Reads the bytes of an element."""
         if record >= self.num_records:
             raise self.wrong(f"record {record}: the shard or its index was replaced")
         return self.read_range(*self.extent(record, record + 1))
 
     def extent(self, begin: int, end: int) -> tuple[int, int]:
-        """First byte and end of some records."""
+        """Returns the first byte and the end of some records."""
         if self._described is not None:
             return self._described.extent(self._row, begin, end)
         stop = self.size if end == self.num_records else int(self._offsets[end])
         return int(self._offsets[begin]), stop
 
     def bounds(self, begin: int, end: int) -> np.ndarray:
-        """int64 [end - begin + 1], where some records begin, and where they end."""
+        """Returns int64 [end - begin + 1], the starts of some records, then their end."""
         if self._described is not None:
             return self._described.bounds(self._row, begin, end)
         starts = self._offsets[begin : end + 1].astype(np.int64)
         return np.append(starts, self.size) if end == self.num_records else starts
 
     def wrong(self, detail: str) -> TFRecordError:
-        """The error for an index that does not describe the shard."""
+        """Returns the error for an index that does not describe the shard."""
         if self._described is None:
             return wrong_index(self.path, detail)
         return TFRecordError(
@@ -340,7 +340,7 @@ class OpenShard:
 
 
 def read_ends(file: Any) -> tuple[bytes, bytes]:
-    """The first and the last bytes of an open shard, for `digest_shard`."""
+    """Reads the first and the last bytes of an open shard, for `digest_shard`."""
     if not file.size:  # stores refuse any range of an empty file
         return b"", b""
     head = file.read_range(0, END_BYTES)

@@ -1,18 +1,17 @@
 """Webdataset tars as record shards: an index of their samples, random access, and a writer.
 
-An element is a piece of the archive, from the first header of a sample to that of the next one that
-is a pair; its first sample is the record. Samples without image or caption, and those whose key was
-there before, are left out when the index is made (`ShardIndex`). What the members mean is
-described in `tars.py`; the same samples give the same records as the reader of tars gives
-pairs. A tar has checksums of its headers alone; the writer here adds those of the contents, which
-are compared wherever such a tar is read. In tars of others, contents that were damaged are noticed
-where they cannot be decoded.
+An element is a piece of the archive, from the first header of one pair to that of the next pair;
+its first sample is the record. The index (`ShardIndex`) leaves out samples without image or caption
+and those with a repeated key. `tars.py` defines what the members mean. The records equal the pairs
+that the reader of tars gives for the same samples. A tar has checksums of its headers only. The
+writer here adds checksums of the contents, which every reader here compares. In tars of other
+writers, damaged contents are noticed only if they cannot be decoded.
 
-A record is written as `KEY.jpg` (or `png`, `webp`, by its image's first bytes), `KEY.txt` with the
-caption and `KEY.json` with the metadata and the key, as open_clip and the readers read it.
-In KEY, what would divide the name otherwise is percent-encoded (every dot, and what no path can
-have), and a key that was there before gets `~2`, `~3` and so on. Headers hold no owner and no time,
-so that equal records give equal bytes; the first of a sample has sizes and CRC-32 of its members.
+A record is written as `KEY.jpg` (or `png`, `webp`, by the first bytes of its image), `KEY.txt` with
+the caption, and `KEY.json` with the metadata and the key, as open_clip and the readers expect. In
+KEY, dots and characters that paths cannot have are percent-encoded. A repeated key gets `~2`, `~3`
+and so on. Headers have no owner and no time, so equal records give equal bytes. The first header of
+a sample has the sizes and CRC-32 of its members.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from diht_jax.records.sharded import OpenShard, ShardedRecords
 from diht_jax.records.tars import state_checksums, walk_members
 from diht_jax.storage.stores import check_failure, open_file
 
-_BLOCK_BYTES = 512  # headers and contents begin at multiples of it
+_BLOCK_BYTES = 512  # headers and contents begin at multiples of this
 # A plain tar begins with the name of its first member, which may be BZ001.jpg.
 _COMPRESSED = {
     "gzip": b"\x1f\x8b",
@@ -42,19 +41,19 @@ _COMPRESSED = {
     "xz": b"\xfd7zXZ\0",
     "zstd": b"\\(\xb5/\xfd",
 }
-# How the files of the formats begin that webdataset knows.
+# First bytes of the image formats that webdataset supports.
 _SIGNATURES = ((b"\xff\xd8", 0, "jpg"), (b"\x89PNG", 0, "png"), (b"WEBP", 8, "webp"))
 _MAX_KEY_LETTERS = 200
 
 
 def scan_tar(path: str) -> np.ndarray:
-    """Where the samples of a tar begin, uint64 [n], local or in a store; images are not read.
+    """Finds where the samples of a tar begin, uint64 [n], local or in a store; skips the images.
 
-    Samples that are no pairs are logged.
+    Logs samples that are not pairs.
 
     Raises:
-        TFRecordError: it is compressed, damaged or cut off.
-        StorageError: it cannot be read, now and after some attempts.
+        TFRecordError: the tar is compressed, damaged or cut off.
+        StorageError: the tar cannot be read, even after retries.
     """
     offsets: list[int] = []
     skipped: collections.Counter[str] = collections.Counter()
@@ -81,7 +80,7 @@ def scan_tar(path: str) -> np.ndarray:
                 else:
                     offsets.append(offset)
         except ValueError as error:
-            check_failure(file)  # the tar itself may be good
+            check_failure(file)  # raises if only the storage failed
             raise TFRecordError(str(error)) from error
     if skipped:
         counts = ", ".join(f"{reason} {count:,}" for reason, count in sorted(skipped.items()))
@@ -99,8 +98,8 @@ class _TarShard(OpenShard):
 class TarRecordSource(ShardedRecords):
     """Random access to the samples of many tars, in the order of the tars.
 
-    Like `TFRecordSource`. An index that is missing is made, and kept next to its tar where the
-    folder can be written, in memory where it cannot.
+    Like `TFRecordSource`. A missing index is built, and kept next to its tar if the folder is
+    writable, else in memory.
     """
 
     kind = "webdataset"
@@ -108,11 +107,11 @@ class TarRecordSource(ShardedRecords):
 
     @staticmethod
     def decode(element: bytes) -> schema.Record:
-        """The record of an element.
+        """Decodes the record in an element.
 
         Raises:
-            SampleError: the sample is no pair.
-            DamagedRecordError: there is no header, or one is damaged.
+            SampleError: the sample is not a pair.
+            DamagedRecordError: the header is missing or damaged.
         """
         limit = tars.size_limit
         try:
@@ -156,7 +155,7 @@ class TarWriter(RecordWriter):
         self._offsets.append(self._tar.offset)
         metadata = dict(record.metadata) | {"key": record.key}
         text = json.dumps(metadata, sort_keys=True, allow_nan=False)
-        # Readers take one byte order mark off a text; one of the caption's own stays.
+        # Readers strip one byte order mark, so a caption that begins with one gets another.
         codec = "utf-8-sig" if record.caption.startswith("\ufeff") else "utf-8"
         caption = record.caption.encode(codec)
         members = {extension: record.image, "txt": caption, "json": text.encode()}
@@ -165,14 +164,14 @@ class TarWriter(RecordWriter):
             info = tarfile.TarInfo(f"{stem}.{name}")
             info.size, info.pax_headers, headers = len(contents), headers, {}
             self._tar.addfile(info, io.BytesIO(contents))
-            self._tar.members.clear()  # ty: ignore[missing-attribute] for reading, which nobody does
+            self._tar.members.clear()  # ty: ignore[missing-attribute] only needed for reading
 
     def _finish(self) -> None:
         self._tar.close()
 
 
 def image_extension(image: bytes) -> str | None:
-    """The extension by which webdataset knows an image: jpg, png or webp; None for others."""
+    """Returns webdataset's extension for an image: jpg, png or webp; None for other formats."""
     for signature, start, extension in _SIGNATURES:
         if image[start : start + len(signature)] == signature:
             return extension
@@ -180,13 +179,13 @@ def image_extension(image: bytes) -> str | None:
 
 
 def member_stem(key: str) -> str:
-    """The name of a record's members, without their extension."""
+    """Returns the name of a record's members, without their extension."""
     encoded = ""
     for letter in key:
         is_plain = letter not in ".%~\\" and letter.isprintable() and letter != "\ufeff"
         encoded += letter if is_plain else "".join(f"%{byte:02X}" for byte in letter.encode())
     if encoded != encoded.strip():
         encoded = encoded.replace(" ", "%20")
-    # No path in the archive leads out of the folder that it is unpacked in.
+    # No path in the archive may leave the folder that it is unpacked in.
     stem = "/".join(part or "%2F" for part in encoded.split("/"))
     return stem if len(stem) <= _MAX_KEY_LETTERS else stem[:_MAX_KEY_LETTERS].rstrip("/")

@@ -1,13 +1,12 @@
-"""Webdataset tars: the members of an archive, and the samples and pairs that they make.
+"""Webdataset tars: reading the members of an archive, and grouping them into samples and pairs.
 
-As webdataset groups them, members that follow each other with the same name up to the first dot of
-the base name are one sample: `KEY.jpg`, `KEY.txt` and `KEY.json`, as img2dataset writes them.
+Grouping follows webdataset: consecutive members with the same name up to the first dot of the base
+name are one sample, such as `KEY.jpg`, `KEY.txt` and `KEY.json`, as img2dataset writes them.
 
-Nothing is ever written to disk, so that no path in an archive can do harm. Python's `tarfile`
-believes the headers: it reserves any size that an extended header claims, searches it with patterns
-that take quadratic time, goes backwards at a negative size, and takes a damaged header or a hole of
-zeros for the end. Each of these is an error here, and so is an archive that unpacks to far more
-than it takes.
+Nothing is written to disk, so paths in an archive can do no harm. Python's `tarfile` trusts the
+headers. It allocates any size that an extended header claims, searches the header with patterns of
+quadratic time, goes backwards at a negative size, and takes a damaged header or a hole of zeros for
+the end. Here, each of these is an error, and so is an archive that expands excessively.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ TEXT_EXTENSIONS = ("txt", "json")
 _SIZE_LIMITS = dict.fromkeys(IMAGE_EXTENSIONS, MAX_IMAGE_BYTES) | dict.fromkeys(
     TEXT_EXTENSIONS, 2**24
 )
-# A file that unpacks to this much, and this many times its own size, holds no pictures: these are
-# compressed already.
+# A file that unpacks to more than this, and more than this many times its size, is rejected, since
+# pictures are compressed already.
 _UNPACKED_BYTES = 2**30
 _MAX_EXPANSION = 200
 
-# Names of 4,096 bytes and some attributes; `tarfile` needs a second to search that many digits.
+# Fits names of 4,096 bytes and some attributes; `tarfile` takes a second to search such a header.
 _MAX_EXTENDED_BYTES = 2**14
 _EXTENDED_TYPES = (
     tarfile.GNUTYPE_LONGNAME,
@@ -50,18 +49,18 @@ _EXTENDED_TYPES = (
 )
 _CHUNK_BYTES = 2**20
 
-# A field of the extended header of a sample's first member, for all of them:
-# "EXTENSION:BYTES:CRC32" with blanks between. A member of another size was edited since, and is
-# not compared.
+# Field in the extended header of a sample's first member with the checksums of all its members, as
+# "EXTENSION:BYTES:CRC32" separated by blanks. A member with another size was edited later and is
+# not checked.
 CHECKSUMS = "DIHT.crc32"
 
 
 class ExpansionError(ValueError):
-    """A file unpacks to far more than it takes; names it."""
+    """A file unpacks to far more than its size; the message names it."""
 
 
 class DamagedTarError(ValueError):
-    """An archive cannot be read to its end; `member` is the one that is not whole, if known."""
+    """An archive cannot be read to its end; `member` is the incomplete member, if known."""
 
     def __init__(self, message: str, member: str | None = None):
         super().__init__(message)
@@ -69,9 +68,9 @@ class DamagedTarError(ValueError):
 
 
 def check_expansion(path: str, num_bytes: int, unpacked_bytes: int) -> None:
-    """Raises ExpansionError for a file that would fill any memory, or go on for ever, unpacked.
+    """Raises ExpansionError for a file that unpacks to too much, such as a decompression bomb.
 
-    `unpacked_bytes` is what has come out of it so far.
+    `unpacked_bytes` counts what was unpacked so far.
     """
     limit = max(_UNPACKED_BYTES, _MAX_EXPANSION * num_bytes)
     if unpacked_bytes > limit:
@@ -84,33 +83,32 @@ def check_expansion(path: str, num_bytes: int, unpacked_bytes: int) -> None:
 class Member(NamedTuple):
     """An ordinary file in an archive."""
 
-    offset: int  # of its first header, in the archive (unpacked, if it is compressed)
-    name: str  # with its folders
-    # Its contents; None where they are over the limit, empty where they were not wanted.
+    offset: int  # of its first header in the (unpacked) archive
+    name: str  # including its folders
+    # Contents; None if they are over the limit, empty if they were not wanted.
     data: bytes | None
-    # Whether its contents are not those of the checksum that was written for it.
+    # Whether the contents differ from the checksum that was written for them.
     is_damaged: bool = False
 
 
 def read_members(path: str, size_limit: Callable[[str], int | None]) -> Iterator[Member]:
-    """Yields the ordinary files of an archive, in its order.
+    """Yields the ordinary files of an archive, in order.
 
     Args:
-        path: of the archive, plain or compressed.
-        size_limit: of a name, the bytes up to which the contents are wanted; None skips the
-            member.
+        path: path of the archive, plain or compressed.
+        size_limit: maps a member's name to the largest size to read; None skips the member.
 
     Raises:
-        DamagedTarError: the archive is damaged, cut off, or goes on behind its end; names it. All
-            whole members before the damage were yielded.
-        ExpansionError: it unpacks to far more than it takes; names it.
-        StorageError: it cannot be read, now and after some attempts; names it.
+        DamagedTarError: the archive is damaged, cut off, or continues after its end marker. All
+            whole members before the damage were yielded. Names the archive.
+        ExpansionError: the archive unpacks to far more than its size; names the archive.
+        StorageError: the archive cannot be read, even after retries; names the archive.
     """
     with open_file(path) as file:
         try:
             yield from walk_members(file, path, size_limit)
         except ValueError:
-            check_failure(file)  # the archive itself may be good
+            check_failure(file)  # raises if only the storage failed
             raise
 
 
@@ -123,18 +121,18 @@ def walk_members(
     is_divisible: bool = False,
     is_read: Callable[[str], bool] | None = None,
 ) -> Iterator[Member]:
-    """Yields the ordinary files of an open archive, in its order; see `read_members`.
+    """Yields the ordinary files of an open archive, in order; see `read_members`.
 
     Args:
-        file: the archive, or a piece (`is_piece`) where the end marker may be missing.
-        is_divisible: the members must mean the same when they are read one by one.
-        is_read: of a name, whether the contents within the limit are read; None reads all.
+        file: the archive. With `is_piece`, it is a piece that may lack the end marker.
+        is_divisible: requires that the members mean the same when read one by one.
+        is_read: whether to read the contents of a name within the limit; None reads all.
     """
     num_bytes = file.seek(0, os.SEEK_END)
     file.seek(0)
     contents_bytes = 0
     checksums: Mapping[str, tuple[int, int]] = {}
-    unread = None  # the member whose contents have not come yet
+    unread = None  # the member whose contents were not read yet
     try:
         with tarfile.open(path, "r:*", fileobj=file, tarinfo=_BoundedInfo) as tar:
             position = -1
@@ -144,7 +142,7 @@ def walk_members(
                 if tar.offset <= position:
                     raise tarfile.ReadError(f"the size of '{member.name}' leads backwards")
                 position = tar.offset
-                if tar.fileobj is not file:  # compressed; `position` is where the contents end
+                if tar.fileobj is not file:  # compressed; `position` counts unpacked bytes
                     check_expansion(path, num_bytes, position)
                 limit = size_limit(member.name) if member.isreg() else None
                 if limit is None:
@@ -167,8 +165,8 @@ def walk_members(
             _check_end(tar, is_piece, is_divisible)
     except (ExpansionError, MemoryError):
         raise
-    except Exception as error:  # nearly any type escapes from the parsing of damaged headers
-        if is_storage_failure(error):  # the archive itself may be good
+    except Exception as error:  # parsing damaged headers raises nearly any type
+        if is_storage_failure(error):  # the archive itself may be intact
             raise
         raise DamagedTarError(
             f"{path}: the tar archive cannot be read to its end ({type(error).__name__}: {error}); "
@@ -178,20 +176,20 @@ def walk_members(
 
 
 def state_checksums(members: Mapping[str, bytes]) -> dict[str, str]:
-    """The extended header of the first of a sample's members, given by extension."""
+    """Returns the extended header for the first of a sample's members, given by extension."""
     stated = (f"{name}:{len(data)}:{zlib.crc32(data):08x}" for name, data in members.items())
     return {CHECKSUMS: " ".join(stated)}
 
 
 def _parse_checksums(member: tarfile.TarInfo) -> dict[str, tuple[int, int]]:
-    """Size and checksum by the name of each member of a sample, as the header states them."""
+    """Returns member name -> (size, checksum) for a sample, as its first header states them."""
     stem = member.name.rpartition(".")[0]
     fields = re.findall(r"(\w+):(\d+):([0-9a-f]{8})\b", member.pax_headers[CHECKSUMS], re.ASCII)
     return {f"{stem}.{name}": (int(size), int(crc, 16)) for name, size, crc in fields}
 
 
 class _BoundedInfo(tarfile.TarInfo):
-    """A header whose size is checked before `tarfile` acts upon it."""
+    """A header whose size is checked before `tarfile` uses it."""
 
     @classmethod
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
@@ -206,7 +204,7 @@ class _BoundedInfo(tarfile.TarInfo):
 
 
 def _check_end(tar: tarfile.TarFile, is_piece: bool, is_divisible: bool) -> None:
-    """Raises if the archive goes on or breaks off here; reads a compressed file to its checksum."""
+    """Raises if the archive continues or is cut off here; reads a compressed one to its end."""
     if is_divisible and tar.pax_headers.keys() - {"comment"}:
         names = ", ".join(sorted(tar.pax_headers))
         raise tarfile.ReadError(f"it has a global header ({names}), so has no index")
@@ -228,23 +226,23 @@ def _check_end(tar: tarfile.TarFile, is_piece: bool, is_divisible: bool) -> None
 class Sample(NamedTuple):
     """The members of one sample."""
 
-    offset: int  # of its first header, in the archive
+    offset: int  # of its first header in the archive
     key: str  # the common name
-    # Extensions, in lower case, and contents; None in place of contents that are over the limit, of
-    # a second image, or of a second member with the same extension.
+    # (lower-case extension, contents) pairs. Contents are None if they are over the limit, or for
+    # a second image or a second member with the same extension.
     members: list[tuple[str, bytes | None]]
-    damaged: list[str]  # names of the members whose contents are not those of their checksum
+    damaged: list[str]  # names of the members with a wrong checksum
 
 
 def size_limit(name: str) -> int | None:
-    """The bytes up to which an image or text is worth reading, by the name of the member.
+    """Returns the largest size of an image or text that is worth reading, by its member's name.
 
-    0 for one that is only named; None for one that is neither.
+    0 means that only the name matters; None means that the member is ignored.
     """
     stem, extension = split_name(name)
     if not stem or extension.rpartition(".")[2] not in _SIZE_LIMITS:
         return None
-    # An extension of several parts ("mask.png") makes it another kind of member.
+    # A member with an extension of several parts ("mask.png") is of another kind.
     return _SIZE_LIMITS.get(extension, 0)
 
 
@@ -254,7 +252,7 @@ def is_image(name: str) -> bool:
 
 
 def group_members(members: Iterable[Member]) -> Iterator[Sample]:
-    """Yields the samples of an archive; of a damaged one those that are whole, before the error."""
+    """Groups members into samples; of a damaged archive, yields the whole ones before the error."""
     sample, has_image, before = None, False, None
     try:
         for offset, name, data, is_damaged in members:
@@ -282,12 +280,12 @@ def _is_whole(sample: Sample, before: Sample | None, damaged: str | None) -> boo
     """Returns whether the last sample before the damage has all of its members."""
     if damaged is not None:
         return split_name(damaged)[0] != sample.key
-    # Nothing shows what came next; it is whole where it has all that the one before has.
+    # The next member is unknown; compare with the extensions of the previous sample.
     return before is not None and set(dict(before.members)) <= set(dict(sample.members))
 
 
 def make_pairs(samples: Iterable[Sample]) -> Iterator[tuple[int, Pair | Skipped]]:
-    """Yields the pairs of the samples of one archive, each with its offset; a key occurs once."""
+    """Yields the pairs of one archive's samples with their offsets; repeated keys are skipped."""
     seen: set[str] = set()
     for sample in samples:
         if sample.key in seen:
@@ -302,10 +300,10 @@ def make_pair(
     image_extensions: Collection[str] = IMAGE_EXTENSIONS,
     needs_caption: bool = True,
 ) -> Pair | Skipped:
-    """The pair of a sample, or why it is none.
+    """Makes a pair of a sample, or explains why it is not one.
 
-    The caption is the `txt`, or else "caption" of the `json`, whose other fields become the
-    metadata. Members of other kinds are ignored.
+    The caption is the `txt`, or else "caption" of the `json`. The other fields of the `json` become
+    the metadata. Members of other kinds are ignored.
     """
     key, members = sample.key, sample.members
     texts, names, images = dict(members), [], []
@@ -333,7 +331,7 @@ def make_pair(
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """The key of a member's sample, and its extension, in lower case; "" for a name without key."""
+    """Splits a member's name into sample key and lower-case extension; the key may be ""."""
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return (clean_text(f"{folder}{slash}{stem}") if stem else ""), extension.lower()

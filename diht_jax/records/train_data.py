@@ -1,7 +1,7 @@
-"""The training data of a run: the sources of `config.data.train`, what they hold out and look like.
+"""The training data of a run: the sources of `config.data.train`, held-out records, fingerprints.
 
-A fingerprint is kept in every checkpoint and compared when a run is resumed: the position in the
-data means nothing once the data are others.
+Every checkpoint keeps a fingerprint of the data, which is compared when a run is resumed. A
+position in the data is meaningless once the data have changed.
 """
 
 from __future__ import annotations
@@ -33,31 +33,31 @@ from diht_jax.storage.stores import is_remote
 
 _CAPTION = "{caption}"
 LABELS = "labels"
-# Numbers of records of which none is held out.
+# Held-out record numbers of a source without any.
 NO_RECORDS = np.zeros(0, np.int64)
-# From this many shards in a store on, an index pays.
+# More shards than this in a store, without an index, give a warning.
 _MANY_SHARDS = 16
 _KEYS = ("path", "weight", "text_template", "order", "labels")
-# Of a weight: step from which on it holds, and the weight; the first step is 0.
+# Schedule of a weight: (first step, weight) pairs; the first step of all is 0.
 Points = tuple[tuple[int, Fraction], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainSource:
-    """One source of a mixture; values that are None are those of `config.data`."""
+    """One source of a mixture; None means the value in `config.data`."""
 
-    name: str  # its key in `config.data.train`; "" of the only one
-    path: str | list[str]  # as `open_records` takes it
+    name: str  # its key in `config.data.train`; "" for a single source
+    path: str | list[str]  # argument of `open_records`
     weights: Points = ((0, Fraction(1)),)
-    text_template: str | None = None  # of its captions
+    text_template: str | None = None  # for its captions
     order: str | None = None  # "global", "blocks" or "auto"
-    # Folder of `data_prep.label` with the labels of its records; None where the records have them,
-    # if any.
+    # Output folder of `data_prep.label` with the labels of the records. None means that the records
+    # have their own labels, if any.
     labels: str | None = None
 
 
 def _check_is_set(train: Any) -> None:
-    """Raises ValueError where `config.data.train` is empty."""
+    """Raises ValueError if `config.data.train` is empty."""
     if not train:
         raise ValueError(
             "config.data.train is not set: expected a directory, a glob or a list of record "
@@ -68,12 +68,12 @@ def _check_is_set(train: Any) -> None:
 def open_records(
     train: str | Sequence[str] | None, key: str = "config.data.train"
 ) -> ShardedRecords:
-    """The records of `config.data.train`: a directory, a glob, or a list of shards.
+    """Opens the records of `config.data.train`: a directory, a glob, or a list of shards.
 
-    `key` names it in messages.
+    `key` is the name of the config key in messages.
 
     Raises:
-        ValueError: it is not set, or leads to no shards, to those of several formats, or to a
+        ValueError: the key is not set, or matches no shards, shards of several formats, or a
             compressed tar.
     """
     _check_is_set(train)
@@ -92,7 +92,7 @@ def open_records(
 
 
 def parse_train(train: Any, labels: str | None = None) -> list[TrainSource]:
-    """The sources of `config.data.train`.
+    """Parses `config.data.train` into its sources.
 
     Args:
         train: a path, a list of paths, or a section for each source: `dict(laion=dict(path=...,
@@ -101,7 +101,7 @@ def parse_train(train: Any, labels: str | None = None) -> list[TrainSource]:
             from step 10,000 on it is 0.5.
 
     Raises:
-        ValueError: it is not set, or not of this form; names the key as it is typed.
+        ValueError: the value is missing or malformed; names the key as the user types it.
     """
     _check_is_set(train)
     if not hasattr(train, "keys"):
@@ -119,14 +119,14 @@ def parse_train(train: Any, labels: str | None = None) -> list[TrainSource]:
 
 
 def describe_train(train: Any) -> str:
-    """`config.data.train` in a message."""
+    """Returns `config.data.train` as text for a message."""
     if not hasattr(train, "keys"):
         return str(train)
     return ", ".join(f"{source.name}: {source.path}" for source in parse_train(train))
 
 
 def join_weights(several: Sequence[Points]) -> list[tuple[int, list[Fraction]]]:
-    """The steps from which on any weights are others, from 0, and all weights then."""
+    """Joins several schedules: each step at which a weight changes, from 0, with all weights."""
     steps = sorted({step for points in several for step, _ in points})
     return [
         (step, [next(w for first, w in reversed(points) if first <= step) for points in several])
@@ -135,7 +135,7 @@ def join_weights(several: Sequence[Points]) -> list[tuple[int, list[Fraction]]]:
 
 
 def find_inputs(folder: str) -> list[str] | None:
-    """Paths of the records that the labels in a folder belong to; None where it has no labels."""
+    """Returns the paths of the records that a folder's labels belong to; None without labels."""
     index = read_index(os.path.join(folder, LABELS))
     if index is None or not index.labels:
         return None
@@ -149,7 +149,7 @@ def find_inputs(folder: str) -> list[str] | None:
 
 
 def resolve_source(source: TrainSource) -> TrainSource:
-    """A source whose path is a folder of labels alone, as the records that these belong to."""
+    """Turns a source that is a folder of labels alone into the records that these belong to."""
     if source.labels or not isinstance(source.path, str):
         return source
     if is_remote(source.path) and is_glob(source.path):  # a local folder may have brackets
@@ -161,16 +161,16 @@ def resolve_source(source: TrainSource) -> TrainSource:
 
 
 def relative_input(path: str, folder: str) -> str:
-    """An input as seen from the folder of the labels, if they are in one file system.
+    """Returns an input's path relative to the folder of the labels, if both are on one file system.
 
-    Both may then be copied elsewhere together.
+    This allows copying both to another place together.
     """
     (system, path_there), (own, folder_there) = _split(path), _split(folder)
     return posixpath.relpath(path_there, folder_there) if system == own else system + path_there
 
 
 def _split(path: str) -> tuple[str, str]:
-    """The protocol of a URL, or nothing, and the absolute path behind it."""
+    """Splits a path or URL into its protocol ("" for a local path) and the absolute path."""
     if is_remote(path):
         system, _, rest = path.partition("://")
         return f"{system}://", rest
@@ -219,9 +219,9 @@ def _parse_source(name: str, section: Any, labels: str | None) -> TrainSource:
 
 
 def parse_weights(where: str, weight: Any) -> Points:
-    """A weight, or a schedule of weights.
+    """Parses a weight or a schedule of weights.
 
-    Other forms are a ValueError that names `where`, the key as it is typed.
+    Raises a ValueError for other forms; `where` is the key as the user types it.
     """
     if not isinstance(weight, list | tuple):
         return ((0, _parse_weight(where, weight)),)
@@ -246,20 +246,20 @@ def _parse_weight(where: str, weight: Any) -> Fraction:
     is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
     if not is_number or not math.isfinite(weight) or weight < 0:
         raise ValueError(f"{where}={weight!r:.200}: expected a finite number, at least 0")
-    return Fraction(str(weight))  # 0.2 is a fifth, as it was typed
+    return Fraction(str(weight))  # exactly the typed decimal: 0.2 is 1/5
 
 
 def held_out_records(records: Any, data: ml_collections.ConfigDict, seed: int) -> np.ndarray:
-    """Numbers of the records of a source that `config.data.validation_share` holds out.
+    """Returns the numbers of the records that `config.data.validation_share` holds out of a source.
 
-    Whether a record is held out is a function of `config.seed`, the name of its shard (without the
-    folder) and its place there alone, so that shards may be moved or added.
+    The choice depends only on `config.seed`, the name of the record's shard (without the folder)
+    and its place in the shard. Shards may therefore be moved or added.
 
     Returns:
         int64, rising.
 
     Raises:
-        ValueError: the share is of so few records that it is none of them, or all.
+        ValueError: the share selects none or all of the records.
     """
     share = data.validation_share
     found, start = [NO_RECORDS], 0
@@ -278,7 +278,7 @@ def held_out_records(records: Any, data: ml_collections.ConfigDict, seed: int) -
 
 @dataclasses.dataclass(frozen=True)
 class Fingerprint:
-    """The shards of a data set, in their order."""
+    """A fingerprint of the shards of a data set, in order."""
 
     # Name (without folder), number of records, size in bytes, and a digest of 16 hex digits, for
     # every shard.
@@ -286,29 +286,29 @@ class Fingerprint:
 
     @property
     def digest(self) -> str:
-        """16 hex digits over all shards and their order."""
+        """16 hex digits of a hash of all shards in their order."""
         return hashlib.sha256(_table(self.shards)).hexdigest()[:16]
 
     def pack(self) -> dict[str, int | str]:
-        """A JSON-able form; 30 bytes a shard or less."""
+        """Returns a JSON-able form of at most 30 bytes per shard."""
         table = base64.b85encode(zlib.compress(_table(self.shards), 9)).decode()
         return {"num_shards": len(self.shards), "digest": self.digest, "table": table}
 
     @classmethod
     def unpack(cls, packed: dict[str, int | str]) -> Fingerprint:
-        """The inverse of `pack`."""
+        """Inverts `pack`."""
         table = zlib.decompress(base64.b85decode(str(packed["table"])))
         rows = (line.rsplit("\t", 3) for line in os.fsdecode(table).split("\n")[:-1])
         return cls(tuple((name, int(n), int(size), digest) for name, n, size, digest in rows))
 
 
 def fingerprint_records(source: ShardedRecords) -> Fingerprint:
-    """Looks at every shard that no `dataset.index` describes: two small reads each.
+    """Fingerprints all shards; a shard without `dataset.index` takes two small reads.
 
-    A shard's digest covers where its records begin, hence the length of each of them, and its first
-    and last 4 KiB. So it notices shards that are missing, new, renamed, in another order, or
-    written again with other records, but not a changed byte in the middle; the records' checksums
-    find that when they are read. Shards that are equal to another one are logged.
+    A shard's digest covers where its records begin, hence their lengths, and its first and last
+    4 KiB. It detects missing, new, renamed, reordered or rewritten shards. It does not detect a
+    changed byte in the middle, which the records' checksums find when they are read. Shards equal
+    to another one are logged.
     """
     shards, copies = [], []
     first: dict[tuple[int, int, str], str] = {}
@@ -328,7 +328,7 @@ def fingerprint_records(source: ShardedRecords) -> Fingerprint:
 
 
 def describe_changes(before: Fingerprint, now: Fingerprint) -> list[str]:
-    """The differences between the fingerprint of a checkpoint and that of now, in words."""
+    """Describes in words how the current data differ from the fingerprint of a checkpoint."""
     if before == now:
         return []
     changes = describe_stale(_by_name(before), _by_name(now), is_whole=True)
@@ -336,7 +336,7 @@ def describe_changes(before: Fingerprint, now: Fingerprint) -> list[str]:
 
 
 def _by_name(fingerprint: Fingerprint) -> dict[str, tuple[int, int, str]]:
-    """Shards by name; of equal names in several folders, the second becomes `NAME (2)`."""
+    """Returns shards by name; the second of equal names in several folders becomes `NAME (2)`."""
     seen: collections.Counter[str] = collections.Counter()
     shards = {}
     for name, count, size, digest in fingerprint.shards:

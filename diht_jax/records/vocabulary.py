@@ -1,16 +1,16 @@
-"""The vocabularies of concept distillation: which object or attribute an id of a record means.
+"""The vocabularies of concept distillation: the object or attribute that each id stands for.
 
-They are files in the folder of the labelled shards, and give the student's heads their sizes. How
-concepts are chosen belongs in `data_prep.labelling.examples`. One file per kind, for people as
-well as programs::
+They are files in the folder of the labelled shards and determine the sizes of the student's heads.
+Code that selects concepts belongs in `data_prep.labelling.examples`. Each kind has one file, which
+people can read as well::
 
     # objects 0f3a5c... 312 concepts 5d41402a
     id<TAB>concept<TAB>count
     0<TAB>man<TAB>5120
 
-The hash covers the kind and the concepts in the order of their ids, not the counts: two data sets
-with the same hash have the same meaning of every id. The last number of the first line is the
-CRC32C of all other lines.
+The hash covers the kind and the concepts in the order of their ids, but not the counts. Data sets
+with the same hash agree on the meaning of every id. The last number of the first line is the CRC32C
+of all other lines.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from diht_jax.records.train_data import LABELS, parse_train, resolve_source
 from diht_jax.storage.files import exists, map_many, parse_checked_object, read_bytes, write_bytes
 
 KINDS = ("objects", "attributes")
-# In the statistics of a labelled shard, under "counts".
+# Key in the statistics of a labelled shard, under "counts".
 STATS_KEY = "vocabulary"
 
 _COLUMNS = "id\tconcept\tcount"
@@ -46,8 +46,8 @@ class ConceptList:
     """The concepts of one kind."""
 
     kind: str  # one of `KINDS`
-    names: tuple[str, ...]  # the concepts; the index is the id
-    counts: tuple[int, ...]  # pairs that mention each
+    names: tuple[str, ...]  # concepts by id
+    counts: tuple[int, ...]  # number of pairs that mention each concept
 
     def __len__(self) -> int:
         return len(self.names)
@@ -61,7 +61,7 @@ class ConceptList:
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """Objects and attributes."""
+    """The vocabularies of objects and attributes."""
 
     objects: ConceptList
     attributes: ConceptList
@@ -70,17 +70,17 @@ class Vocabulary:
         return iter((self.objects, self.attributes))
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """Kind -> size and hash, JSON-able: what shards and checkpoints carry."""
+        """Returns kind -> size and hash, JSON-able, as stored in shards and checkpoints."""
         return {part.kind: {"size": len(part), "hash": part.hash} for part in self}
 
 
 def vocabulary_path(folder: str | os.PathLike[str], kind: str) -> str:
-    """Path of a vocabulary file of a labelled folder, which may be a URL."""
+    """Returns the path of a vocabulary file in a labelled folder, which may be a URL."""
     return os.path.join(folder, f"vocabulary_{kind}.tsv")
 
 
 def encode_concepts(part: ConceptList) -> bytes:
-    """The contents of the file of one kind; ValueError for a concept that cannot stand in it."""
+    """Returns the file contents of one kind; ValueError for a concept that cannot be stored."""
     for name in part.names:
         if not name or "\t" in name or len(name.splitlines()) != 1 or name != name.strip():
             raise ValueError(f"{part.kind}: {name!r} cannot be kept as a concept in one line")
@@ -95,7 +95,7 @@ def _checksum(table: str) -> str:
 
 
 def write_vocabulary(folder: str | os.PathLike[str], vocabulary: Vocabulary) -> None:
-    """Writes both files into a folder that exists; errors are those of `encode_concepts`."""
+    """Writes both files into an existing folder; errors are those of `encode_concepts`."""
     for part in vocabulary:
         write_bytes(vocabulary_path(folder, part.kind), encode_concepts(part))
 
@@ -104,7 +104,7 @@ def read_vocabulary(folder: str | os.PathLike[str]) -> Vocabulary:
     """Reads both files of a folder.
 
     Raises:
-        ValueError: one is missing, damaged, or does not have the hash in its first line.
+        ValueError: a file is missing or damaged, or does not match the hash in its first line.
     """
     return Vocabulary(*(_read_concepts(vocabulary_path(folder, kind), kind) for kind in KINDS))
 
@@ -112,11 +112,11 @@ def read_vocabulary(folder: str | os.PathLike[str]) -> Vocabulary:
 def find_vocabulary(
     paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
 ) -> Vocabulary | None:
-    """The vocabulary that the records of a data set are labelled with; None where no shard is.
+    """Returns the vocabulary that the records of a data set are labelled with; None if unlabelled.
 
     Every shard in a labelled folder is checked against the folder's vocabulary, by the hashes in
-    its statistics, and all labelled folders against each other; others (records without concepts)
-    may be among them. `paths` are those of `TFRecordSource`.
+    its statistics. All labelled folders are checked against each other. Folders without labels may
+    be among them. `paths` are those of `TFRecordSource`.
 
     Raises:
         ValueError: two vocabularies differ (the error names both), or a file is missing.
@@ -133,10 +133,10 @@ def find_vocabulary(
 
 
 def find_train_vocabulary(train: Any, labels: str | None = None) -> Vocabulary | None:
-    """The vocabulary of `config.data.train`, whose sources may have several formats.
+    """Returns the vocabulary of `config.data.train`, whose sources may have several formats.
 
     Raises:
-        ValueError: as `find_vocabulary`, also of two sources that differ.
+        ValueError: as `find_vocabulary`, also for sources that differ.
     """
     found: list[tuple[str, Vocabulary | None]] = []
     without: list[str] = []
@@ -161,7 +161,7 @@ def find_train_vocabulary(train: Any, labels: str | None = None) -> Vocabulary |
 
 
 def _has_concepts(shard: str) -> bool:
-    """Whether the first record of a shard has ids of concepts."""
+    """Returns whether the first record of a shard has concept ids."""
     with contextlib.suppress(DamagedRecordError):
         records = open_source([shard])
         return bool(len(records)) and records.decode(records[0]).object_ids is not None
@@ -169,7 +169,7 @@ def _has_concepts(shard: str) -> bool:
 
 
 def _shared_vocabulary(found: Iterable[tuple[str, Vocabulary | None]]) -> Vocabulary | None:
-    """The vocabulary that some places have in common; None where none of them has any."""
+    """Returns the common vocabulary of several places; None if no place has one."""
     first: tuple[str, Vocabulary] | None = None
     for where, vocabulary in found:
         if vocabulary is not None:
@@ -187,7 +187,7 @@ def check_vocabulary(
     """Compares two results of `Vocabulary.describe`, such as those of shards and of a checkpoint.
 
     Raises:
-        ValueError: they differ; names the kinds, and where the two come from.
+        ValueError: they differ; names the kinds and both places.
     """
 
     def describe(description: Any, kind: str) -> str:
@@ -215,18 +215,18 @@ def folder_vocabulary(
     shards: Sequence[str],
     known: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Vocabulary | None:
-    """The vocabulary of a folder, which is that of all its shards; None where none is labelled.
+    """Returns the vocabulary shared by all shards of a folder; None if no shard is labelled.
 
     Args:
-        known: what they are all labelled with, where the `dataset.index` states it; otherwise the
-            statistics of every shard are read.
+        known: vocabulary of all shards as stated in the `dataset.index`. None reads the statistics
+            of every shard.
 
     Raises:
         ValueError: see `find_vocabulary`.
     """
     present = [exists(vocabulary_path(folder, kind)) for kind in KINDS]
     if not any(present):
-        # One shard is enough: a folder is labelled by one run.
+        # Checking one shard is enough, since one run labels a whole folder.
         if _read_label(shards[0]):
             raise ValueError(
                 f"'{shards[0]}' is labelled, but {vocabulary_path(folder, KINDS[0])} is missing; "
@@ -249,13 +249,13 @@ def folder_vocabulary(
 
 
 def _check_files(stated: Any, vocabulary: Vocabulary, stated_in: str, folder: str) -> None:
-    """Compares what is stated with the files of a folder; errors are of `check_vocabulary`."""
+    """Compares a stated description with a folder's files; errors as in `check_vocabulary`."""
     paths = " and ".join(vocabulary_path(folder, kind) for kind in KINDS)
     check_vocabulary(stated, vocabulary.describe(), stated_in, paths)
 
 
 def _read_label(shard: str) -> Any:
-    """The vocabulary that the statistics of a shard state; None where there is nothing."""
+    """Returns the vocabulary stated in the statistics of a shard; None if there is none."""
     try:
         return (parse_checked_object(read_bytes(shard + STATS_SUFFIX)) or {})["counts"].get(
             STATS_KEY

@@ -1,6 +1,6 @@
-"""Files, local and in object stores: open, write, copy, lock and retry.
+"""File access on local disks and in object stores: reading, writing, copying, locking and retries.
 
-`files` works on paths and URLs alike and is what most code needs; `stores` reads parts of files in
-object stores and decides which failures pass by themselves, `locks` keeps processes apart.
-No other room imports fsspec or the locks of the operating system.
+Most code needs only `files`, which accepts both paths and URLs. `stores` implements ranged reads
+from object stores and decides which errors are transient. `locks` implements locks between
+processes. No other package imports fsspec or the locks of the operating system.
 """

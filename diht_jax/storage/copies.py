@@ -13,12 +13,12 @@ from concurrent import futures
 from diht_jax.storage import files, locks, stores
 from diht_jax.storage.stores import StorageError, is_remote
 
-_DOWNLOAD_BYTES, _DOWNLOAD_THREADS = 2**25, 8  # of one request, and requests at a time
+_DOWNLOAD_BYTES, _DOWNLOAD_THREADS = 2**25, 8  # per request; concurrent requests
 
 
 @contextlib.contextmanager
 def local_copy(path: str) -> Generator[str]:
-    """The path of a local file; of one in a store, that of a copy, which is deleted in the end."""
+    """Yields a local path to a file; a file in a store is downloaded to a temporary folder."""
     if not is_remote(path):
         yield path
         return
@@ -35,16 +35,16 @@ def cached_copy(
     folder: str | os.PathLike[str] | None = None,
     advice: str = "free some space",
 ) -> str:
-    """The path of a copy of a store's file on this host; its processes, and later runs, share it.
+    """Returns the path of a copy of a store's file, shared by all processes and runs on this host.
 
     Args:
-        name: of the copy; it stands for the contents.
-        num_bytes: of the file; None costs a request.
-        folder: gets the copy; None is a folder of this user in the system's temporary one.
-        advice: what helps where there is no room, for the message.
+        name: file name of the copy. It must identify the contents.
+        num_bytes: size of the file. None looks it up with one request.
+        folder: cache folder. None uses a per-user folder in the system's temporary directory.
+        advice: hint for the error message if the disk is too full.
 
     Raises:
-        ValueError: there is no room for it.
+        ValueError: the disk has too little free space.
     """
     cache = pathlib.Path(folder or f"{tempfile.gettempdir()}/diht_jax-{os.getuid()}")
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -66,9 +66,9 @@ def cached_copy(
 
 
 def download(url: str, path: pathlib.Path, num_bytes: int | None = None) -> None:
-    """Copies a file of a store to a new local one, by several requests at a time.
+    """Downloads a file from a store to a new local file, with concurrent requests.
 
-    Its size, where not given, costs one more. Errors are those of `stores.retry`.
+    Without `num_bytes`, one more request looks up the size. Errors are those of `stores.retry`.
     """
     end = stores.input_size(url) if num_bytes is None else num_bytes
     with (

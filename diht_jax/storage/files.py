@@ -1,8 +1,8 @@
-"""Files by path or URL, on a local disk or in any store that fsspec knows (`s3://`, `gs://`).
+"""File operations on local paths and on URLs of any store that fsspec supports (`s3://`, `gs://`).
 
-Every function takes both. A file that is written appears whole or not at all, and others see it
-at once: no listing is remembered of a folder that is written to. What fails for a moment is tried
-again (`diht_jax.storage.stores`).
+Most functions accept both. Writes are atomic, and other processes see a new file immediately,
+since listings of output folders are not cached. Transient errors are retried
+(`diht_jax.storage.stores`).
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from diht_jax.storage.stores import (
     retry,
 )
 
-# Stores whose folders must be made before a file is written; in the others a name is enough.
+# Protocols with real folders, which must exist before a file is written into them.
 _HAVE_FOLDERS = ("file", "local", "sftp", "ssh", "ftp", "smb", "hdfs", "webhdfs", "arrow_hdfs")
-_TEMPORARY = re.compile(r"\.(.+)\.\d+-[0-9a-f]{8}\.tmp")  # the names of `temporary_path`
+_TEMPORARY = re.compile(r"\.(.+)\.\d+-[0-9a-f]{8}\.tmp")  # names made by `temporary_path`
 _CHECKSUM = "checksum"
-_READ_THREADS = 32  # small files in a store that are read at a time
+_READ_THREADS = 32  # concurrent reads of small files in a store
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
 def join(folder: str | os.PathLike[str], *names: str) -> str:
-    """The path or URL of a file below a folder."""
+    """Joins the path or URL of a folder with further names."""
     folder = os.fspath(folder)
     if not is_remote(folder):
         return os.path.join(folder, *names)
@@ -51,17 +51,17 @@ def join(folder: str | os.PathLike[str], *names: str) -> str:
 
 
 def is_glob(path: str) -> bool:
-    """Returns whether a path or URL is a pattern."""
+    """Returns whether a path or URL is a glob pattern."""
     return not set("*?[").isdisjoint(path)
 
 
 def exists(path: str) -> bool:
-    """Returns whether there is such a file or folder."""
+    """Returns whether a file or folder exists."""
     return size(path) is not None
 
 
 def size(path: str) -> int | None:
-    """Bytes of a file as it is now; None where it is missing. Other errors are those of `retry`."""
+    """Returns the current bytes of a file, or None if it is missing; other errors as in `retry`."""
     try:
         if not is_remote(path):
             return retry(functools.partial(os.path.getsize, path), path)
@@ -71,10 +71,10 @@ def size(path: str) -> int | None:
 
 
 def stat(path: str | os.PathLike[str]) -> os.stat_result:
-    """Size and times of a local file; errors are those of `stores.retry`.
+    """Returns the `os.stat` result of a local file; other errors are those of `stores.retry`.
 
     Raises:
-        FileNotFoundError: there is none, or it is a link that leads nowhere.
+        FileNotFoundError: the file is missing or a broken link.
     """
     try:
         return retry(functools.partial(os.stat, path), path)
@@ -86,12 +86,12 @@ def stat(path: str | os.PathLike[str]) -> os.stat_result:
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """The contents of a file.
+    """Reads a whole file.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is a pipe, a socket or a device.
-        StorageError: it cannot be read, now and after some attempts.
+        FileNotFoundError: the file is missing.
+        ValueError: the path is a pipe, a socket or a device.
+        StorageError: the file cannot be read, even after retries.
     """
     name = os.fspath(path)
     if is_remote(name):
@@ -108,9 +108,9 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
 def map_many(
     function: Callable[[_Item], _Result], items: Iterable[_Item], where: str | None = None
 ) -> Iterator[_Result]:
-    """Yields a function's result for every item, in their order; few are held at a time.
+    """Maps a function over items and yields the results in order, holding only a few at a time.
 
-    Threads call it, unless `where`, one of its files or their folder, is on a local disk.
+    A thread pool calls the function, unless `where`, a file or folder that it reads, is local.
     """
     if where is not None and not is_remote(where):
         yield from map(function, items)
@@ -130,9 +130,9 @@ def map_many(
 
 
 def parse_json(data: bytes | str, kind: type = dict) -> Any:
-    """One JSON value, by default an object; a ValueError for anything else.
+    """Parses one JSON value, an object by default; raises ValueError for anything else.
 
-    NaN and infinity, which JSON lacks, become None.
+    NaN and infinity, which JSON does not define, become None.
     """
     if isinstance(data, bytes):
         data = data.decode(json.detect_encoding(data), "surrogatepass")
@@ -154,9 +154,9 @@ _JSON = json.JSONDecoder(parse_constant=lambda _: None, parse_float=_finite_or_n
 
 
 def read_object(path: str) -> dict[str, Any] | None:
-    """The JSON object in a file; None where the file is missing or has something else.
+    """Reads a JSON object from a file; returns None if it is missing or holds anything else.
 
-    Errors are those of `stores.retry`: a file that cannot be read may be there, and whole.
+    Errors are those of `stores.retry`, since a file that cannot be read may be intact.
     """
     try:
         return parse_checked_object(read_bytes(path))
@@ -165,7 +165,7 @@ def read_object(path: str) -> dict[str, Any] | None:
 
 
 def check_object(data: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON object in the bytes of a user's file; a ValueError that names it for others."""
+    """Parses the JSON object in a user's file; a ValueError for anything else names the file."""
     try:
         return parse_json(data)
     except ValueError as error:
@@ -173,10 +173,9 @@ def check_object(data: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def parse_checked_object(data: bytes, *, needs_checksum: bool = False) -> dict[str, Any] | None:
-    """The JSON object in the bytes of a file that this project wrote; None for anything else.
+    """Parses a JSON object that this project wrote; returns None for anything else.
 
-    An object with a checksum (`add_checksum`) is none if that is another one, and if it is missing
-    where it is needed.
+    Also returns None if the checksum (`add_checksum`) is wrong, or missing with `needs_checksum`.
     """
     try:
         found = json.loads(data)
@@ -191,13 +190,13 @@ def parse_checked_object(data: bytes, *, needs_checksum: bool = False) -> dict[s
 
 
 def add_checksum(value: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON-able object with the key "checksum"; see `parse_checked_object`."""
+    """Returns a JSON-able object with the added key "checksum"; see `parse_checked_object`."""
     text = json.dumps(json.loads(json.dumps(value)), sort_keys=True)
     return {**value, _CHECKSUM: hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a whole file into a folder that exists; an old one is replaced."""
+    """Writes a whole file into an existing folder, replacing an old file."""
     if is_remote(os.fspath(path)):
         _call(os.fspath(path), lambda system, name: system.pipe_file(name, data), "written")
         return
@@ -213,9 +212,9 @@ def write_object(
     indent: int = 1,
     sort_keys: bool = True,
 ) -> None:
-    """Writes JSON for people and programs, atomically.
+    """Writes a JSON file atomically, for people and programs.
 
-    A name that is not UTF-8, which Python holds with lone surrogates, comes back as it was.
+    A name that is not UTF-8 (lone surrogates in Python) is escaped and survives the round trip.
     """
     if with_checksum:
         value = add_checksum(value)
@@ -229,17 +228,17 @@ def write_object(
 
 @contextlib.contextmanager
 def local_output(path: str | os.PathLike[str]) -> Generator[pathlib.Path]:
-    """A file that has its name once the block has ended well; its local folder must exist.
+    """Context manager that writes a file atomically: it gets its name if the block succeeds.
 
-    An old one is replaced then.
+    An existing file is replaced. A local folder must exist.
 
     Yields:
-        Where the block writes a file: a temporary name in the same folder, or in the system's
-        temporary folder for a URL, from where it is uploaded.
+        The path that the block writes to: a temporary name in the same folder. For a URL, it is in
+        the system's temporary folder and is uploaded afterwards.
 
     Raises:
-        FullError: there is no room for it.
-        StorageError: the disk or the store does not take it.
+        FullError: there is not enough space.
+        StorageError: the disk or the store failed.
     """
     if is_remote(os.fspath(path)):
         with tempfile.TemporaryDirectory(prefix="diht_jax-") as folder:
@@ -253,22 +252,22 @@ def local_output(path: str | os.PathLike[str]) -> Generator[pathlib.Path]:
         with naming_output(path):
             yield temporary
             with open(temporary, "rb") as file:
-                os.fsync(file.fileno())  # all of it is on the disk before it has its name
+                os.fsync(file.fileno())  # all data reaches the disk before the rename
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def temporary_path(path: str | os.PathLike[str]) -> pathlib.Path:
-    """A hidden name in the same folder, which no other process takes and no search finds."""
+    """Returns a unique hidden file name in the same folder, which searches for files ignore."""
     path = pathlib.Path(path)
     return path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
 
 
 def remove_temporary_files(folder: str, wanted: Callable[[str], bool]) -> None:
-    """Removes the half-written files that killed processes have left; in a store there are none.
+    """Removes temporary files that killed processes left in a local folder; stores have none.
 
-    Those whose names were to be `wanted`; no other process may be writing them now.
+    `wanted` selects them by their final names. No other process may be writing them.
     """
     if is_remote(folder):
         return
@@ -279,16 +278,16 @@ def remove_temporary_files(folder: str, wanted: Callable[[str], bool]) -> None:
 
 
 def upload(path: str | os.PathLike[str], url: str) -> None:
-    """Copies a local file into a store, where it appears whole; an old one is replaced."""
+    """Uploads a local file to a store atomically, replacing an old file."""
     _call(url, lambda system, name: system.put_file(os.fspath(path), name), "written")
 
 
 def list_names(
     folder: str, ending: str | tuple[str, ...] = "", wanted: Callable[[str], object] = bool
 ) -> list[str]:
-    """Names of the files in a folder, sorted, hidden ones too; none where it is missing.
+    """Returns the sorted names of the files in a folder, also hidden ones; [] if it is missing.
 
-    Only those with an ending that are `wanted`: of a large folder the others take no memory.
+    Names are filtered by `ending` and `wanted` while listing, to save memory in large folders.
     """
 
     def look() -> list[str]:
@@ -309,20 +308,20 @@ def list_names(
 
 
 def list_sizes(folder: str, wanted: Callable[[str], bool] = bool) -> dict[str, int]:
-    """Bytes of the files in a store's folder by name, as its listing says; see `list_names`."""
+    """Returns name -> bytes of the files in a store's folder, from a listing; see `list_names`."""
     return {name: int(info["size"] or 0) for name, info in _list_remote(folder) if wanted(name)}
 
 
 def find_inputs(pattern: str) -> dict[str, int | None]:
-    """The files of a store that the URL of a file, a folder or a glob stands for; one listing.
+    """Lists the files of a store at the URL of a file, a folder or a glob, with one listing.
 
-    `input_version` then knows them without a request.
+    Afterwards, `input_version` needs no request for these files.
 
     Returns:
-        Bytes by URL, None where the store does not state them; empty where there is nothing.
+        URL -> bytes, or None if the store states no size. Empty if nothing matches.
     """
     system, path = open_system(pattern)
-    system.invalidate_cache(path)  # other processes may have written there
+    system.invalidate_cache(path)  # other processes may have written files
 
     def look() -> list[dict[str, Any]]:
         if is_glob(path):
@@ -345,7 +344,7 @@ def find_inputs(pattern: str) -> dict[str, int | None]:
 
 
 def remove(path: str) -> None:
-    """Removes a file, if it is there."""
+    """Removes a file if it exists."""
     with contextlib.suppress(FileNotFoundError):
         if is_remote(path):
             _call(path, lambda system, name: system.rm_file(name), "removed")
@@ -354,7 +353,7 @@ def remove(path: str) -> None:
 
 
 def make_folder(folder: str) -> None:
-    """Makes a folder, and those above it, where it is missing."""
+    """Creates a folder and its parents if they are missing."""
     if not is_remote(folder):
         os.makedirs(folder, exist_ok=True)
     elif folder.split("://", 1)[0] in _HAVE_FOLDERS:
@@ -362,7 +361,7 @@ def make_folder(folder: str) -> None:
 
 
 def refuse_url(path: str | os.PathLike[str] | None, name: str) -> None:
-    """Raises ValueError for an output in an object store; `name` is that of its flag."""
+    """Raises ValueError for an output path in an object store; `name` is the flag of the path."""
     if path is not None and is_remote(os.fspath(path)):
         raise ValueError(
             f"{name}={os.fspath(path)}: this is written to local or mounted folders only; write it "
@@ -371,7 +370,7 @@ def refuse_url(path: str | os.PathLike[str] | None, name: str) -> None:
 
 
 def _list_remote(folder: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Names of the files in a store's folder, with what the store says of each."""
+    """Yields the names of the files in a store's folder, with the listing's entry for each."""
     try:
         infos = _call(folder, lambda system, name: system.ls(name, detail=True))
     except (FileNotFoundError, NotADirectoryError):
@@ -386,10 +385,10 @@ def _list_remote(folder: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _call(url: str, function: Callable[[Any, str], _Result], participle: str = "read") -> _Result:
-    """Calls a function with the store of a URL and the path there, and again after a failure."""
+    """Calls a function with a URL's file system and its path there, with retries."""
     system, name = open_system(url, use_listings_cache=False)
     result = retry(functools.partial(function, system, name), url, participle)
     if participle != "read":
-        open_system(url)[0].invalidate_cache(name)  # of a listing that inputs are looked up in
+        open_system(url)[0].invalidate_cache(name)  # the listings that inputs use
         forget_input(url)
     return result

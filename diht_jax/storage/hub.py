@@ -1,7 +1,7 @@
-"""Models on the Hugging Face hub, by names such as `hf-hub:owner/name`.
+"""Models on the Hugging Face Hub, by names such as `hf-hub:owner/name`.
 
-Data sets there have URLs, `hf://datasets/owner/name/FILE`, which fsspec opens like any others.
-Both take the address of another hub from HF_ENDPOINT.
+Data sets on the Hub have URLs, `hf://datasets/owner/name/FILE`, which fsspec opens. For both,
+HF_ENDPOINT sets the address of another hub.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _NAME = re.compile(rf"{PREFIX}({_PART}/{_PART})(?:@([\w./-]+))?")
 
 
 def is_hub_name(name: str) -> bool:
-    """Returns whether a model's name is one of the hub, and no path."""
+    """Returns whether a model's name refers to the Hub, not to a path."""
     return name.startswith(PREFIX)
 
 
 def parse_name(name: str) -> tuple[str, str | None]:
-    """Repository and revision of `hf-hub:owner/name@revision`; ValueError for other names."""
+    """Parses `hf-hub:owner/name@revision` into repository and revision; else raises ValueError."""
     match = _NAME.fullmatch(name)
     if match is None:
         raise ValueError(f"{name}: expected {PREFIX}OWNER/NAME, or {PREFIX}OWNER/NAME@REVISION")
@@ -31,19 +31,19 @@ def parse_name(name: str) -> tuple[str, str | None]:
 
 
 def download(name: str, choose: Callable[[Sequence[str]], Sequence[str]]) -> pathlib.Path:
-    """Copies files of a model into the hub's cache, where they are not there yet.
+    """Downloads files of a model into the Hub's cache, unless they are there already.
 
-    Without a network the files of the last download are taken.
+    Without a network, the files of the last download are used.
 
     Args:
-        name: `hf-hub:owner/name`, with `@revision` for another than the latest.
-        choose: those that are wanted of the names of all files.
+        name: `hf-hub:owner/name`, with `@revision` for any revision but the latest.
+        choose: selects the wanted files from the names of all files.
 
     Returns:
-        Their folder.
+        The folder of the files.
 
     Raises:
-        ValueError: no such model, one that this user may not read, or no network.
+        ValueError: the model is missing or not readable by this user, or there is no network.
     """
     repository, revision = parse_name(name)
     from huggingface_hub import HfApi, snapshot_download
@@ -56,7 +56,7 @@ def download(name: str, choose: Callable[[Sequence[str]], Sequence[str]]) -> pat
             wanted = list(choose(files))
         except (HfHubHTTPError, ValueError):  # the hub has answered
             raise
-        except Exception as error:  # what it is depends on the HTTP client
+        except Exception as error:  # the type depends on the HTTP client
             wanted, offline = ["*.json"], error
         folder = snapshot_download(
             repository,
@@ -68,7 +68,7 @@ def download(name: str, choose: Callable[[Sequence[str]], Sequence[str]]) -> pat
         return pathlib.Path(folder)
     except Exception as error:
         if offline is not None:
-            # `error` is about settings of huggingface_hub; the first one says what is wrong.
+            # `error` is about settings of huggingface_hub; `offline` is the actual cause.
             raise ValueError(
                 f"{name} cannot be read: {_first_line(offline)}. The hub's cache does not have it: "
                 "copy its files and name their folder instead"
@@ -80,7 +80,7 @@ def download(name: str, choose: Callable[[Sequence[str]], Sequence[str]]) -> pat
 
 
 def check_upload(name: str) -> None:
-    """Raises ValueError where `upload` cannot write: not a hub's name, no login, or no network."""
+    """Raises ValueError if `upload` would fail: an invalid name, no login, or no network."""
     _, revision = parse_name(name)
     if revision is not None:
         raise ValueError(f"{name}: what is written has no revision yet; leave out @{revision}")
@@ -93,13 +93,13 @@ def check_upload(name: str) -> None:
 
 
 def upload(folder: pathlib.Path, name: str, *, message: str, private: bool = False) -> str:
-    """Writes the files of a flat folder as one commit of a model's repository, made where missing.
+    """Uploads a flat folder as one commit of a model repository, which is created if missing.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
-        ValueError: it cannot be written.
+        ValueError: the upload failed.
     """
     repository, _ = parse_name(name)
     from huggingface_hub import HfApi

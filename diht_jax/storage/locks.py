@@ -1,8 +1,8 @@
-"""Locks between processes: on a file, and on an output folder that may be in an object store.
+"""Locks between processes, on a file or on an output folder that may be in an object store.
 
-Local locks are the operating system's, which end with their holder, also after `kill -9`. They hold
-within a host, and between hosts on NFS. In a store, the lock is an object that is created only
-where it is missing, and that its holder renews.
+Local locks are locks of the operating system, which end with the process, even after `kill -9`.
+They work within a host, and between hosts on NFS. In a store, the lock is an object that is created
+only if it is missing, and that its holder renews.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from absl import logging
 from diht_jax.storage import files
 from diht_jax.storage.stores import is_remote, open_system, retry
 
-# A holder on another machine whose lock was not renewed while this process looked at it for this
-# long is taken for dead. The clocks of machines are not compared.
+# A holder on another machine counts as dead if its lock was not renewed for this long while this
+# process watched it. Clocks of different machines are not compared.
 EXPIRY_SECS = 300.0
 
 _LEADER = ".leader.lock"  # in a local folder
 _RENEWAL_SECS = 30.0
 _POLL_SECS = 0.5
 _NAME = re.compile(r"\.leader-(\d{4,})\.json")  # in a store
-# File systems without locks; a process goes on there without one.
+# Errors of file systems without locks, where a process continues without one.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
-_now = time.monotonic  # tests put their own clock here
+_now = time.monotonic  # replaced in tests
 _sleep = time.sleep
-# Tokens of the locks in stores that this process holds: any other of its own was left behind.
+# Tokens of the store locks that this process holds; its other tokens are stale.
 _held: set[str] = set()
 
 
 class LockedError(OSError):
-    """Another process, `holder`, holds the lock."""
+    """Raised if another process, `holder`, holds the lock."""
 
     def __init__(self, path: str | os.PathLike[str], holder: str):
         super().__init__(f"{os.fspath(path)} is locked by {holder}")
@@ -55,10 +55,10 @@ class LockedError(OSError):
 def lock_file(
     path: str | os.PathLike[str], *, wait: bool = True, names_holder: bool = True
 ) -> BinaryIO:
-    """Opens a file, which is made where it is missing, and locks it until it is closed.
+    """Opens a file, which is created if missing, and locks it until it is closed.
 
-    The file names the holder, unless nobody will ask, and stays behind; only the lock on it counts.
-    Where the file system has no locks, the process goes on without one.
+    With `names_holder`, the file names this process. It stays behind, since only the lock counts.
+    On a file system without locks, the process continues without one.
 
     Raises:
         LockedError: another process holds the lock, unless `wait`.
@@ -82,19 +82,19 @@ def lock_file(
         file.truncate(0)
         file.write(json.dumps(_describe_process()).encode())
         file.flush()
-        os.fsync(file.fileno())  # for other hosts, which otherwise see it when it is closed
+        os.fsync(file.fileno())  # other hosts would otherwise see it only on close
     return file
 
 
 @contextlib.contextmanager
 def lock_folder(folder: str | os.PathLike[str], flag: str, name: str) -> Generator[None]:
-    """Makes a folder where it is missing, and keeps other processes from working in it.
+    """Context manager that creates a folder if missing and locks it against other processes.
 
-    A folder in an object store is not locked; that it can be written to is checked.
+    A folder in an object store is only checked for write access, not locked.
 
     Raises:
-        ValueError: another process holds the lock, or nothing can be written there; names `flag`,
-            such as "--workdir".
+        ValueError: another process holds the lock, or the folder cannot be written. The message
+            names `flag`, such as "--workdir".
     """
     folder = os.fspath(folder)
     lock = contextlib.nullcontext()
@@ -119,11 +119,11 @@ def lock_folder(folder: str | os.PathLike[str], flag: str, name: str) -> Generat
 
 
 def check_writable(folder: str, name: str) -> None:
-    """Writes a small file into a folder of a store and removes it.
+    """Checks that a store's folder is writable, by writing and removing a small file.
 
     Raises:
-        ValueError: the store takes no file: no such bucket, no permission, no writing. Names the
-            flag `name`, such as "--output".
+        ValueError: the store refuses the file: the bucket is missing or read-only, or permission is
+            lacking. The message names the flag `name`, such as "--output".
     """
     probe = files.join(folder, ".probe")
     try:
@@ -140,11 +140,11 @@ def check_writable(folder: str, name: str) -> None:
 
 
 def leader_lock(folder: str) -> contextlib.AbstractContextManager[None]:
-    """Holds an output folder, local or in a store, for the length of the block.
+    """Returns a context manager that holds the lock of an output folder, local or in a store.
 
-    Jobs of an array that end at the same time merge and describe their output one after the other.
-    A process waits for the holder, and logs which one that is. A holder that has died is noticed at
-    once; in a store, if it was on another machine, after `EXPIRY_SECS`.
+    Jobs of an array that end together merge and describe their output one after the other. A
+    waiting process logs who the holder is. A dead holder is noticed at once, except in a store:
+    there, one on another machine is noticed after `EXPIRY_SECS`.
     """
     return _lead_in_store(folder) if is_remote(folder) else _lead_locally(folder)
 
@@ -161,7 +161,7 @@ def _lead_locally(folder: str) -> Generator[None]:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 break
-        file.close()  # the holder before has deleted it
+        file.close()  # deleted by the previous holder
     with file:
         try:
             yield
@@ -171,9 +171,9 @@ def _lead_locally(folder: str) -> Generator[None]:
 
 @contextlib.contextmanager
 def _lead_in_store(folder: str) -> Generator[None]:
-    """The lock is an object `.leader-0000.json`.
+    """Holds the lock in a store, which is an object such as `.leader-0000.json`.
 
-    Whoever takes over from a dead holder creates the next number, so that only one can.
+    A process that takes over from a dead holder creates the next number, so only one succeeds.
     """
     token, is_over, writing = secrets.token_hex(8), threading.Event(), threading.Lock()
     _held.add(token)
@@ -192,7 +192,7 @@ def _lead_in_store(folder: str) -> Generator[None]:
     threading.Thread(target=renew, daemon=True).start()
     try:
         yield
-    finally:  # one that cannot be removed expires
+    finally:  # a lock that cannot be removed expires
         is_over.set()
         _held.discard(token)
         with writing:
@@ -200,8 +200,8 @@ def _lead_in_store(folder: str) -> Generator[None]:
 
 
 def _create_lock(folder: str, token: str) -> str:
-    """The URL of the lock that this process holds, once the others have ended."""
-    seen, since_secs, told = None, 0.0, ""  # the latest lock, since when it is so, the one named
+    """Waits for the other holders, creates the lock of this process, and returns its URL."""
+    seen, since_secs, told = None, 0.0, ""  # latest lock, time of its change, lock logged
     while True:
         names = _lock_names(folder)
         latest = names[-1] if names else ""
@@ -225,7 +225,7 @@ def _create_lock(folder: str, token: str) -> str:
         path = files.join(folder, name)
         if not _create(path, token):
             continue
-        # Of two that come at the same time, at least one sees the other.
+        # Of two processes that arrive together, at least one sees the other.
         if _lock_names(folder)[-1:] == [name]:
             for old in names:
                 files.remove(files.join(folder, old))
@@ -235,13 +235,13 @@ def _create_lock(folder: str, token: str) -> str:
 
 
 def _create(url: str, token: str) -> bool:
-    """Writes a lock unless there is one; of several processes one succeeds."""
+    """Writes a lock unless there is one; of several processes, one succeeds."""
     system, name = open_system(url, use_listings_cache=False)
     content = _content(token)
     try:
         retry(lambda: system.pipe_file(name, content, mode="create"), url, "written")
     except FileExistsError:
-        # A request whose answer was lost has succeeded all the same.
+        # A request may have succeeded although its response was lost.
         return (files.read_object(url) or {}).get("token") == token
     except (TypeError, NotImplementedError):  # a store without conditional writes
         if files.exists(url):
@@ -255,15 +255,15 @@ def _lock_names(folder: str) -> list[str]:
 
 
 def _content(token: str) -> bytes:
-    # Renewed means that the content is another one.
+    # A renewal is recognised by changed content.
     facts = {"token": token, "machine": _machine(), "renewed": secrets.token_hex(4)}
     return json.dumps(_describe_process() | facts).encode()
 
 
 def _has_ended(holder: dict[str, Any], since_secs: float) -> bool:
-    """Returns whether a holder has died: known at once on this machine, else after a while.
+    """Returns whether a holder has died: known at once on this machine, else after `EXPIRY_SECS`.
 
-    `since_secs` is when its lock became what it is, by the clock of this process.
+    `since_secs` is the time of the last change of its lock, by the clock of this process.
     """
     if holder.get("machine") == _machine():
         if holder["pid"] == os.getpid():
@@ -278,7 +278,7 @@ def _has_ended(holder: dict[str, Any], since_secs: float) -> bool:
 
 
 def _machine() -> str:
-    """The machine and the namespace in which a process number means the same process."""
+    """Returns an id of the machine and of the namespace of its process numbers."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             boot = file.read().strip()
@@ -288,7 +288,7 @@ def _machine() -> str:
 
 
 def _describe_process() -> dict[str, Any]:
-    """Host, number and time of this process, as its locks state them."""
+    """Returns the host and number of this process and the current time, as its locks state them."""
     since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
 

@@ -1,13 +1,12 @@
-"""Opened files, local or in a store (`gs://`, `s3://`, anything fsspec knows), by few requests.
+"""Opened files, local or in a store (`gs://`, `s3://`, anything fsspec supports), with retries.
 
-A read that the operating system or a store refuses is tried again after a while (`retry`). If it
-goes on failing, the result is a `StorageError`, which names the file: the data may be good, so the
-file must be taken neither for missing nor for damaged. A file that does not exist is a
-FileNotFoundError at once.
+A failed read is retried after some delays (`retry`). If it keeps failing, it raises a
+`StorageError` that names the file. The data may be intact, so the file must not be treated as
+missing or damaged. A file that does not exist raises FileNotFoundError at once.
 
-`open_file` opens a file for reading from front to back: one in a store is fetched by large blocks,
-each once, and the next one while a block is being read. `RangesFile` is for parts of a file in any
-order. Local files are read without fsspec.
+`open_file` opens a file for sequential reading. From a store, it fetches large blocks, each once,
+and prefetches the next block in the background. `RangesFile` reads parts of a file in any order.
+Local files are read without fsspec.
 """
 
 from __future__ import annotations
@@ -24,25 +23,25 @@ from typing import Any, TypeVar
 
 _Result = TypeVar("_Result")
 
-# Waited before each further attempt; long enough for a file server that is started again.
+# Delays before the retries; long enough for a file server to restart.
 DELAYS_SECS = (0.1, 0.5, 2.0, 5.0)
-# A name under which no file can exist.
+# Errors of a path at which there is no file.
 _MISSING = frozenset(
     {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENXIO}
 )
-# Nothing more can be written: the disk or the quota is full, or the file may not become larger.
+# No space: the disk or the quota is full, or the file has reached its size limit.
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-# Refused for good: waiting changes nothing.
+# Permanent errors, which are not retried.
 _FINAL = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, *_FULL})
-# Answers of a server that has too much to do, or is failing; a 4xx else is about the request.
+# HTTP statuses of an overloaded or failing server; other 4xx are errors of the request.
 _PASSING_STATUS = frozenset({408, 425, 429, *range(500, 600)})
-# Errors of connections that have no number, by package and name, since no package is imported here.
+# Connection errors without an errno, by package and name, to avoid importing the packages.
 _PASSING_TYPES = frozenset(
     {
         *("aiohttp.ClientConnectionError", "aiohttp.ClientPayloadError"),
         *("botocore.HTTPClientError", "botocore.ConnectionError", "botocore.ResponseParserError"),
         *("botocore.IncompleteReadError", "asyncio.IncompleteReadError", "urllib.URLError"),
-        # An answer that was damaged on its way, as the client's checksum tells.
+        # A response damaged in transit, according to the client's checksum.
         *("botocore.FlexibleChecksumError", "botocore.ChecksumError", "gcsfs.ChecksumError"),
         *("google.DataCorruption", "azure.IncompleteReadError"),
         *("azure.ServiceRequestError", "azure.ServiceResponseError"),
@@ -54,38 +53,38 @@ _PASSING_TYPES = frozenset(
     }
 )
 
-BLOCK_BYTES = 2**24  # of one request
+BLOCK_BYTES = 2**24  # per request
 _BUFFER_BYTES = 2**16
-_MAX_BLOCKS = 3  # of one file, in memory
-# What object stores call the version of a file, the most telling name first.
+_MAX_BLOCKS = 3  # in memory, per file
+# Names of a file's version in listings of object stores, the most specific first.
 _VERSIONS = ("etag", "ETag", "generation", "mtime", "LastModified", "updated", "created", "blob_id")
-# URL -> bytes and version of the input files that `note_input` was told of.
+# URL -> bytes and version of the input files recorded by `note_input`.
 _inputs: dict[str, tuple[int | None, str | None]] = {}
 
-sleep = time.sleep  # tests put their own clock here
+sleep = time.sleep  # replaced in tests
 
 
 class StorageError(OSError, ValueError):
-    """A file that exists could not be read, after several attempts; names it."""
+    """An existing file could not be read, or an output could not be written; names the file."""
 
 
 class FullError(StorageError):
-    """No room for an output: a full disk, a quota, or a limit on the size of files; names it."""
+    """No space for an output: a full disk, a quota, or a limit on file sizes; names the file."""
 
 
 def is_missing(error: OSError) -> bool:
-    """Returns whether an error means that there is no such file."""
+    """Returns whether an error means that the file does not exist."""
     return error.errno in _MISSING or isinstance(
         error, FileNotFoundError | NotADirectoryError | IsADirectoryError
     )
 
 
 def is_storage_failure(error: BaseException) -> bool:
-    """Returns whether storage has failed, so that the contents may be good.
+    """Returns whether an error comes from the storage, in which case the contents may be intact.
 
-    Errors of stores often have no number: timeouts, lost connections and answers of a server such
-    as 503 are recognised by their type or status. Any other error without a number comes from a
-    library that does not like the contents.
+    Errors of stores often have no errno. Timeouts, lost connections and server errors such as 503
+    are recognised by type or status. Any other error without an errno comes from a library that
+    rejects the contents.
     """
     if isinstance(error, OSError) and is_missing(error):
         return False
@@ -100,12 +99,12 @@ def is_storage_failure(error: BaseException) -> bool:
 
 
 def is_outage(error: BaseException) -> bool:
-    """Whether a storage has failed in a way that passes by itself: nothing was refused for good."""
+    """Returns whether an error is a transient storage failure, rather than a permanent refusal."""
     return is_storage_failure(error) and not _is_final(error.__cause__ or error)
 
 
 def _http_status(error: BaseException) -> int | None:
-    """The status of a server's answer, as aiohttp, botocore, gcsfs, azure and requests have it."""
+    """Returns the HTTP status in an error of aiohttp, botocore, gcsfs, azure or requests."""
     response = getattr(error, "response", None)
     if isinstance(response, Mapping):
         found = [response.get("ResponseMetadata", {}).get("HTTPStatusCode")]
@@ -121,16 +120,16 @@ def _http_status(error: BaseException) -> int | None:
 def retry(
     read: Callable[[], _Result], path: str | os.PathLike[str], participle: str = "read"
 ) -> _Result:
-    """Calls a function until the operating system, or a store, lets it succeed.
+    """Calls a function, and calls it again after transient failures of the disk or the store.
 
     Args:
-        read: reads something, or writes a whole file; is called again after a failure.
-        path: of the file, for the message.
+        read: reads something or writes a whole file; must be repeatable.
+        path: path of the file, for the message.
         participle: what is done to the file, for the message.
 
     Raises:
-        StorageError: the last attempt failed, too.
-        OSError: there is no such file (`is_missing`); at once.
+        StorageError: the last attempt failed, or the error is permanent.
+        OSError: the file does not exist (`is_missing`); raised at once.
     """
     for delay_secs in (*DELAYS_SECS, None):
         try:
@@ -141,7 +140,7 @@ def retry(
             if delay_secs is None or _is_final(error):
                 attempts = "" if _is_final(error) else f" in {len(DELAYS_SECS) + 1} attempts"
                 hint = "its contents may be good: " if participle == "read" else ""
-                # A timeout has no text of its own.
+                # A timeout has no message.
                 reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
                 raise StorageError(
                     f"{os.fspath(path)}: could not be {participle}{attempts} ({reason}); {hint}"
@@ -153,9 +152,9 @@ def retry(
 
 @contextlib.contextmanager
 def naming_output(path: str | os.PathLike[str]) -> Generator[None]:
-    """Names the output in errors of writing it, which the operating system leaves without a name.
+    """Context manager that names the output in errors of writing, which lack a file name.
 
-    They become a FullError where there is no room for it, else a StorageError.
+    A full disk becomes a FullError, other errors become a StorageError.
     """
     try:
         yield
@@ -177,35 +176,35 @@ def _is_final(error: BaseException) -> bool:
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path is a URL such as `gs://bucket/train-00000.tfrecord`."""
+    """Returns whether a path is a URL such as `gs://bucket/train-00000.tfrecord`."""
     return "://" in path
 
 
 def open_system(url: str, *, use_listings_cache: bool = True) -> tuple[Any, str]:
-    """The fsspec file system that a URL belongs to, and its path there.
+    """Returns the fsspec file system of a URL, and the path in it.
 
-    Without `use_listings_cache` no earlier listing is believed: for folders that other processes
+    `use_listings_cache=False` ignores earlier listings. It is for folders that other processes
     write to.
 
     Raises:
-        ValueError: nothing installed knows such URLs.
+        ValueError: no installed package supports the protocol.
     """
     system = _file_system(url.split("://", 1)[0], use_listings_cache)
     return system, system._strip_protocol(url)
 
 
 def listed_url(url: str) -> str:
-    """A URL in the form of listings: gs:// for gcs://, and no slash at its end."""
+    """Returns a URL in the form of listings: gs:// for gcs://, and without a trailing slash."""
     system, path = open_system(url)
     return system.unstrip_protocol(path)
 
 
 @functools.cache
 def _file_system(protocol: str, use_listings_cache: bool) -> Any:
-    # Not at the top: whoever trains on local files needs none of it.
+    # Imported here, since training on local files does not need it.
     import fsspec
 
-    # Without the option it is the one file system that everybody else in this process uses.
+    # Without the option, fsspec returns the instance that the whole process shares.
     options = {} if use_listings_cache else {"use_listings_cache": False}
     try:
         return fsspec.filesystem(protocol, **options)
@@ -217,21 +216,21 @@ def _file_system(protocol: str, use_listings_cache: bool) -> Any:
 
 
 def note_input(url: str, info: dict[str, Any]) -> None:
-    """Keeps what a listing states of an input file, for `input_version`."""
+    """Records the size and version of an input file from a listing, for `input_version`."""
     size = info.get("size")
     version = next((str(info[key]) for key in _VERSIONS if info.get(key)), None)
     _inputs[url] = None if size is None else int(size), version
 
 
 def forget_input(url: str) -> None:
-    """Makes `input_version` ask for a file that this process has written."""
+    """Drops the record of a file that this process has written, for `input_version`."""
     _inputs.pop(url, None)
 
 
 def input_version(url: str) -> tuple[int, str | None]:
-    """Bytes of an input file in a store, and its version; None where the store states none.
+    """Returns the bytes of an input file in a store, and its version (None if there is none).
 
-    A listing of its folder that this process has made is believed.
+    Uses the listing of its folder if this process has made one.
     """
     size, version = _inputs.get(url, (None, None))
     if size is None:
@@ -244,19 +243,19 @@ def input_version(url: str) -> tuple[int, str | None]:
 
 
 def input_size(path: str) -> int:
-    """Bytes of an input file, local or in a store; see `input_version`."""
+    """Returns the bytes of an input file, local or in a store; see `input_version`."""
     return input_version(path)[0] if is_remote(path) else os.path.getsize(path)
 
 
 def read_range(url: str, start: int, end: int) -> bytes:
-    """The bytes [start, end) of a file in a store, fewer at its end; one request."""
+    """Reads the bytes [start, end) of a file in a store with one request; fewer at its end."""
     system, path = open_system(url)
     read = functools.partial(system.cat_file, path, start=start, end=max(start, end))
     return retry(read, url)
 
 
 def read_start(url: str, num_bytes: int) -> bytes:
-    """The first bytes of a file in a store, also of an empty one, where stores refuse a range."""
+    """Reads the first bytes of a file in a store; handles empty files, where ranges fail."""
     system, path = open_system(url)
 
     def read() -> bytes:
@@ -271,9 +270,9 @@ def read_start(url: str, num_bytes: int) -> bytes:
 
 
 def read_whole(url: str) -> bytes:
-    """A file in a store; of up to 16 MiB by one request.
+    """Reads a whole file in a store; a file below 16 MiB takes one request.
 
-    Without a range, some file systems ask for the size first.
+    It asks for a range, since some file systems otherwise look up the size first.
     """
     data = read_start(url, BLOCK_BYTES)
     if len(data) < BLOCK_BYTES:
@@ -284,21 +283,21 @@ def read_whole(url: str) -> bytes:
 
 
 def open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
-    """Opens a file, local or in a store, whose reads are tried again.
+    """Opens a file, local or in a store, for buffered reading with retries.
 
-    Each can raise StorageError, which `check_failure` finds where a library has wrapped it.
+    A read can raise StorageError; `check_failure` finds it if a library has wrapped it.
     """
     return io.BufferedReader(RangesFile(os.fspath(path), in_blocks=True), _BUFFER_BYTES)
 
 
 def open_local(path: str | os.PathLike[str]) -> io.FileIO:
-    """Opens an ordinary local file for reading, without a buffer; see `check_ordinary`."""
+    """Opens an ordinary local file for reading without a buffer; see `check_ordinary`."""
     check_ordinary(path)
     return open(path, "rb", buffering=0)
 
 
 def check_ordinary(path: str | os.PathLike[str]) -> None:
-    """Raises ValueError for a pipe, a socket or a device, which could be waited for without end."""
+    """Raises ValueError for a pipe, a socket or a device, since reading it could block forever."""
     if is_remote(os.fspath(path)):
         return
     mode = os.stat(path).st_mode
@@ -309,9 +308,9 @@ def check_ordinary(path: str | os.PathLike[str]) -> None:
 
 
 def check_readable(path: str | os.PathLike[str]) -> None:
-    """Raises the StorageError of a file that cannot be read to its end; see `retry`.
+    """Reads a file to its end to raise the StorageError of a file that cannot be read; see `retry`.
 
-    For libraries that read by themselves, and name the same error for a bad disk and a bad file.
+    For libraries that do their own reads and raise the same error for a bad disk and a bad file.
     """
     with open_file(path) as file:
         while file.read(2**22):
@@ -319,26 +318,26 @@ def check_readable(path: str | os.PathLike[str]) -> None:
 
 
 def check_failure(file: io.BufferedReader | RangesFile) -> None:
-    """Raises the StorageError of a file from `open_file`, which a library may have wrapped."""
+    """Raises the StorageError of a file from `open_file`, if any; a library may have wrapped it."""
     failure = getattr(getattr(file, "raw", file), "failure", None)
     if failure is not None:
         raise failure
 
 
 class RangesFile(io.RawIOBase):
-    """An open file, local or in a store, for reads of parts in any order, and as a file object.
+    """A file, local or in a store, for reading parts in any order and as a file object.
 
-    A local file is opened again where a read fails. In a store every read is one ranged request;
-    with `in_blocks` large blocks are fetched, each once, and the next one in the background.
+    A local file is reopened after a failed read. In a store, every read is one ranged request. With
+    `in_blocks`, large blocks are fetched, each once, and the next one in the background.
 
     Attributes:
-        path: of the file, or its URL.
-        size: in bytes.
-        failure: the StorageError that a read as a file object has raised, else None.
+        path: path or URL of the file.
+        size: size in bytes.
+        failure: the StorageError of a failed read as a file object, else None.
     """
 
     def __init__(self, path: str, size: int | None = None, *, in_blocks: bool = False):
-        """Opens it; `size` is that of a file in a store, if it is known."""
+        """Opens the file; `size` is the size of a file in a store, if known."""
         self.path, self.failure = path, None
         self._position, self._file, self._blocks = 0, None, None
         if not is_remote(path):
@@ -352,7 +351,7 @@ class RangesFile(io.RawIOBase):
             self._blocks = BackgroundBlockCache(BLOCK_BYTES, self._fetch, self.size, _MAX_BLOCKS)
 
     def read_range(self, start: int, end: int) -> bytes:
-        """The bytes [start, end), fewer at the end of the file."""
+        """Returns the bytes [start, end), fewer at the end of the file."""
         if self._blocks is not None:
             return self._blocks._fetch(start, end)
         if is_remote(self.path):
@@ -360,12 +359,12 @@ class RangesFile(io.RawIOBase):
         return retry(functools.partial(self._read_local, start, end), self.path)
 
     def _read_local(self, start: int, end: int) -> bytes:
-        file = self._file  # held here, so that another thread that opens it again does not close it
+        file = self._file  # a reference, since another thread may reopen the file
         assert file is not None
         try:
             return os.pread(file.fileno(), max(0, end - start), start)
         except OSError:
-            # The descriptor of a file server that was started again stays stale.
+            # After a restart of the file server, the old descriptor stays stale.
             self._file = open_local(self.path)
             raise
 
@@ -379,15 +378,15 @@ class RangesFile(io.RawIOBase):
         return data
 
     def readable(self) -> bool:
-        """Always."""
+        """Returns True."""
         return True
 
     def seekable(self) -> bool:
-        """Always."""
+        """Returns True."""
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Moves the position; nothing is read."""
+        """Moves the position without reading."""
         starts = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}
         position = starts[whence] + offset
         if position < 0:
@@ -396,7 +395,7 @@ class RangesFile(io.RawIOBase):
         return position
 
     def readinto(self, buffer: memoryview) -> int:
-        """Reads into a buffer, and keeps the failure of a read."""
+        """Reads into a buffer; a StorageError is also kept as `failure`."""
         end = max(self._position, min(self._position + len(buffer), self.size))
         try:
             data = self.read_range(self._position, end) if end > self._position else b""

@@ -1,6 +1,6 @@
-"""What a new run starts from: the model of `config.model.init_from`, or the stage before.
+"""Initial parameters of a run: the model of `config.model.init_from`, or the previous stage.
 
-docs/guides/train/stages.md says what a stage takes over from the one before, and what begins anew.
+docs/guides/train/stages.md explains what a stage inherits from the previous one and what it resets.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from diht_jax.weights.releases import RELEASES
 from diht_jax.weights.settings import Preprocessing, field_value
 from diht_jax.weights.source import ModelFiles, read_weights
 
-# Positions are fitted to these.
+# Sizes to which positional embeddings are fitted.
 _INPUT_SIZES = ("image_size", "context_length")
 
 
@@ -55,15 +55,15 @@ def bind_architecture(
     workdir: epath.Path | None = None,
     set_keys: Collection[str] | None = None,
 ) -> ml_collections.ConfigDict:
-    """The config, with architecture and pictures of the model in `config.model.init_from`.
+    """Returns the config with the architecture and preprocessing of `config.model.init_from`.
 
-    The user's own settings stay: with `model.name` all of the architecture, else the
+    The user's settings take precedence: the whole architecture if `model.name` is set, else the
     `model.overrides`, and the `model.pictures` that were set. A recipe for the same model keeps its
-    sizes of images and texts, to which positions are fitted.
+    image size and context length, to which positional embeddings are fitted.
 
     Args:
-        workdir: of the run. One with checkpoints goes on with the architecture that it has.
-        set_keys: dotted names of what the user set; by default what differs from `default_config`.
+        workdir: of the run. If it has checkpoints, their architecture is used.
+        set_keys: dotted names that the user set; by default those unlike `default_config`.
     """
     if set_keys is None:
         set_keys = _changed_keys(config.model)
@@ -98,10 +98,10 @@ def bind_architecture(
 def initial_parameters(
     config: ml_collections.ConfigDict, arch: Architecture, mesh: Mesh, drawn: dict[str, Any]
 ) -> dict[str, Any]:
-    """The model of `config.model.init_from`, with positions for this run's images and texts.
+    """Returns the model of `config.model.init_from`, with positions fitted to this run's inputs.
 
-    Adapters and concept heads start anew; the bias of a sigmoid loss is the model's, where it has
-    one, as the logit scale is.
+    Adapters and concept heads are initialised anew. The bias of a sigmoid loss and the logit scale
+    come from the model, if it has them.
 
     Returns:
         Like `drawn`, on the mesh.
@@ -119,21 +119,21 @@ def initial_parameters(
 
 
 def stage_folder(workdir: str, number: int) -> str:
-    """Work directory of a stage in that of all of them."""
+    """Returns the work directory of a stage within that of all stages."""
     return files.join(workdir, f"stage_{number}")
 
 
 def open_stage(workdir: str, count: int) -> int:
-    """The last stage with a checkpoint, or the first one; those before are finished.
+    """Returns the last stage with a checkpoint, or the first stage; earlier ones are finished.
 
-    All processes of a job must call.
+    All processes of a job must call it.
     """
     begun = (n for n in range(count, 1, -1) if _has_checkpoint(stage_folder(workdir, n)))
     return share_from_first(lambda: next(begun, 1))
 
 
 def check_stage(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-    """Refuses all stages as one run, and a later stage that would start from nothing."""
+    """Rejects all stages as one run, and a later stage without a stage to start from."""
     number, count = config.stage.number, config.stage.count
     if count and not number:
         raise ValueError(
@@ -156,18 +156,18 @@ def end_of_stage(
     *,
     mixture: Mixture,
 ) -> tuple[dict[str, Any], dict[str, int], dict[str, Any]]:
-    """The end of the stage in `config.stage.previous`, where the run of a config begins.
+    """Returns the end of the stage in `config.stage.previous`, from which this run starts.
 
     Args:
-        drawn: its initial parameters; what the stage before does not have stays.
-        mixture: its records; the stage before may have held out more of them.
+        drawn: initial parameters of this run; those that the previous stage lacks are kept.
+        mixture: records of this run; the previous stage may have held out more of them.
 
     Returns:
-        Parameters of the run, on its mesh; the position in the data, as for
+        Parameters, on the mesh of the run; the position in the data, as for
         `TrainIterator.set_state`; and the fingerprint of these data, packed.
 
     Raises:
-        ValueError: that stage cannot be read or is not finished, or has other parameters.
+        ValueError: the stage cannot be read, is not finished, or has other parameters.
     """
     with _naming("stage.previous", config.stage.previous):
         folder = local_run(config.stage.previous, mesh=mesh)
@@ -194,9 +194,9 @@ def end_of_stage(
 def _refuse_seen_validation(
     config: ml_collections.ConfigDict, before: ml_collections.ConfigDict
 ) -> None:
-    """Raises ValueError where records are to be held out that the stage before was trained on."""
+    """Raises ValueError if records to be held out were used for training in the previous stage."""
     share, its = config.data.validation_share, before.data.validation_share
-    # Of one seed a smaller share is a part of a larger one.
+    # With the same seed, a smaller share is a subset of a larger one.
     if share > its or (share and config.seed != before.seed):
         raise ValueError(
             f"with config.data.validation_share={its} and config.seed={before.seed} it was trained "
@@ -206,7 +206,7 @@ def _refuse_seen_validation(
 
 @contextlib.contextmanager
 def _naming(key: str, source: str) -> Generator[None]:
-    """Puts the key of the config that names a source before what is wrong with it."""
+    """Prefixes errors with the config key that names a source."""
     try:
         yield
     except ValueError as error:
@@ -214,7 +214,7 @@ def _naming(key: str, source: str) -> Generator[None]:
 
 
 def _changed_keys(section: ml_collections.ConfigDict) -> set[str]:
-    """Dotted names of the keys of the model that differ from the default ones."""
+    """Returns the dotted names of the model's keys that differ from their defaults."""
     own, default = (
         flatten_dict({"model": s.to_dict()}, sep=".") for s in (section, default_config().model)
     )
@@ -222,7 +222,7 @@ def _changed_keys(section: ml_collections.ConfigDict) -> set[str]:
 
 
 def _read_start(source: str) -> tuple[Architecture, ml_collections.ConfigDict]:
-    """The model of a path or name: its architecture, and a section `model` with its inputs."""
+    """Reads a model by path or name: its architecture, and a section `model` with its inputs."""
     section = default_config().model
     if source in RELEASES:
         return ARCHITECTURES[source], section
@@ -239,9 +239,9 @@ def _read_start(source: str) -> tuple[Architecture, ml_collections.ConfigDict]:
 
 
 def set_architecture(section: ml_collections.ConfigDict, arch: Architecture) -> None:
-    """Makes a section `model` describe an architecture: by its name, or by what differs."""
+    """Sets the architecture in a section `model`: by its name, or by overrides of the default."""
     names = [name for name, known in ARCHITECTURES.items() if known == arch]
-    # Overrides cannot take a part away, such as attention pooling; the default model has none.
+    # Overrides cannot remove a part, such as attention pooling; the default model has none.
     section.name = names[0] if names else default_config().model.name
     base = ARCHITECTURES[section.name]
     for field in ARCHITECTURE_FIELDS:
@@ -250,7 +250,7 @@ def set_architecture(section: ml_collections.ConfigDict, arch: Architecture) -> 
 
 
 def set_inputs(section: ml_collections.ConfigDict, model: ModelFiles) -> None:
-    """Makes a section `model` describe preprocessing and tokenizer: by what differs from CLIP's."""
+    """Sets preprocessing and tokenizer in a section `model`, where they differ from CLIP's."""
     default = Preprocessing()
     for name, value in dataclasses.asdict(model.preprocessing).items():
         section.pictures[name] = None if value == getattr(default, name) else value
@@ -262,7 +262,7 @@ def set_inputs(section: ml_collections.ConfigDict, model: ModelFiles) -> None:
 def _check_same_architecture(
     section: ml_collections.ConfigDict, found: Architecture, expected: Architecture
 ) -> None:
-    """Refuses a model that differs in more than the sizes of images and texts."""
+    """Rejects a model that differs in more than image size and context length."""
     differing = [
         f"config.model.overrides.{field}={field_value(found, field)!r} "
         f"(the run has {field_value(expected, field)!r})"
@@ -278,13 +278,13 @@ def _check_same_architecture(
 
 
 def _differing_fields(a: Architecture, b: Architecture) -> list[str]:
-    """Fields that make another model; sizes of images and texts do not."""
+    """Returns the fields that differ, other than image size and context length."""
     fields = (field for field in ARCHITECTURE_FIELDS if field not in _INPUT_SIZES)
     return [field for field in fields if field_value(a, field) != field_value(b, field)]
 
 
 def _like(drawn: dict[str, Any], params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """The parameters that `drawn` has, each from `params` where that has it."""
+    """Returns a tree like `drawn`, with parameters from `params` where it has them."""
     known, taken = flatten_dict(params, sep="/"), {}
     for name, leaf in flatten_dict(drawn, sep="/").items():
         found = known.get(name, leaf)

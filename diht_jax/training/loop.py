@@ -1,6 +1,6 @@
 """The training loop: save, evaluate, then take the next batch.
 
-In this order the saved position in the data always belongs to the saved state.
+This order ensures that the saved position in the data matches the saved state.
 """
 
 from __future__ import annotations
@@ -63,39 +63,39 @@ def train(
     set_keys: Collection[str] | None = None,
     began: float | None = None,
 ) -> TrainState:
-    """Trains, or goes on training, the run in `workdir`.
+    """Starts or resumes the training run in `workdir`.
 
     Args:
         config: a full training config (`diht_jax.config.default_config`).
-        workdir: receives checkpoints, config, metrics and curves; a path, or a URL of a store.
-        stop_after_steps: ends early, saved, as if interrupted there; the schedule is still that
+        workdir: path or store URL for checkpoints, config, metrics and curves.
+        stop_after_steps: saves and stops early, as if interrupted there; the schedule remains that
             of the whole run.
-        devices: to train on; all of the job by default.
-        set_keys: what stays where `config.model.init_from` brings its architecture: see
+        devices: devices to train on; by default all devices of the job.
+        set_keys: keys that `config.model.init_from` must not override with its architecture; see
             `initial_parameters.bind_architecture`.
-        began: `time.monotonic()` at the start of the process, for the account of the wall time;
+        began: `time.monotonic()` at the start of the process, for the accounting of wall time;
             now by default.
 
     Returns:
-        The last state.
+        The final state.
 
     Raises:
-        ValueError: the config is wrong, or is not that of the run in `workdir`; another run works
-            there, or it cannot be written; the data have changed; a checkpoint cannot be read, or
-            the last one could not be written; the first step does not fit into the memory.
+        ValueError: the config is wrong or differs from that of the run in `workdir`; another run
+            uses `workdir`, or it is not writable; the data have changed; a checkpoint cannot be
+            read, or the last one not written; the first step does not fit into memory.
         DivergedError: too many updates in a row were not finite.
-        Stopped: a signal came, and the state is saved.
+        Stopped: a signal arrived, and the state is saved.
     """
     recipe.check_config(config)
     parse_train(config.data.train, config.data.labels)
     opening.check_hosts_share_config(config)
     with contextlib.ExitStack() as stack:
-        # The first to enter, hence the last to leave: a second SIGTERM must not end the process
+        # Entered first and thus exited last: a second SIGTERM must not end the process
         # while the last checkpoint is still being written or copied.
         stop_request = stack.enter_context(StopRequest())
         opened = opening.open_workdir(workdir, config.checkpoint.staging)
         workdir = stack.enter_context(opened)
-        # All hosts take part, also one whose own `init_from` is missing: it is compared below.
+        # All hosts take part, even one without `init_from`: configs are compared below.
         is_from_model = config.model.init_from is not None
         bind = bind_architecture if is_from_model else lambda config, *_: config
         config = check_together(bind, config, workdir, set_keys)
@@ -117,11 +117,11 @@ def train(
 
 
 class Run:
-    """A process's part of a run, built from the config.
+    """One process's part of a run, built from the config.
 
     Attributes:
         has_finished_step: whether the devices have finished a step in this process.
-        first_example: position in the data of the run's first example; not 0 in a later stage.
+        first_example: data position of the run's first example; not 0 in a later stage.
     """
 
     has_finished_step = False
@@ -168,7 +168,7 @@ class Run:
         )
         opening.check_hosts_agree(config.data.train, self.fingerprint)
         self.state = self.first_state()
-        # Once nothing refuses the start any more, as other data do: else the run's own stays.
+        # Written after all checks of the start (such as for changed data); else the old one stays.
         write_config(workdir, config)
         self.start_step = int(self.state.step)
         next_example = self.iterator.get_state()["next_example"]
@@ -182,7 +182,7 @@ class Run:
         log_start(self.program, self.state.params, num_examples, self.total_steps)
 
     def first_state(self) -> TrainState:
-        """The state of the latest checkpoint, or that of a new run."""
+        """Returns the state of the latest checkpoint, or the initial state of a new run."""
         config = self.config
         if self.checkpointer.latest_step is not None:
             state = self.checkpointer.restore(self.program.abstract_state(), self.iterator)
@@ -206,7 +206,7 @@ class Run:
     def loop(
         self, stop_after_steps: int | None, stop_request: StopRequest | None = None
     ) -> TrainState:
-        """Trains up to the end of the run, or up to `stop_after_steps`."""
+        """Trains to the end of the run, or until `stop_after_steps`."""
         stop_request = stop_request or StopRequest()
         last_step = min(self.total_steps, stop_after_steps or self.total_steps)
         progress = ProgressBar(
@@ -216,7 +216,7 @@ class Run:
             disable=jax.process_index() != 0,
             dynamic_ncols=True,
         )
-        # Where a stop or a kill came between the save and its evaluation.
+        # For a stop or kill between a save and its evaluation.
         if self.start_step and self.evaluation.is_missing(self.start_step, self.workdir):
             self.evaluate()
         in_flight = None
@@ -236,7 +236,7 @@ class Run:
                 self._stop_before(step, stopped.position)
             metrics = self.run_step(step, train_step, batch)
             self.window.add(metrics)
-            # Two steps in flight keep the device busy; more would only move the progress bar ahead.
+            # Two steps in flight keep the device busy; more would only advance the progress bar.
             if in_flight is not None:
                 self.monitor.check_step(step - 1, in_flight)
                 self.has_finished_step = True
@@ -247,7 +247,7 @@ class Run:
             at_end, stop_requested = step == last_step, stop_request.is_due()
             saves = at_end or stop_requested or self.evaluation.is_due(step)
             saves |= step == self.kept_step or step % self.config.checkpoint.every_steps == 0
-            # A line where a checkpoint is, so that a run that goes on from it has the same lines.
+            # A line at each checkpoint, so that a resumed run has the same lines.
             if saves or step % self.config.log_every_steps == 0 or step == self.patch_dropout_steps:
                 progress.set_postfix_str(self._write_line(step))
             if saves:
@@ -255,7 +255,7 @@ class Run:
             if stop_requested and (not at_end or self.has_next_stage):
                 progress.close()
                 raise Stopped(f"stopped after step {step} of {self.total_steps}")
-            # After the save: what fails here, or takes too long, costs no step.
+            # After the save: a failure or timeout here costs no step.
             if self.evaluation.is_due(step):
                 self.window.excluded(self.evaluate)
         if in_flight is not None:
@@ -267,10 +267,10 @@ class Run:
     def run_step(
         self, step: int, train_step: TrainStep, batch: dict[str, jax.Array]
     ) -> dict[str, jax.Array]:
-        """Updates the state, and returns the metrics of the update, which may be still computed.
+        """Updates the state; returns the metrics, which may still be computing.
 
         Raises:
-            NonFiniteError: with `config.debug_nans`, where the update was not finite.
+            NonFiniteError: the update was not finite, with `config.debug_nans`.
         """
         with self.profiler.step(step):
             self.state, metrics = train_step(self.state, batch)
@@ -284,7 +284,7 @@ class Run:
         return metrics
 
     def keys_of_step(self, step: int) -> str:
-        """Names this process's records in the batch of a step, for a message."""
+        """Names this process's records in the batch of a step, for messages."""
         batch_size = self.config.data.batch_size
         first = self.first_example + (step - 1) * batch_size
         keys = self.iterator.keys(first_example=first, most=anomalies.SHOWN_KEYS)
@@ -293,11 +293,11 @@ class Run:
 
     @property
     def has_next_stage(self) -> bool:
-        """True if another stage of the recipe follows, which a request to stop is for as well."""
+        """Whether another stage of the recipe follows, to which a stop request also applies."""
         return (self.config.stage.number or 0) < (self.config.stage.count or 0)
 
     def start_phase(self, first_step: int) -> tuple[TrainStep, throughput.ThroughputWindow]:
-        """The jitted step of the part of the run that begins here, and its measurements."""
+        """Returns the jitted step and measurements for the part of the run that begins here."""
         self.phase_config, drops_patches = self.config, first_step <= self.patch_dropout_steps
         if not drops_patches:
             self.phase_config = without_patch_dropout(self.config)
@@ -307,46 +307,46 @@ class Run:
         devices = self.mesh.devices.flatten().tolist()
         flops = throughput.model_flops(self.phase_config, devices, traced)
         throughput.log_flops(flops, self.config.data.batch_size, self.mesh)
-        # The first call finds the compiled step. Some processes compile for longer than the first
-        # collective of a group waits for the others (30 s on CPUs).
+        # Compiled ahead of the first call. Some processes compile for longer than a group's first
+        # collective waits for the others (30 s on CPUs).
         traced.lower().compile()
         multihost_utils.sync_global_devices(f"compiled for step {first_step}")
         return step, throughput.ThroughputWindow(self.config.data.batch_size, flops, self.mesh)
 
     def next_batch(self, stop_request: StopRequest) -> dict[str, jax.Array]:
-        """The next global batch, on the devices.
+        """Returns the next global batch, on the devices.
 
         Raises:
-            StoppedWaiting: it does not come, and the run is to stop.
+            StoppedWaiting: the batch does not come, and the run is to stop.
         """
         with self.wall_time.during("input"):
             batch = self.iterator.take(stop_request.is_waiting)
         return jax.make_array_from_process_local_data(sharding.batch_sharding(self.mesh), batch)
 
     def evaluate(self) -> None:
-        """Evaluates the current state, and notes how good it is for the checkpointer."""
+        """Evaluates the current state, and gives the checkpointer its score."""
         with self.wall_time.during("evaluation"):
             measured = self.evaluation.run(self.state)
         if self.best is not None:
             task_evaluation.note_result(self.config, self.best, int(self.state.step), measured)
 
     def close(self, error_type: type[BaseException] | None = None, *_: object) -> None:
-        """Finishes the checkpoints and ends the workers, as the end of a context.
+        """Finishes the checkpoints and stops the workers, when used as a context.
 
-        Not after an error in a job of several processes: it may be that another one is gone, and
-        to wait for it would take minutes.
+        After an error in a job of several processes it does not wait: another process may be gone,
+        and waiting for it would take minutes.
         """
         self.writer.has_failed = error_type not in (None, Stopped)
         if jax.process_count() > 1 and self.writer.has_failed:
             return
-        with contextlib.ExitStack() as stack:  # one that fails does not keep the others open
+        with contextlib.ExitStack() as stack:  # closes the others even if one fails
             stack.callback(self.wall_time.close)
             stack.enter_context(self.wall_time.during("checkpoint"))
             for part in (self.writer, self.checkpointer, self.iterator, self.profiler):
                 stack.callback(part.close)
 
     def _write_line(self, step: int) -> str:
-        """Writes the metrics since the last line; returns them for the progress bar."""
+        """Writes the metrics since the last line, and returns them for the progress bar."""
         scalars = self._measure(step)
         self.supply.check(self.window.input_rate)
         self.monitor.check_window(step, scalars)
@@ -357,7 +357,7 @@ class Run:
         )
 
     def _measure(self, step: int) -> dict[str, float]:
-        """The metrics of the steps since the last line, up to `step`; starts the next window."""
+        """Returns the metrics since the last line, up to `step`; starts the next window."""
         scalars = self.window.summary()
         if self.mixture.weights:
             position = self.first_example + step * self.config.data.batch_size
@@ -370,7 +370,7 @@ class Run:
         return scalars | self.wall_time.scalars()
 
     def _draw_curves(self, last_step: int) -> None:
-        """Draws the metrics of the whole run, and says which step was the best."""
+        """Draws the metrics of the whole run, and reports the best step."""
         if self.best is not None:
             task_evaluation.log_best(self.config, self.best, self.checkpointer.steps)
         with self.wall_time.during("evaluation"):
@@ -379,13 +379,13 @@ class Run:
             self.writer.write_picture(last_step, "curves", curves)
 
     def _save(self, position: TrainIterator | Position) -> None:
-        """Saves the lines and the state; the files of the state may be finished later."""
+        """Saves the metrics and the state; the files of the state may be finished later."""
         with self.wall_time.during("checkpoint"):
             self.writer.sync()
             self.checkpointer.save(self.state, position)
 
     def _stop_before(self, step: int, position: Position) -> None:
-        """Saves the state before a step whose batch does not come, unless it is saved already.
+        """Saves the state before a step whose batch does not come, if it is not saved yet.
 
         Raises:
             Stopped: always.

@@ -1,12 +1,12 @@
-"""How the processes of a job agree, so that all go on or all stop, and how they end.
+"""Agreement among the processes of a job: checks, shared values, signals and exit codes.
 
-A run ends by a signal, so that the same command goes on, or by an error. SIGTERM (what Slurm,
-Kubernetes and the clouds send before they take a machine away) and the first SIGINT let the step at
-hand finish; the loop then saves, and the command exits with `EXIT_CODE`. A second SIGINT aborts at
-once; any other signal changes nothing until the state is saved. In a job of several processes JAX's
-coordination service passes either on, so that all stop after the same step, whichever of them was
-signalled. All processes must call each function that compares, sends or waits. Start-up is
-`diht_jax.distributed`'s.
+A run ends either after a signal, and the same command resumes it, or with an error. SIGTERM (which
+Slurm, Kubernetes and clouds send before they take a machine away) and the first SIGINT let the
+current step finish; the loop then saves, and the command exits with `EXIT_CODE`. A second SIGINT
+aborts at once; any other signal has no effect until the state is saved. In a job of several
+processes, JAX's coordination service broadcasts these signals, so all processes stop after the same
+step. All processes must call each function that compares, sends or waits. `diht_jax.distributed`
+starts the job.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from jax.experimental import multihost_utils
 
 from diht_jax.storage import files
 
-# EX_TEMPFAIL of sysexits.h: try the same again.
+# EX_TEMPFAIL of sysexits.h: the same command may succeed later.
 EXIT_CODE = 75
-# EX_CONFIG of sysexits.h: the same command would end with the same error.
+# EX_CONFIG of sysexits.h: the same command would fail with the same error.
 LASTING_EXIT_CODE = 78
-# In the work directory, where a process of a job of several has ended for good.
+# Written to the work directory if a process of a multi-process job has failed permanently.
 _MARKER = "ended.json"
-# Errors of the operating system that nothing but a change by the user mends.
+# Errors of the operating system that persist until the user changes something.
 _LASTING_OS_ERRORS = (
     FileNotFoundError,
     PermissionError,
@@ -47,11 +47,11 @@ Result = TypeVar("Result")
 
 
 class TemporaryError(ValueError):
-    """The same command may succeed the next time."""
+    """An error after which the same command may succeed the next time."""
 
 
 def gather_texts(text: str) -> list[str]:
-    """The texts of all processes, in their order."""
+    """Returns the texts of all processes, in process order."""
     if jax.process_count() == 1:
         return [text]
     data = text.encode()
@@ -63,12 +63,12 @@ def gather_texts(text: str) -> list[str]:
 
 
 def first_text(text: str | None) -> str | None:
-    """The first text that any process has, the same on all of them."""
+    """Returns the first text that is not None; the same on all processes."""
     return next(filter(None, gather_texts(text or "")), None)
 
 
 def check_same(text: str, describe: Callable[[list[str], str], str]) -> None:
-    """Refuses a job whose processes have different texts.
+    """Raises an error if the processes of a job have different texts.
 
     Args:
         describe: makes the message from all texts and the numbers of the processes that differ
@@ -81,14 +81,14 @@ def check_same(text: str, describe: Callable[[list[str], str], str]) -> None:
 
 
 def check_together(check: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
-    """Calls `check(*arguments, **options)` in every process; where one fails, all of them raise.
+    """Calls `check(*arguments, **options)` in every process; if one fails, all raise.
 
     Returns:
-        What the check of this process returned.
+        The result of the check in this process.
 
     Raises:
-        ValueError: with the text of the first one's; a `TemporaryError` where that one may be
-            gone the next time.
+        ValueError: has the message of the first failed process; a `TemporaryError` if that
+            error may not recur.
     """
     problem: str | None = None
     cause: Exception | None = None
@@ -109,10 +109,10 @@ def check_together(check: Callable[..., Result], *arguments: Any, **options: Any
 
 
 def share_from_first(read: Callable[[], Any]) -> Any:
-    """Calls a function in the first process, and gives its JSON-able result in all of them.
+    """Calls a function in the first process; returns its JSON-able result in all processes.
 
     Raises:
-        ValueError: the function has failed; with its text.
+        ValueError: the function failed; has its message.
     """
     if jax.process_count() == 1:
         return read()
@@ -121,7 +121,7 @@ def share_from_first(read: Callable[[], Any]) -> Any:
 
 
 def check_same_step(step: int | None) -> None:
-    """Refuses a job whose processes have each read a model, and not all that of one step."""
+    """Raises an error if the processes of a job have read models of different steps."""
     check_same(
         str(step),
         lambda steps, _: (
@@ -132,10 +132,10 @@ def check_same_step(step: int | None) -> None:
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and has saved its state.
+    """The run was asked to stop and has saved its state.
 
     Attributes:
-        input_stalls: a thread may wait for its input for ever, so nothing should wait for it.
+        input_stalls: whether a thread may block on its input forever, so that nothing should join.
     """
 
     def __init__(self, message: str, *, input_stalls: bool = False):
@@ -144,14 +144,14 @@ class Stopped(Exception):
 
 
 def exit_status(error: BaseException) -> int:
-    """The exit status of a run that ends with this error.
+    """Returns the exit status of a run that ends with this error.
 
     Returns:
-        `LASTING_EXIT_CODE` for wrong config and input, for a run that has diverged and for one
-        whose state or first step does not fit into memory (`without_memory_is_lasting`); 1 for what
-        may have gone when the same command runs again: a full disk, a store or process that cannot
-        be reached, a work directory that another run still holds, and all errors of other types
-        than `ValueError` and `FileNotFoundError`.
+        `LASTING_EXIT_CODE` for wrong config and input, for a diverged run, and for one whose state
+        or first step does not fit into memory (`without_memory_is_lasting`). 1 for errors that may
+        not recur when the command runs again: a full disk, an unreachable store or process, a
+        work directory that another run still holds, and errors of any type other than
+        `ValueError` and `FileNotFoundError`.
     """
     if not isinstance(error, ValueError | FileNotFoundError):
         return 1
@@ -163,14 +163,14 @@ def exit_status(error: BaseException) -> int:
 
 
 def job_status(error: Exception, workdir: str) -> int:
-    """The exit status of one process of several, which may know of the error alone.
+    """Returns the exit status of one process of several, which may be alone with its error.
 
-    A process that ends for good leaves the reason in the work directory. The others find it there
-    once they have lost that process, or wait for it at their next start, and end for good as well:
-    a loop around their command would go on for ever.
+    A process with a permanent error leaves the reason in the work directory. The others find it
+    there when they lose that process, or wait for it at their next start, and then also exit
+    permanently. Otherwise a loop around their command would never end.
 
     Args:
-        workdir: of the run, on a disk or in a store that all processes see.
+        workdir: of the run, on a disk or in a store that all processes can see.
     """
     marker, status = files.join(workdir, _MARKER), exit_status(error)
     try:
@@ -186,11 +186,11 @@ def job_status(error: Exception, workdir: str) -> int:
 
 
 def begin_job(workdir: str, process: int | None = None) -> None:
-    """Forgets how a job of several processes ended before.
+    """Clears the record of how a job of several processes ended before.
 
     Args:
-        process: number of the one that calls; what another one has left then stays, which may not
-            have been started again. None once all are there.
+        process: number of the calling process; records of others stay, since those may not have
+            been restarted yet. None once all processes are there.
     """
     marker = files.join(workdir, _MARKER)
     if process is None or (files.read_object(marker) or {}).get("process") == process:
@@ -198,7 +198,7 @@ def begin_job(workdir: str, process: int | None = None) -> None:
 
 
 def error_chain(error: BaseException) -> list[BaseException]:
-    """An error and its causes, the innermost last."""
+    """Returns an error and its causes, innermost last."""
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:
@@ -209,10 +209,10 @@ def error_chain(error: BaseException) -> list[BaseException]:
 
 @contextlib.contextmanager
 def without_memory_is_lasting(is_running: Callable[[], bool]) -> Generator[None]:
-    """Makes an error of a run whose state or first step does not fit into memory a lasting one.
+    """Turns out-of-memory errors of the state or the first step into permanent errors.
 
     Raises:
-        ValueError: for XLA's "RESOURCE_EXHAUSTED" before that.
+        ValueError: XLA reported "RESOURCE_EXHAUSTED" before `is_running` was true.
     """
     try:
         yield
@@ -227,18 +227,18 @@ def without_memory_is_lasting(is_running: Callable[[], bool]) -> Generator[None]
 
 
 class StopRequest(contextlib.ExitStack):
-    """Knows whether to stop; a context that gives the signals back when it ends."""
+    """Tells whether to stop; as a context, it restores the signal handlers on exit."""
 
     _requested = _interrupted = False
-    # Of this process, in all its runs: the service compares numbers, and steps begin anew in the
+    # Counts over all runs of this process: the service compares numbers, and steps restart in the
     # next stage.
     _looks = itertools.count(1)
 
     def listen(self) -> None:
-        """Takes over the signals; until then they end the process, which has nothing to save."""
-        # Only a main thread may; elsewhere (in a notebook's thread) signals stay as they are.
+        """Installs the handlers; before, signals end the process, which has nothing to save."""
+        # Only the main thread may; elsewhere (a notebook's thread) signals are not handled.
         if threading.current_thread() is threading.main_thread():
-            # JAX's own handler of SIGTERM passes it on to the other processes.
+            # JAX's own SIGTERM handler notifies the other processes.
             handled = (
                 [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
             )
@@ -246,16 +246,16 @@ class StopRequest(contextlib.ExitStack):
                 self.callback(signal.signal, number, signal.signal(number, self._remember))
 
     def is_due(self) -> bool:
-        """Returns whether to save and stop after this step; the same answer in all processes."""
+        """Returns whether to save and stop after this step; the same on all processes."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(next(self._looks))
         return self._requested
 
     def is_waiting(self) -> bool:
-        """Returns whether to stop before the next step, if its batch does not come.
+        """Returns whether to stop before the next step if its batch does not come.
 
-        Never in a job of several processes: all of them stop after the same step, and the others
-        may be in the middle of it.
+        Always false in a job of several processes: they all stop after the same step, and the
+        others may be in the middle of it.
         """
         return self._requested and jax.process_count() == 1
 
@@ -268,7 +268,7 @@ class StopRequest(contextlib.ExitStack):
             return
         self._requested = True
         if number == signal.SIGINT and jax.process_count() > 1:
-            # Only SIGTERM is known to the coordination service.
+            # The coordination service only knows SIGTERM.
             os.kill(os.getpid(), signal.SIGTERM)
         logging.warning(
             "%s: stopping after this step; the same command goes on from there",

@@ -1,7 +1,7 @@
-"""The training objective: the contrastive loss of the config, and the terms added to it.
+"""The training objective: the config's contrastive loss plus additional terms.
 
-What they learn is stored with the parameters of the model (`logit_bias`, `concept_heads`);
-inference never sees it. The losses themselves are in `diht_jax.losses` and in `terms`.
+Parameters that they learn are stored next to the model's (`logit_bias`, `concept_heads`);
+inference does not use them. The losses are implemented in `diht_jax.losses` and in `terms`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Kept = tuple[Means, Integer[Array, ""]] | None
 
 
 def active_terms(config: ml_collections.ConfigDict) -> tuple[Term, ...]:
-    """The terms that count in this run, checked."""
+    """Returns the terms with a weight in this run; checks their settings."""
     arch = get_architecture(config.model.name, config.model.overrides.to_dict())
     terms = []
     for name, kind in TERMS.items():
@@ -44,17 +44,17 @@ def active_terms(config: ml_collections.ConfigDict) -> tuple[Term, ...]:
 
 
 def bind_data(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The config, with what the terms must know of the data; see `Term.bind_data`."""
+    """Returns the config completed with facts about the data; see `Term.bind_data`."""
     for term in active_terms(config):
         config = term.bind_data(config)
     return config
 
 
 def label_sizes(config: ml_collections.ConfigDict) -> tuple[int, int]:
-    """Numbers of labels and widths that the terms read of a record, 0 for none.
+    """Returns how many labels the terms read per record, and how wide; 0 for none.
 
     Returns:
-        Number of the teacher's labels of each kind, and size of the CLIP teachers' embeddings.
+        Number of the teacher's labels of each kind, and width of the CLIP teachers' embeddings.
     """
     num_labels = teacher_width = 0
     for term in active_terms(config):
@@ -64,10 +64,10 @@ def label_sizes(config: ml_collections.ConfigDict) -> tuple[int, int]:
 
 
 def needs_pair_ids(config: ml_collections.ConfigDict) -> bool:
-    """Returns whether the contrastive loss asks which pairs of a batch are equal.
+    """Returns whether the contrastive loss needs to know which pairs of a batch are equal.
 
     Raises:
-        ValueError: `config.data.class_key` says which, and nothing asks.
+        ValueError: `config.data.class_key` is set, but the loss does not use it.
     """
     loss = LOSSES[config.loss.kind]
     needed = "equal_pairs" in loss.settings and config.loss.equal_pairs != "negative"
@@ -81,7 +81,7 @@ def needs_pair_ids(config: ml_collections.ConfigDict) -> bool:
 
 
 def num_record_means(config: ml_collections.ConfigDict) -> int:
-    """Number of records of which the contrastive loss keeps a mean; 0 where it keeps none."""
+    """Returns the number of records for which the loss keeps a mean; 0 for other losses."""
     if not LOSSES[config.loss.kind].keeps_means:
         return 0
     equal_pairs = config.loss.equal_pairs
@@ -110,7 +110,7 @@ def with_objective_parameters(
     config: ml_collections.ConfigDict,
     arch: Architecture,
 ) -> Callable[[jax.Array], Parameters]:
-    """The function from a key to the model's parameters, made to add the objective's own."""
+    """Wraps `init_params` to add the objective's own parameters to those of the model."""
     loss, terms, section = LOSSES[config.loss.kind], active_terms(config), config.loss
     try:
         loss.create(**{key: section[key] for key in loss.settings}, **loss.parameters)
@@ -129,7 +129,7 @@ def with_objective_parameters(
     def init(key: jax.Array) -> Parameters:
         params = init_params(key)
         for term in terms:
-            # By name, so that other terms do not change what it draws.
+            # The key depends on the name: other terms do not change the term's initial values.
             term_key = jax.random.fold_in(key, zlib.crc32(term.name.encode()))
             params.update(term.parameters(term_key, widths, dtype))
         if loss.initial_logit_scale is not None:
@@ -152,18 +152,18 @@ def total_loss(
     config: ml_collections.ConfigDict,
     kept: Kept = None,
 ) -> tuple[Float[Array, ""], Metrics, Any]:
-    """The weighted sum of all losses of the global batch, metrics, and what the loss keeps.
+    """Computes the weighted sum of all losses of the global batch, metrics, and the loss's state.
 
     Args:
-        encoded: `image_emb` and `text_emb` [N, d], and what the terms return of examples, [N].
-        params: of this run, with `log_logit_scale` and what losses and terms learn.
-        kept: what the loss has kept of each record, and the number of updates; None where it
-            keeps nothing.
+        encoded: `image_emb` and `text_emb` [N, d], and results of `Term.of_examples`, [N].
+        params: parameters of this run, with `log_logit_scale` and those of losses and terms.
+        kept: the loss's state per record, and the number of updates; None for a loss without
+            state.
 
     Returns:
-        Scalar loss; the metrics of `sharded_loss`; and what the loss keeps now. With terms or
-        another weight than 1 of the contrastive loss, `loss` is the sum, and its parts are metrics
-        of their own.
+        Scalar loss; the metrics of `sharded_loss`; and the new state of the loss. With terms, or
+        if the contrastive loss has another weight than 1, `loss` is the sum, and its parts are
+        separate metrics.
     """
     total, metrics, means = _contrastive_loss(
         encoded, params, examples, mesh=mesh, config=config, kept=kept
@@ -173,7 +173,7 @@ def total_loss(
         return total, metrics, means
     metrics["contrastive_loss"] = metrics["loss"]
     if weight != 1:
-        # Of 0 times the loss the gradient would be computed all the same.
+        # Multiplying by 0 would still compute the gradient of the loss.
         total = weight * total if weight else jnp.zeros_like(total)
     for term in terms:
         parts = term.of_batch(encoded, params, examples, mesh=mesh)
@@ -192,7 +192,7 @@ def _contrastive_loss(
     config: ml_collections.ConfigDict,
     kept: Kept,
 ) -> tuple[jax.Array, Metrics, Means | None]:
-    """The contrastive loss of the global batch; see `total_loss`."""
+    """Computes the contrastive loss of the global batch; see `total_loss`."""
     image_emb, text_emb = encoded["image_emb"], encoded["text_emb"]
     section = config.loss
     if kept is not None:

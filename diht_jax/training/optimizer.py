@@ -1,7 +1,7 @@
-"""The optimiser of a recipe: clipped AdamW or Muon, and which parameters it trains how fast.
+"""The optimiser: clipped AdamW or Muon, learning rates per parameter, and frozen parameters.
 
-The learning rate by step, frozen towers, multipliers and layer-wise decay, all from the config
-section `optimizer`. Parameters are named by their path, such as `vision/blocks/3/mlp/fc_in/kernel`.
+The config section `optimizer` sets the schedule, frozen towers, multipliers and layer-wise decay.
+Parameters are named by their path, such as `vision/blocks/3/mlp/fc_in/kernel`.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _EMBEDDING = re.compile(
 
 
 def learning_rate_schedule(config: ml_collections.ConfigDict, total_steps: int) -> optax.Schedule:
-    """Linear warm-up from 0 to the peak, then down to the final value.
+    """Creates a schedule with linear warm-up from 0 to the peak and a decay to the final value.
 
-    "cosine" goes down along half a cosine. "wsd" (warm-up, stable, decay) stays at the peak until
-    `decay_steps` before the end, then follows 1 - sqrt, the best of the forms that arXiv 2405.18392
-    compares. Up to there the run does not depend on its length.
+    "cosine" decays along half a cosine. "wsd" (warm-up, stable, decay) stays at the peak until
+    `decay_steps` before the end, then follows 1 - sqrt, the best form in the comparison of arXiv
+    2405.18392. Until that point the run does not depend on its total length.
     """
     if not 0 <= config.warmup_steps < total_steps:
         raise ValueError(
@@ -62,7 +62,7 @@ def learning_rate_schedule(config: ml_collections.ConfigDict, total_steps: int) 
 
 
 def decay_start(config: ml_collections.ConfigDict, total_steps: int) -> int:
-    """Number of steps, from the start of a run, that do not depend on its length."""
+    """Returns the number of initial steps that do not depend on the length of the run."""
     if config.schedule == "cosine":
         if config.decay_steps is not None:
             raise ValueError(
@@ -82,10 +82,10 @@ def decay_start(config: ml_collections.ConfigDict, total_steps: int) -> int:
 def create_optimizer(
     config: ml_collections.ConfigDict, schedule: optax.Schedule, mesh: Mesh | None = None
 ) -> optax.GradientTransformation:
-    """Global-norm clip, then AdamW or Muon with the factors of `update_rules`.
+    """Creates global-norm clipping, then AdamW or Muon with the factors of `update_rules`.
 
-    `init(params)` takes all parameters and makes moments for the trained ones only.
-    `update(grads, state, params)` takes gradients of the trained ones
+    `init(params)` takes all parameters and creates moments for the trained ones only.
+    `update(grads, state, params)` takes gradients of the trained parameters
     (`split_parameters`) and all parameters, and returns updates of the trained ones.
     """
     scale = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
@@ -116,7 +116,7 @@ def _muon_or_adam(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def _decay_and_scale(weight_decay: float) -> optax.GradientTransformationExtraArgs:
-    """`factor * (update + weight_decay * parameter)` with each parameter's own two factors."""
+    """Computes `factor * (update + weight_decay * parameter)` with factors per parameter."""
 
     def update(updates: Any, state: Any, params: Any = None, *, rules: Any = None) -> Any:
         def apply(path, update, param):
@@ -132,27 +132,27 @@ def _decay_and_scale(weight_decay: float) -> optax.GradientTransformationExtraAr
 
 @dataclasses.dataclass(frozen=True)
 class UpdateRule:
-    """Factors of one parameter's update."""
+    """Factors for the update of one parameter."""
 
-    frozen: bool  # gets neither an update nor optimiser moments
+    frozen: bool  # has neither updates nor optimiser moments
     learning_rate: float  # factor on the schedule's value
     weight_decay: float  # factor on `config.optimizer.weight_decay`; 0 for vectors and scalars
 
 
 def update_rules(config: ml_collections.ConfigDict, params: Any) -> dict[str, UpdateRule]:
-    """The rule of every parameter, by its path.
+    """Returns the update rule of every parameter, keyed by path.
 
-    The learning rate's factor is that of the first of `multipliers` whose pattern is found in the
-    name, times `layer_decay ** (layers above)`: the last block of a tower has one layer above it
-    (final norm and projection, which get 1), the embeddings have all of them. This counting is
-    BEiT's (arXiv 2106.08254), done for each tower. Weight decay is for matrices and higher only;
-    biases, LayerNorm, class token and logit scale are not decayed. Positional embeddings are
-    matrices by shape and are decayed, as in open_clip. Frozen are the names in which one of
-    `frozen` is found, and with adapters (`models.parameters`) the rest of the model.
+    The factor on the learning rate is that of the first of `multipliers` whose pattern matches,
+    times `layer_decay ** (layers above)`. The last block of a tower has one layer above it (final
+    norm and projection, with factor 1), and the embeddings have all of them. This is BEiT's
+    counting (arXiv 2106.08254), applied to each tower. Weight decay applies to matrices and higher
+    ranks only: not to biases, LayerNorm, class token and logit scale. Positional embeddings are
+    matrices by shape and are decayed, as in open_clip. Frozen are the parameters that match a
+    pattern of `frozen`, and with adapters (`models.parameters`) the rest of the model.
 
     Raises:
-        ValueError: a pattern is no regular expression or is found in no name, a factor is
-            negative or no number, or nothing is left to train.
+        ValueError: a pattern is no regular expression or matches no name, a factor is
+            negative or no number, or no parameter is trained.
     """
     flat = flatten_dict(params, sep="/")
     frozen = [_pattern("frozen", text, flat) for text in config.frozen]
@@ -181,10 +181,10 @@ def update_rules(config: ml_collections.ConfigDict, params: Any) -> dict[str, Up
 def split_parameters(
     config: ml_collections.ConfigDict, params: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The trained and the frozen part of `params`, as nested dicts without each other's leaves.
+    """Splits `params` into trained and frozen parts, as nested dicts with disjoint leaves.
 
-    Differentiating with respect to the trained part alone is what spares the backward pass of a
-    locked tower.
+    Differentiating with respect to the trained part alone avoids the backward pass of a locked
+    tower.
     """
     flat = flatten_dict(params, sep="/")
     if not config.frozen and not frozen_by_adapters(flat):
@@ -246,42 +246,42 @@ def _pattern(key: str, text: Any, names: Iterable[str]) -> re.Pattern:
     return pattern
 
 
-# The quintic a x + (b A + c A A) x with A = x x^T brings singular values near 1 in five rounds.
+# a x + (b A + c A A) x, with A = x x^T, moves singular values close to 1 in five iterations.
 MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 MUON_ROUNDS = 5
 
-# Matrices of the towers' blocks; what else a model has goes the way of AdamW.
+# Matrices of the towers' blocks; AdamW updates all other parameters.
 _MATRIX = re.compile(r"^(\w+/blocks/)\d+(/.*(in_proj|[qkv]_proj|out_proj|fc_in|fc_out)/kernel)$")
 
 
 def is_block_matrix(name: str) -> bool:
-    """Returns whether the parameter of this path is one of the matrices that Muon is for."""
+    """Returns whether the parameter of this path is a matrix that Muon updates."""
     return _MATRIX.search(name) is not None
 
 
 def scale_by_muon(
     momentum: float, rms: float, mesh: Mesh | None = None
 ) -> optax.GradientTransformation:
-    """Muon: orthogonal updates from Nesterov's momentum, all of one root mean square.
+    """Muon: orthogonalised Nesterov momentum, scaled to a fixed root mean square.
 
-    The four matrices of a block are the joined queries, keys and values, which count as three, the
-    output of the attention, and the two of the MLP. Each one is made orthogonal for itself:
-    parameters are stored layer by layer, so no axis of layers is ever taken for one of a matrix.
+    A block has four matrices: the joined queries, keys and values, which count as three, the output
+    projection of the attention, and the two of the MLP. Each is orthogonalised separately.
+    Parameters are stored per layer, so a layer axis is never taken for a matrix axis.
 
-    optax has Muon too (`optax.contrib.muon`), leaf by leaf. Here matrices of one kind are stacked,
-    so that a model of 36 layers compiles 8 chains of products and not 144, and a device that holds
-    a slice of every layer gets a few whole layers instead (one exchange along `fsdp`, and one
-    back): products of whole matrices need no sums over devices, and give the same numbers on any
+    `optax.contrib.muon` works leaf by leaf. Here matrices of one kind are stacked: a model of 36
+    layers compiles 8 chains of products instead of 144. A device that holds a slice of every layer
+    receives a few whole layers instead, with one exchange along `fsdp` in each direction. Products
+    of whole matrices need no sums over devices, and the result does not depend on the
     mesh.
 
     Source: K. Jordan et al., https://kellerjordan.github.io/posts/muon; size of the update: Liu et
     al., arXiv 2502.16982.
 
     Args:
-        momentum: factor on what was summed before.
-        rms: of an update's elements, if its singular values were all 1; 0.2 is about that of
-            AdamW's updates, whose learning rate and weight decay can then be kept.
-        mesh: the devices, if the gradients are split by the partition rules; None for one device.
+        momentum: decay of the momentum.
+        rms: root mean square of an update whose singular values are all 1; 0.2 is close to AdamW's,
+            which allows the same learning rate and weight decay.
+        mesh: devices over which the partition rules split the gradients; None for one device.
     """
 
     def update(updates, state, params=None):
@@ -295,9 +295,9 @@ def scale_by_muon(
 
 
 def orthogonalize(matrices: Float[Array, "*layers m n"]) -> Float[Array, "*layers m n"]:
-    """Matrices with their singular values brought near 1; zeros stay zeros.
+    """Moves the singular values of matrices close to 1; zeros stay zeros.
 
-    Products have the default precision of the device, as fast as it can: the rounds forgive it.
+    Products use the device's default (fastest) precision, which the iteration tolerates.
     """
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     x = jnp.swapaxes(matrices, -1, -2) if is_tall else matrices
@@ -312,7 +312,7 @@ def orthogonalize(matrices: Float[Array, "*layers m n"]) -> Float[Array, "*layer
 def _orthogonalize_all(
     named: dict[str, jax.Array], rms: float, mesh: Mesh | None
 ) -> dict[str, jax.Array]:
-    """The updates by the names of their parameters: all layers of a kind at once."""
+    """Returns the updates by parameter name, computed for all layers of a kind at once."""
     kinds: dict[str, list[str]] = {}
     for name in named:
         kinds.setdefault(_MATRIX.sub(r"\1*\2", name), []).append(name)
@@ -325,7 +325,7 @@ def _orthogonalize_all(
             split = sharding.partition_spec(kind, layers.shape[1:], mesh)
             missing = -len(names) % mesh.shape[sharding.FSDP]
             layers = jnp.pad(layers, [(0, missing), (0, 0), (0, 0)])
-            # From a slice of every layer to a few whole layers on each device, and back.
+            # Between a slice of every layer and a few whole layers per device, and back.
             for spec in (PartitionSpec(None, *split), PartitionSpec(sharding.FSDP)):
                 layers = jax.lax.with_sharding_constraint(layers, NamedSharding(mesh, spec))
             layers = _update_of_layers(kind, layers, rms)
@@ -338,7 +338,7 @@ def _orthogonalize_all(
 def _update_of_layers(
     kind: str, layers: Float[Array, "layers m n"], rms: float
 ) -> Float[Array, "layers m n"]:
-    """Orthogonal and scaled updates of the matrices of one kind."""
+    """Returns orthogonalised and scaled updates for the matrices of one kind."""
     dtype, shape = layers.dtype, layers.shape
     x = layers.astype(jnp.promote_types(dtype, jnp.float32))
     if "/in_proj/" in kind:  # [m, 3 n]: queries, keys and values side by side

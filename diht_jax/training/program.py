@@ -1,7 +1,7 @@
 """Mesh, model, optimizer and step of a config's run, without arrays.
 
-The same program is run here and compiled for other machines, so that what was compiled for a pod
-runs there. No data, no checkpoints and no measuring here.
+The same object is run locally and compiled ahead of time for other machines. It contains no data,
+checkpoints or measurements.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from diht_jax.training.objective import (
 from diht_jax.training.optimizer import create_optimizer, learning_rate_schedule
 from diht_jax.training.step import TrainState, initial_average, train_step, training_execution
 
-# Some ten roundings of bfloat16, relative to the largest number.
+# About ten roundings of bfloat16, relative to the largest value.
 _ATTENTION_TOLERANCE = 2e-2
 
-# The jitted step of a run: traced, compiled or called with (state, batch).
+# The jitted step: can be traced, compiled, or called with (state, batch).
 TrainStep = jax.stages.Wrapped
 
 
@@ -53,14 +53,14 @@ class TrainProgram:
         config: the whole training config.
         mesh: axes `data` and `fsdp`.
         arch: sizes of the model.
-        definition: of the model, as evaluation computes it; the step decides about more.
+        definition: of the model as used in evaluation; the step has further execution options.
         init_params: draws the parameters from a key.
         schedule: learning rate by step.
-        optimizer: as configured.
-        num_labels: the teacher's labels of each kind that the step reads from a record.
-        teacher_width: size of the CLIP teachers' embeddings that it reads.
+        optimizer: the configured optimiser.
+        num_labels: number of the teacher's labels of each kind that the step reads per record.
+        teacher_width: width of the CLIP teachers' embeddings that the step reads.
         pair_ids: whether the step reads which pairs of a batch are equal.
-        num_means: records of which the loss keeps a mean, whose numbers the step reads; 0: none.
+        num_means: number of records whose means the loss keeps and the step looks up; 0 for none.
         keeps_ema: whether the state has a moving average of the parameters.
     """
 
@@ -70,10 +70,10 @@ class TrainProgram:
         total_steps: int,
         devices: Sequence[jax.Device] | None = None,
     ):
-        """Defines everything; makes no array.
+        """Builds everything without creating arrays.
 
         Raises:
-            ValueError: the mesh or the batch does not fit the devices, or a wrong config value.
+            ValueError: the mesh or batch does not fit the devices, or a config value is invalid.
         """
         self.config = config
         self.mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp, devices)
@@ -106,14 +106,14 @@ class TrainProgram:
         self._draw = self._draw_state
 
     def create_state(self) -> TrainState:
-        """The state before the first step; no device ever holds more than its part."""
+        """Creates the initial state; no device ever holds more than its shard."""
         shapes = jax.eval_shape(self._draw, np.uint32(0))
         shardings = sharding.tree_shardings(shapes, self.mesh)
-        # As a Python int it would be an int32, which half of the seeds exceed.
+        # A Python int would become an int32, which half of the seeds exceed.
         return jax.jit(self._draw, out_shardings=shardings)(np.uint32(self.config.seed))
 
     def abstract_state(self) -> TrainState:
-        """Shapes, dtypes and shardings of the state."""
+        """Returns the shapes, dtypes and shardings of the state."""
         shapes = jax.eval_shape(self._draw, np.uint32(0))
         return jax.tree.map(
             lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
@@ -134,7 +134,7 @@ class TrainProgram:
         )
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes, dtypes and shardings of the batch that the input pipeline makes."""
+        """Returns the shapes, dtypes and shardings of the batches of the input pipeline."""
         size, side = self.config.data.batch_size, self.arch.image_size
         by_example = sharding.batch_sharding(self.mesh)
         field = functools.partial(jax.ShapeDtypeStruct, sharding=by_example)
@@ -156,7 +156,7 @@ class TrainProgram:
         return fields
 
     def attention(self) -> dict[str, TowerAttention]:
-        """The attention of the step's blocks, by tower."""
+        """Returns the attention of the step's blocks, by tower."""
         model = self.config.model
         execution = training_execution(model, self.mesh)
         arch = self.arch
@@ -175,7 +175,7 @@ class TrainProgram:
                 head_dim=width // num_heads,
                 causal=causal,
                 dtype=model.dtype,
-                # Chosen for the whole picture, as the run's last part may drop no patches.
+                # Chosen for all patches, since the last part of a run may drop none.
                 kernel=attention_implementation(
                     execution.attention,
                     model.dtype,
@@ -189,7 +189,7 @@ class TrainProgram:
         }
 
     def loss_form(self) -> Choice:
-        """Form of the contrastive loss on this mesh, and the reason."""
+        """Returns the form of the contrastive loss on this mesh, and the reason."""
         config = self.config
         if self.num_means:
             return Choice("gathered", "the only one of this loss")
@@ -202,14 +202,14 @@ class TrainProgram:
         )
 
     def step(self, state: TrainState, *, patch_dropout: bool = True) -> TrainStep:
-        """The jitted `step(state, batch) -> (state, metrics)`, which donates the old state.
+        """Returns the jitted `step(state, batch) -> (state, metrics)`, which donates `state`.
 
         Args:
-            state: of the run, as arrays or as shapes with shardings.
-            patch_dropout: False for the step of the run's last part, which drops no patches.
+            state: training state, as arrays or as shapes with shardings.
+            patch_dropout: False for the step of the run's last part, without patch dropout.
 
         Raises:
-            ValueError: a wrong `config.micro_batch` or `config.model` value.
+            ValueError: an invalid `config.micro_batch` or `config.model` value.
         """
         config = self.config if patch_dropout else without_patch_dropout(self.config)
         mesh = self.mesh
@@ -259,7 +259,7 @@ def log_start(
 
 
 def without_patch_dropout(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The config of a run's last part, `config.no_patch_dropout_*`."""
+    """Returns the config of a run's last part (see `config.no_patch_dropout_*`)."""
     config = config.copy_and_resolve_references()
     config.model.patch_dropout = 0.0
     return config
@@ -268,11 +268,11 @@ def without_patch_dropout(config: ml_collections.ConfigDict) -> ml_collections.C
 def trusted_program(
     config: ml_collections.ConfigDict, total_steps: int, devices: Sequence[jax.Device] | None = None
 ) -> TrainProgram:
-    """The program, with XLA's attention where another kernel gives other numbers on this machine.
+    """Creates the program; uses XLA's attention if another kernel is inaccurate on this machine.
 
-    No test of this project has seen every accelerator, driver and version of cuDNN or libtpu:
-    values and gradients of a small batch are compared before the first step. All processes of a
-    job must call, and take the same kernel. Ours.
+    Tests cannot cover every accelerator, driver and version of cuDNN or libtpu. This check (our
+    own) compares values and gradients of a small batch before the first step. All processes of a
+    job must call it, and use the same kernel.
     """
     program, differing = TrainProgram(config, total_steps, devices), []
     for name, attention in program.attention().items():

@@ -1,4 +1,4 @@
-"""The full training config: keys of `diht_jax.config`, of losses and of terms; length of a run."""
+"""The full training config: keys of `diht_jax.config`, losses and terms; durations in steps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from diht_jax.training.monitoring.trackers import tracker_names
 from diht_jax.training.optimizer import decay_start
 from diht_jax.training.terms.registry import TERMS
 
-# Prefix of keys -> files whose comments describe them.
+# Maps a prefix of keys to the files whose comments describe the keys.
 COMMENT_FILES = {
     "": "diht_jax/config/keys.py",
     "model.overrides.": "diht_jax/models/zoo.py",
@@ -41,13 +41,13 @@ COMMENT_FILES = {
 
 
 def all_keys() -> dict[str, Any]:
-    """Every key of a recipe by its dotted name: a `Key`, or a default without a range."""
+    """Returns every key of a recipe by dotted name: a `Key`, or a default without a range."""
     keys: dict[str, Any] = {**KEYS, "loss.kind": Key("softmax", OneOf(tuple(LOSSES)))}
     for field, kind in ARCHITECTURE_FIELDS.items():  # to replace
         may_be_0 = kind is float or field == "end_of_text_id"
         least = NOT_NEGATIVE if may_be_0 else COUNT if kind is int else None
         keys[f"model.overrides.{field}"] = Key(kind, least)
-    # A loss ignores the keys of the others.
+    # A loss ignores the keys of other losses.
     for section, owner in [*itertools.product(["loss"], LOSSES.values()), *TERMS.items()]:
         for name, value in owner.settings.items():
             key = f"{section}.{name}"
@@ -56,12 +56,12 @@ def all_keys() -> dict[str, Any]:
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """Every key of a training recipe, with its default; None means "not set"."""
+    """Returns every key of a recipe with its default; None means "not set"."""
     return build_config(all_keys())
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
-    """Checks name, type and range of every key of a recipe."""
+    """Checks the name, type and range of every key of a recipe."""
     keys = all_keys()
     defaults = build_config(keys)
     validate_config(config, defaults)
@@ -83,7 +83,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
 
 
 def pictures_of(config: ml_collections.ConfigDict) -> Preprocessing:
-    """The preprocessing of a run's pictures."""
+    """Returns the preprocessing of a run's pictures."""
     given: dict[str, Any] = {}
     for name, value in config.model.pictures.items():
         if value is not None:
@@ -95,11 +95,11 @@ def pictures_of(config: ml_collections.ConfigDict) -> Preprocessing:
 
 
 def key_of(name: str) -> Key:
-    """The key that a dotted name belongs to, or is a part of.
+    """Returns the key that a dotted name denotes or is part of.
 
-    Names inside a section of the user's own, such as "evaluation.tasks.pets.kind", belong to the
-    key of that section. Settings of losses and terms are fixed in a run, and so are the sources of
-    a mixture but for their paths.
+    Names in a user-defined section, such as "evaluation.tasks.pets.kind", belong to the key of that
+    section. Settings of losses and terms cannot change within a run; neither can the sources of a
+    mixture, except for their paths.
     """
     if name.startswith("data.train."):
         is_path = bool(re.fullmatch(r"data\.train\.[^.]+\.(path|labels)", name))
@@ -110,12 +110,12 @@ def key_of(name: str) -> Key:
 
 
 def duration_in_steps(config: ml_collections.ConfigDict, prefix: str, *, num_examples: int) -> int:
-    """The duration `prefix` ("total") in optimiser steps, in any unit of the config.
+    """Converts the duration `prefix` ("total"), given in any unit, to optimiser steps.
 
     Args:
-        config: holds `{prefix}_steps`, `{prefix}_examples` and `{prefix}_epochs`, one not None.
-        prefix: first part of the three names.
-        num_examples: size of one epoch, in examples.
+        config: has `{prefix}_steps`, `{prefix}_examples` and `{prefix}_epochs`, one of them set.
+        prefix: common prefix of the three names.
+        num_examples: examples per epoch.
     """
     given = {}
     for unit, name in zip(DURATION_UNITS, DURATIONS[prefix], strict=True):
@@ -139,11 +139,11 @@ def duration_in_steps(config: ml_collections.ConfigDict, prefix: str, *, num_exa
 def patch_dropout_steps(
     config: ml_collections.ConfigDict, total_steps: int, *, num_examples: int
 ) -> int:
-    """Number of steps, from the start of a run, that may drop patches.
+    """Returns the number of initial steps that may drop patches.
 
     Raises:
-        ValueError: several of `no_patch_dropout_steps`, `no_patch_dropout_examples` and
-            `no_patch_dropout_epochs` are set, no patches are dropped anyway, or it would be the
+        ValueError: more than one of `no_patch_dropout_steps`, `no_patch_dropout_examples` and
+            `no_patch_dropout_epochs` is set, patch dropout is off, or the duration would cover the
             whole run.
     """
     if set(map(config.get, DURATIONS["no_patch_dropout"])) == {None}:
@@ -165,7 +165,7 @@ def patch_dropout_steps(
 
 
 def steps_before_end(config: ml_collections.ConfigDict, *, num_examples: int) -> int:
-    """Number of steps, from the start of a run, that do not depend on its length."""
+    """Returns the number of initial steps that do not depend on the length of the run."""
     total_steps = duration_in_steps(config, "total", num_examples=num_examples)
     return min(
         decay_start(config.optimizer, total_steps),

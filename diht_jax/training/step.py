@@ -1,8 +1,8 @@
-"""The training state and the optimiser step, a pure function of (state, batch).
+"""The training state, and the optimiser step as a pure function of (state, batch).
 
-Inside of `jax.shard_map` each device encodes its own rows, in micro-batches where that is asked
-for: nothing but parameters is ever sent. The losses come on top, over the global batch. Metrics are
-a dict of scalars; averaging and writing them is done elsewhere.
+Within `jax.shard_map` each device encodes its own rows, optionally in micro-batches; only
+parameters are communicated. The losses are computed afterwards over the global batch. Metrics are
+a dict of scalars, averaged and written elsewhere.
 """
 
 from __future__ import annotations
@@ -34,34 +34,34 @@ from diht_jax.training.recipe import pictures_of
 
 Metrics = dict[str, Float[Array, ""]]
 Tree = Any
-# From (params, examples), nested dicts of the parameters and of arrays [b, ...], to a nested dict
-# of arrays [b, ...] of which row i depends on example i alone: this makes micro-batches possible.
-# Results for one example other than embeddings, such as the losses of concept heads, are returned
+# Maps (params, examples), nested dicts of parameters and of arrays [b, ...], to a nested dict of
+# arrays [b, ...]. Row i must depend on example i alone, which makes micro-batches possible.
+# Per-example results other than embeddings, such as the losses of concept heads, are returned in
 # the same way.
 Encode = Callable[[dict[str, Any], dict[str, jax.Array]], dict[str, jax.Array]]
 
-# Name of the optimiser's operations in jaxprs and profiles.
+# Name scope of the optimiser's operations in jaxprs and profiles.
 OPTIMIZER_SCOPE = "optimizer"
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Parameters, optimiser state, step, random key, and what averages and losses keep."""
+    """Parameters, optimiser state, step, random key, moving average, and state of the loss."""
 
     step: jax.Array  # int32 scalar, optimiser steps done
     params: Any  # nested dict of arrays, keys are strings
     opt_state: Any  # optax state
-    key_data: jax.Array  # uint32 data of the run's random key; a step folds its number into it
-    # Moving average of all parameters, like `params` in at least float32; None where
-    # `config.ema.decay` is not set.
+    key_data: jax.Array  # uint32 data of the run's random key; each step folds in its number
+    # Moving average of all parameters, in at least float32; None unless `config.ema.decay`
+    # is set.
     ema_params: Any = None
-    record_means: Any = None  # what the loss keeps of each record; None where it keeps nothing
+    record_means: Any = None  # the loss's state per record; None for a loss without state
 
 
 def initial_average(params: dict[str, Any]) -> dict[str, Any]:
-    """The moving average before the first step: the parameters, in at least float32.
+    """Returns the initial moving average: the parameters, in at least float32.
 
-    In bfloat16 an average would stand still: its step is below the format's resolution.
+    In bfloat16 an average would not move: its updates are below the format's resolution.
     """
     return jax.tree.map(lambda p: jnp.array(p, jnp.promote_types(p.dtype, jnp.float32)), params)
 
@@ -69,15 +69,15 @@ def initial_average(params: dict[str, Any]) -> dict[str, Any]:
 def update_average(
     average: dict[str, Any], params: dict[str, Any], decay: float, step: jax.Array
 ) -> dict[str, Any]:
-    """`average + (1 - d) (params - average)` with `d = min(decay, (1 + step) / (10 + step))`.
+    """Computes `average + (1 - d) (params - average)`, `d = min(decay, (1 + step) / (10 + step))`.
 
-    The rising `d`, that of TensorFlow's `ExponentialMovingAverage`, lets the average forget the
-    random initialisation within the first steps instead of after `1 / (1 - decay)`.
+    The increasing `d`, as in TensorFlow's `ExponentialMovingAverage`, makes the average forget the
+    random initialisation within the first steps instead of after `1 / (1 - decay)` steps.
 
     Args:
-        average: as in `TrainState.ema_params`.
+        average: see `TrainState.ema_params`.
         decay: in [0, 1).
-        step: int32 scalar, optimiser steps done before this one.
+        step: int32 scalar, number of optimiser steps before this one.
     """
     weight = 1.0 - jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda a, p: a + weight * (p.astype(a.dtype) - a), average, params)
@@ -93,14 +93,14 @@ def train_step(
     mesh: Mesh,
     config: ml_collections.ConfigDict,
 ) -> tuple[TrainState, Metrics]:
-    """The state after one update, and float32 scalars.
+    """Performs one update; returns the new state and float32 scalar metrics.
 
     Args:
         state: sharded by the partition rules.
-        batch: `images` uint8 [N, h, w, 3] and `tokens` int32 [N, t], split over the mesh, and what
-            losses and terms read besides.
-        optimizer: as used to create `state`.
-        schedule: the learning rate by step, for the metrics.
+        batch: `images` uint8 [N, h, w, 3] and `tokens` int32 [N, t], sharded over the mesh, and the
+            further inputs of losses and terms.
+        optimizer: the optimiser that created `state`.
+        schedule: learning rate by step, for the metrics.
     """
     grads, metrics, means = loss_gradients(
         state, batch, definition=definition, mesh=mesh, config=config
@@ -124,7 +124,7 @@ def train_step(
     ema_params = state.ema_params
     if ema_params is not None:
         ema_params = update_average(ema_params, params, config.ema.decay, state.step)
-    # One bad batch must not undo weeks: without finite numbers everything stays as it was.
+    # A bad batch must not undo weeks of training: a non-finite update leaves the state unchanged.
     is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
     params, opt_state, ema_params, means = jax.tree.map(
         lambda new, old: jnp.where(is_finite, new, old),
@@ -151,9 +151,9 @@ def loss_gradients(
     mesh: Mesh,
     config: ml_collections.ConfigDict,
 ) -> tuple[dict[str, Any], Metrics, Any]:
-    """The gradient of the global batch's loss by the trained parameters, and metrics.
+    """Computes the gradient of the global loss by the trained parameters, and metrics.
 
-    Last comes what the loss keeps of each record after this batch, as `TrainState.record_means`.
+    The last result is the loss's new state per record, as in `TrainState.record_means`.
     """
     terms = active_terms(config)
     examples = with_kept_patches(state, batch, definition.arch, config.model.patch_dropout, mesh)
@@ -164,7 +164,7 @@ def loss_gradients(
         gather=sharding.ParameterGather(state.params, mesh, jnp.dtype(definition.dtype)),
         pictures=pictures_of(config),
     )
-    # Differentiating by the trained parameters alone spares a locked tower its backward pass.
+    # Differentiating by the trained parameters alone avoids the backward pass of a locked tower.
     trained, frozen = split_parameters(config.optimizer, state.params)
 
     kept = None if state.record_means is None else (state.record_means, state.step)
@@ -199,21 +199,21 @@ def encode_on_mesh(
     micro_batch: int | None = None,
     scan_layers: bool = False,
 ) -> dict[str, jax.Array]:
-    """Encodes the global batch, each device its own rows.
+    """Encodes the global batch; each device encodes its own rows.
 
     Differentiable with respect to `trained`, whose gradient is summed over all devices and
     sharded like the parameters.
 
     Args:
-        encode: gets this device's part of every parameter, to be made whole with
+        encode: receives this device's shard of every parameter, and gathers it with
             `sharding.ParameterGather`.
-        trained: nested dict of parameters, sharded by the partition rules, layer by layer.
-        examples: arrays [N, ...], split over the mesh by rows.
-        micro_batch: examples, over all devices, to encode at once; see `in_micro_batches`.
-        scan_layers: `encode` wants the blocks stacked.
+        trained: nested dict of parameters, sharded by the partition rules, one entry per layer.
+        examples: arrays [N, ...], sharded over the mesh by rows.
+        micro_batch: examples to encode at once, over all devices; see `in_micro_batches`.
+        scan_layers: whether `encode` expects stacked blocks.
 
     Returns:
-        What `encode` returns, [N, ...], split over the mesh by rows.
+        The results of `encode`, [N, ...], sharded over the mesh by rows.
     """
     split = sharding.tree_shardings((trained, frozen), mesh)
     rows = PartitionSpec(sharding.BATCH_AXES)
@@ -222,14 +222,14 @@ def encode_on_mesh(
 
     def encode_rows(trained, frozen, examples):
         params = merge_parameters(trained, frozen)
-        # Once for all micro-batches.
+        # Stacked once for all micro-batches.
         params = stack_blocks(params) if scan_layers else params
         if count == 1:
             return encode(params, examples)
         return in_micro_batches(encode, count)(params, examples)
 
-    # Sums over devices are those of the transposed `shard_map`: one for each parameter, after the
-    # last micro-batch, in the parameter's dtype.
+    # The transposed `shard_map` sums each gradient over devices once, after the last micro-batch,
+    # in the parameter's dtype.
     return jax.shard_map(
         encode_rows,
         mesh=mesh,
@@ -240,21 +240,21 @@ def encode_on_mesh(
 
 
 def in_micro_batches(encode: Encode, count: int) -> Encode:
-    """`encode` with memory for one of `count` micro-batches at a time, and the same gradient.
+    """Wraps `encode` to need memory for only one of `count` micro-batches; same gradient.
 
-    The forward pass keeps only its results. The backward pass gets their cotangents, which a loss
-    over the whole batch has made, and encodes each micro-batch again to propagate its part back.
-    Results are exact where `encode` treats every example apart; randomness must come with the
+    The forward pass keeps only the results. The backward pass receives their cotangents from a loss
+    over the whole batch, and encodes each micro-batch again to backpropagate its part.
+    Results are exact if `encode` treats examples independently; random keys must be part of the
     examples. Source: GradCache (Gao et al. 2021, arXiv 2101.06983).
 
     Args:
-        encode: from parameters and `b / count` examples.
-        count: of micro-batches; divides b.
+        encode: function of parameters and `b / count` examples.
+        count: number of micro-batches; divides b.
     """
 
     def encode_all(params: Tree, examples: Tree) -> Tree:
         dtypes = jax.tree.map(lambda p: p.dtype, params)
-        # Gradients are summed in at least float32: this is a long sum.
+        # Gradients are summed in at least float32, since the sum is long.
         wide = jax.tree.map(lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)), params)
 
         @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -262,7 +262,7 @@ def in_micro_batches(encode: Encode, count: int) -> Encode:
             return encode(jax.tree.map(lambda p, dtype: p.astype(dtype), wide, dtypes), part)
 
         parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), examples)
-        # From the last to the first, so that the backward pass goes from the first to the last.
+        # Reversed, so that the backward pass runs from the first micro-batch to the last.
         _, encoded = jax.lax.scan(
             lambda _, part: (None, encode_part(wide, part)), None, parts, reverse=True
         )
@@ -280,14 +280,14 @@ def encode_examples(
     gather: sharding.ParameterGather | None,
     pictures: Preprocessing,
 ) -> dict[str, Float[Array, "b ..."]]:
-    """Embeds examples on one device, from its part of the parameters.
+    """Embeds examples on one device, from its shard of the parameters.
 
     Args:
-        params: this device's part of every parameter.
-        examples: `images` uint8 [b, h, w, 3], `tokens` int32 [b, t], and `kept_patches` int32
-            [b, k] where patches are dropped; labels where terms read them.
-        gather: makes parameters whole; None where they are.
-        pictures: mean and deviation of the images.
+        params: this device's shard of every parameter.
+        examples: `images` uint8 [b, h, w, 3], `tokens` int32 [b, t]; with patch dropout,
+            `kept_patches` int32 [b, k]; the labels that terms read.
+        gather: gathers sharded parameters; None if they are not sharded.
+        pictures: mean and standard deviation of the images.
 
     Returns:
         `image_emb` and `text_emb`, float32 [b, d], L2-normalised; losses of terms, float32 [b].
@@ -318,9 +318,9 @@ def encode_examples(
 def with_kept_patches(
     state: TrainState, batch: dict[str, jax.Array], arch: Architecture, share: float, mesh: Mesh
 ) -> dict[str, jax.Array]:
-    """The batch and, where patches are dropped, which of each image stay.
+    """Adds to the batch, with patch dropout, the indices of the patches that each image keeps.
 
-    Drawn for the global batch, so that they depend neither on the mesh nor on the micro-batches.
+    Drawn for the global batch, so independent of the mesh and the micro-batches.
     """
     if share <= 0.0:
         return batch
@@ -331,9 +331,9 @@ def with_kept_patches(
 
 
 def training_execution(config: ml_collections.ConfigDict, mesh: Mesh) -> Execution:
-    """Execution of the step, from the config section `model` and the devices of the mesh.
+    """Returns the execution options of the step, from `config.model` and the mesh's devices.
 
-    The mesh may be of another machine than this one; see `diht_jax.compile`.
+    The mesh may belong to another machine; see `diht_jax.compile`.
     """
     return Execution(
         scan_layers=config.scan_layers,

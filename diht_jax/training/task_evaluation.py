@@ -1,8 +1,8 @@
-"""Evaluation within a run: tasks checked at the start, measured on the state at hand.
+"""Evaluation during a run: checks tasks at the start, and measures them on the current state.
 
-A failing evaluation does not cost the run: it is an error in the log and `evaluation_failed` in
-the metrics. Only what is wrong from the start (a source that cannot be opened, an unknown
-`checkpoint.best_metric`) ends the run, before its first step.
+A failing evaluation does not end the run: it is logged as an error and as `evaluation_failed` in
+the metrics. Only errors that are known at the start (a source that cannot be opened, an unknown
+`checkpoint.best_metric`) end the run, before its first step.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ _PICTURE_SIDE = 160  # pixels
 
 
 def open_tasks(config: ml_collections.ConfigDict) -> list[Task]:
-    """The tasks of `config.evaluation.tasks`, and retrieval on what the run holds out.
+    """Returns the tasks of `config.evaluation.tasks`, and retrieval on the run's held-out data.
 
-    The first entry of each was read on all hosts.
+    Reads the first entry of each source, on all hosts.
 
     Raises:
-        ValueError: on all hosts, where a task is wrong or its source cannot be read on one of them
-            (names the task), or where no task gives `config.checkpoint.best_metric`.
+        ValueError: on all hosts, if a task is wrong or its source cannot be read on one of them
+            (names the task), or if no task reports `config.checkpoint.best_metric`.
     """
 
     def read() -> list[Task]:
@@ -96,10 +96,10 @@ def open_tasks(config: ml_collections.ConfigDict) -> list[Task]:
 
 
 def read_best(best_metric: str, tasks: list[Task], workdir: epath.Path) -> BestStep:
-    """The results of `config.checkpoint.best_metric` in a run's metrics, as they rank its steps.
+    """Reads the results of `config.checkpoint.best_metric` from a run's metrics.
 
-    All processes get those that the first one reads: the files of a network file system may reach
-    the others later.
+    The first process reads them and shares them: on a network file system, files may become visible
+    to the other processes later.
     """
     task_name, _, name = best_metric.rpartition("/")
     task = next(task for task in tasks if task.name == task_name)
@@ -112,7 +112,7 @@ def read_best(best_metric: str, tasks: list[Task], workdir: epath.Path) -> BestS
 def note_result(
     config: ml_collections.ConfigDict, best: BestStep, step: int, measured: dict[str, float]
 ) -> None:
-    """Notes how good a step is; a warning where that was not measured, as top-5 of four classes."""
+    """Records a step's result; warns if it was not measured, such as top-5 of four classes."""
     name = config.checkpoint.best_metric
     if name in measured:
         best.values[step] = measured[name]
@@ -127,7 +127,7 @@ def note_result(
 
 
 def log_best(config: ml_collections.ConfigDict, best: BestStep, steps: Sequence[int]) -> None:
-    """Says at the end of a run which of the saved steps is the best, and how to take it as such."""
+    """Logs, at the end of a run, which saved step is the best and how to use it."""
     step = best.step(steps)
     if step is not None:
         value = best.values[step]
@@ -137,12 +137,12 @@ def log_best(config: ml_collections.ConfigDict, best: BestStep, steps: Sequence[
 
 
 def check_source_opens(task: Task) -> None:
-    """Reads the first entry of a task's source."""
+    """Checks that the first entry of a task's source can be read."""
     try:
         with contextlib.closing(open_source(task).entries()) as entries:
             if next(entries, None) is None:
                 raise ValueError("it has no entries")
-    except Exception as error:  # which one depends on the reader and on the storage
+    except Exception as error:  # the type depends on the reader and the storage
         raise ValueError(
             f"task '{task.name}' of config.evaluation.tasks cannot be evaluated: its source "
             f"{task.source} cannot be read: {error}. Other tasks are set by "
@@ -152,7 +152,7 @@ def check_source_opens(task: Task) -> None:
 
 @dataclasses.dataclass
 class RunEvaluation:
-    """Measures the states of one run on its tasks."""
+    """Evaluates the states of a run on its tasks."""
 
     config: ml_collections.ConfigDict
     tasks: list[Task]
@@ -163,7 +163,7 @@ class RunEvaluation:
     _model: LoadedModel | None = None
 
     def is_due(self, step: int) -> bool:
-        """Returns whether the state after this step is to be evaluated."""
+        """Returns whether to evaluate the state after this step."""
         every = self.config.evaluation.every_steps
         at_end = step == self.total_steps
         return bool(self.tasks) and (at_end or bool(every and step % every == 0))
@@ -171,15 +171,15 @@ class RunEvaluation:
     def run(self, state: TrainState) -> dict[str, float]:
         """Runs the tasks and writes their results.
 
-        A task that fails is left out. In a job of several processes, an error behind the opening
-        of the source may leave them at different points, and so it ends them; it is in the metrics
-        by then, so that the run that goes on does not evaluate this step again.
+        A failing task is skipped. In a job of several processes, an error after the source was
+        opened may leave them at different points, so it ends them. By then it is in the metrics,
+        and the resumed run does not evaluate this step again.
 
         Args:
-            state: after a step; it is saved by now.
+            state: state after a step; already saved.
 
         Returns:
-            The results, by "TASK/METRIC".
+            The results, keyed by "TASK/METRIC".
         """
         step = int(state.step)
         model = self._updated_model(state, step)
@@ -213,7 +213,7 @@ class RunEvaluation:
         return measured
 
     def is_missing(self, step: int, workdir: epath.Path) -> bool:
-        """Returns whether a due evaluation is missing in the metrics. All processes must call."""
+        """Returns whether the metrics lack a due evaluation; all processes must call it."""
         if not self.is_due(step):
             return False
         rows = [row for row in read_metrics(workdir) if row["step"] == step]
@@ -221,10 +221,10 @@ class RunEvaluation:
         return not gather_texts("found" if found else "")[0]
 
     def _updated_model(self, state: TrainState, step: int) -> LoadedModel:
-        """The model with the parameters to evaluate; compiled once for the whole run."""
+        """Returns the model with the parameters to evaluate; compiled once per run."""
         params = state.ema_params if self.config.evaluation.use_ema else state.params
         mesh = self.program.mesh
-        if mesh.is_multi_process:  # each process embeds its share on its own devices
+        if mesh.is_multi_process:  # each process embeds its share on its local devices
             mesh = sharding.create_mesh(data=1, fsdp=-1, devices=jax.local_devices())
             params = _copy_to(mesh, params)
         if self._model is None:
@@ -256,9 +256,9 @@ def _track_examples(
     result: dict[str, Any],
     logit_scale: float,
 ) -> None:
-    """Draws the examples of a retrieval task: the same queries after each evaluation.
+    """Draws examples of a retrieval task, with the same queries in each evaluation.
 
-    Where its pictures cannot be read once more, there is a warning.
+    Logs a warning if the pictures cannot be read again.
     """
     if task.kind != "retrieval":
         return
@@ -268,7 +268,7 @@ def _track_examples(
 
     try:
         picture = draw_retrievals(retrieval_examples(task, measured, load, logit_scale))
-    except Exception as error:  # of the source's reader, or of its storage
+    except Exception as error:  # from the source's reader or storage
         logging.warning("no picture of task '%s': %s", task.name, error)
         return
     writer.write_picture(step, f"retrievals/{task.name}", picture)
@@ -281,7 +281,7 @@ def _small(image: Image.Image) -> Image.Image:
 
 
 def _copy_to(mesh: Mesh, params: Any) -> Any:
-    """Parameters that are split over all processes, on the devices of this one."""
+    """Copies parameters that are sharded over all processes to the devices of this one."""
     shardings = sharding.tree_shardings(params, mesh)
     return jax.tree.map(
         lambda leaf, to: jax.device_put(multihost_utils.process_allgather(leaf, tiled=True), to),

@@ -1,1 +1,1 @@
-"""Weights in and out: files and layouts of other CLIPs, and the released DiHT models."""
+"""Weight import and export: files and layouts of other CLIPs, and the released DiHT models."""

@@ -1,9 +1,9 @@
-"""CLIP's parameter names and shapes, and the tables by which state dicts become our tree.
+"""CLIP's parameter names and shapes, and tables that map state dicts to our parameter tree.
 
-A `Layout` names, for each path in our tree, the tensors of another library that hold its values.
-Our kernels are torch's transposed, and convolutions are HWIO where torch has OIHW. OpenAI's,
-open_clip's and DiHT's state dicts share one layout, CLIP's. Works on NumPy arrays; files belong in
-`tensor_files.py`.
+A `Layout` maps each path in our tree to the tensors of another library with its values. Our kernels
+are transposed relative to torch's, and convolutions are HWIO instead of OIHW. State dicts of
+OpenAI, open_clip and DiHT share one layout, CLIP's. This module works on NumPy arrays; files are
+handled in `tensor_files.py`.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ _FORMS: dict[str, tuple[Callable, Callable]] = {  # ours -> theirs, theirs -> ou
 
 
 class Tensors(NamedTuple):
-    """The tensors of another library behind one array of ours.
+    """The tensors of another library that form one of our arrays.
 
-    Ours has the values of several one after the other along its last axis.
+    Several tensors are concatenated along the last axis of our array.
     """
 
     names: tuple[str, ...]
-    form: str = "same"  # how each differs from ours, a key of `_FORMS`
-    shares: tuple[int, ...] = ()  # relative sizes of several along that axis, if they differ
+    form: str = "same"  # conversion between theirs and ours, a key of `_FORMS`
+    shares: tuple[int, ...] = ()  # relative sizes along that axis, if they differ
 
 
 Layout = Mapping[str, Tensors]
 
 
 class BlockNames(NamedTuple):
-    """Another library's names of the parts of a block; `in_proj` may be several, with the dot."""
+    """Another library's names for the parts of a block; `in_proj` may be several, with the dot."""
 
     attention_norm: str
     in_proj: tuple[str, ...]
@@ -59,14 +59,14 @@ class BlockNames(NamedTuple):
 
 
 def norm(ours: str, theirs: str) -> dict[str, Tensors]:
-    """The entries of a LayerNorm."""
+    """Returns the entries of a LayerNorm."""
     return {f"{ours}/scale": Tensors((f"{theirs}.weight",)), **bias(ours, theirs)}
 
 
 def linear(
     ours: str, *theirs: str, dot: str = ".", shares: tuple[int, ...] = ()
 ) -> dict[str, Tensors]:
-    """The entries of a linear layer, which the other library may have in several parts."""
+    """Returns the entries of a linear layer, which may have several parts in the other library."""
     weights = tuple(f"{name}{dot}weight" for name in theirs)
     biases = tuple(f"{name}{dot}bias" for name in theirs)
     return {
@@ -76,12 +76,12 @@ def linear(
 
 
 def bias(ours: str, theirs: str) -> dict[str, Tensors]:
-    """The entry of a bias."""
+    """Returns the entry of a bias."""
     return {f"{ours}/bias": Tensors((f"{theirs}.bias",))}
 
 
 def blocks(ours: str, theirs: str, layers: int, names: BlockNames) -> dict[str, Tensors]:
-    """The entries of a tower's blocks, `ours/0` and on, whose names begin with `theirs0` and on."""
+    """Returns the entries of a tower's blocks: `ours/0`, ..., named `theirs0`, ... over there."""
     found: dict[str, Tensors] = {}
     for i in range(layers):
         block, prefix = f"{ours}/{i}", f"{theirs}{i}."
@@ -98,7 +98,7 @@ def blocks(ours: str, theirs: str, layers: int, names: BlockNames) -> dict[str, 
 
 
 def to_layout(params: Mapping[str, Any], layout: Layout) -> dict[str, np.ndarray]:
-    """The state dict of a parameter tree; views of its arrays."""
+    """Converts a parameter tree to a state dict of views of its arrays."""
     flat, found = traverse_util.flatten_dict(params, sep="/"), {}
     for path, (names, form, shares) in layout.items():
         parts = [np.asarray(flat[path])]
@@ -113,14 +113,14 @@ def to_layout(params: Mapping[str, Any], layout: Layout) -> dict[str, np.ndarray
 def from_layout(
     tensors: Mapping[str, np.ndarray], layout: Layout, shapes: Mapping[str, tuple], where: str
 ) -> dict[str, Any]:
-    """The parameter tree of a state dict; the inverse of `to_layout`, bit for bit.
+    """Converts a state dict to a parameter tree; the exact inverse of `to_layout`.
 
-    It has float32 arrays, views of `tensors` where these are float32. `shapes` are ours by path,
-    and `where` is the file, for messages.
+    The arrays are float32, and views of `tensors` that are float32. `shapes` are the shapes of our
+    tree by path, and `where` is the file, for messages.
 
     Raises:
-        ValueError: lists missing, unknown and wrongly shaped tensors, the first of each kind; or
-            numbers that are not floating point.
+        ValueError: tensors are missing, unknown or of the wrong shape (lists the first of each
+            kind), or not floating point.
     """
     found = {name: value.shape for name, value in tensors.items()}
     check_parameters(found, layout_shapes(layout, shapes), where)
@@ -137,7 +137,7 @@ def from_layout(
 
 
 def layout_shapes(layout: Layout, shapes: Mapping[str, tuple]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors by name, from those of our arrays by path."""
+    """Converts the shapes of our arrays by path to those of the tensors by name."""
     empty = {path: np.broadcast_to(np.float32(0), shape) for path, shape in shapes.items()}
     tensors = to_layout(traverse_util.unflatten_dict(empty, sep="/"), layout)
     return {name: value.shape for name, value in tensors.items()}
@@ -149,7 +149,7 @@ def check_parameters(
     """Compares names and shapes.
 
     Raises:
-        ValueError: lists missing, unknown and wrongly shaped parameters, the first of each kind.
+        ValueError: parameters are missing, unknown or wrongly shaped; lists the first of each kind.
     """
     problems = {
         "missing": sorted(expected.keys() - found.keys()),
@@ -168,36 +168,36 @@ def check_parameters(
 
 
 def _listed(names: list[str]) -> str:
-    """The first of some names."""
+    """Formats the first of several names."""
     return ", ".join(names[:_SHOWN] + ["..."] * (len(names) > _SHOWN))
 
 
-# Scalars that OpenAI's archives carry besides the parameters.
+# Scalars in OpenAI's archives that are not parameters.
 EXTRAS = frozenset(("input_resolution", "context_length", "vocab_size"))
 TEXT_PREFIX = "text."
 _BLOCKS = "transformer.resblocks."
 _BLOCK = BlockNames("ln_1", ("attn.in_proj_",), "attn.out_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
 
-# CLIP's head width is 64; the big open_clip models differ (width -> heads, open_clip's
-# ViT-H-14, ViT-g-14 and ViT-bigG-14), and shapes do not show it.
+# Heads of the big open_clip models (ViT-H-14, ViT-g-14, ViT-bigG-14) by width: their head width is
+# not CLIP's 64, and shapes do not reveal it.
 _UNUSUAL_HEADS = {1280: 16, 1408: 16, 1664: 16}
 _HEAD_WIDTH = 64
 
-# Fields of an architecture that decide which parameters there are, or what is done with them.
+# Fields of an architecture that change which parameters it has, or how they are used.
 _PARTS = (
     *("text_activation", "class_token", "vision_pool_heads", "rotary_grid"),
     *("vision_projection", "text_projection", "causal_text", "text_pool"),
 )
 
-# Ours: name prefix of concept heads in the formats that can keep them.
+# Our extension: name prefix of concept heads, in formats that can hold them.
 HEADS_PREFIX = "concept_heads."
 
 
 def normalize_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """One layout out of its variants, without OpenAI's extras and the causal mask of some versions.
+    """Unifies variants of the layout; drops OpenAI's extras and the causal mask of some versions.
 
-    open_clip's CustomTextCLIP keeps the text tower in a module `text`; with an image tower of its
-    own the prefix is taken off.
+    open_clip's CustomTextCLIP has its text tower in a module `text`; this prefix is removed if the
+    image tower is open_clip's own.
     """
     kept = {
         name: value
@@ -210,11 +210,11 @@ def normalize_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def infer_architecture(tensors: Mapping[str, np.ndarray], path: str) -> Architecture:
-    """The architecture that the shapes show.
+    """Infers the architecture from the shapes of tensors from `normalize_names`.
 
-    Heads are those of CLIP and open_clip for the width, the activation is exact GELU: neither
-    shows in a shape, so a config or the caller must state others. The tensors are those of
-    `normalize_names`.
+    The number of heads is that of CLIP and open_clip for the width, and the activation is exact
+    GELU. Shapes do not reveal either, so a config or the caller must state other
+    values.
 
     Raises:
         ValueError: the names are not those of a CLIP with a vision transformer.
@@ -251,7 +251,7 @@ def infer_architecture(tensors: Mapping[str, np.ndarray], path: str) -> Architec
             vision_heads=_UNUSUAL_HEADS.get(vision_width, max(1, vision_width // _HEAD_WIDTH)),
             text_layers=_count_blocks(tensors, _BLOCKS),
             text_width=text_width,
-            # The text towers of the same models have heads 64 wide.
+            # Text towers of these models have heads of width 64.
             text_heads=max(1, text_width // _HEAD_WIDTH),
             embed_dim=tensors["visual.proj"].shape[1],
             context_length=tensors["positional_embedding"].shape[0],
@@ -264,12 +264,12 @@ def infer_architecture(tensors: Mapping[str, np.ndarray], path: str) -> Architec
 
 
 def to_clip(params: Mapping[str, Any], arch: Architecture) -> dict[str, np.ndarray]:
-    """CLIP's layout of our parameter tree."""
+    """Converts our parameter tree to CLIP's layout."""
     return to_layout(params, layout(arch))
 
 
 def heads_to_clip(heads: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Linear heads `{name: {kernel, bias}}` as `concept_heads.NAME.weight` and `.bias`."""
+    """Names linear heads `{name: {kernel, bias}}` as `concept_heads.NAME.weight` and `.bias`."""
     tensors = {}
     for name, leaves in heads.items():
         tensors[f"{HEADS_PREFIX}{name}.weight"] = np.asarray(leaves["kernel"]).T
@@ -279,13 +279,13 @@ def heads_to_clip(heads: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 @functools.lru_cache(maxsize=4)
 def our_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Path in our tree -> shape."""
+    """Maps paths in our tree to shapes."""
     init = ModelDefinition(arch, jnp.float32, jnp.float32).init_params
     return parameter_shapes(jax.eval_shape(init, jax.random.key(0)))
 
 
 def parts_unlike_clip(arch: Architecture) -> dict[str, Any]:
-    """The fields of a model in which it has other parts than CLIP's."""
+    """Returns the fields by which a model has other parts than CLIP."""
     return {
         field.name: getattr(arch, field.name)
         for field in dataclasses.fields(Architecture)
@@ -294,7 +294,7 @@ def parts_unlike_clip(arch: Architecture) -> dict[str, Any]:
 
 
 def check_is_clip(arch: Architecture) -> None:
-    """Raises ValueError for a model with other parts than CLIP's."""
+    """Raises ValueError if a model has other parts than CLIP."""
     parts = parts_unlike_clip(arch)
     if parts:
         shown = ", ".join(f"{name}={value}" for name, value in parts.items())
@@ -302,7 +302,7 @@ def check_is_clip(arch: Architecture) -> None:
 
 
 def layout(arch: Architecture) -> Layout:
-    """The layout of a model."""
+    """Returns the layout of a model."""
     check_is_clip(arch)
     return {
         "vision/patch_embedding/kernel": Tensors(("visual.conv1.weight",), "convolution"),
@@ -318,7 +318,7 @@ def layout(arch: Architecture) -> Layout:
 
 
 def text_layout(arch: Architecture, prefix: str = "") -> dict[str, Tensors]:
-    """The layout of the text tower, whose names begin with the prefix."""
+    """Returns the layout of the text tower, with a prefix for the other library's names."""
     found = {
         "text/token_embedding/embedding": Tensors((f"{prefix}token_embedding.weight",)),
         "text/positional_embedding": Tensors((f"{prefix}positional_embedding",)),
@@ -337,7 +337,7 @@ def _count_blocks(tensors: Mapping[str, np.ndarray], prefix: str) -> int:
 
 
 def _mlp_width(tensors: Mapping[str, np.ndarray], prefix: str, width: int) -> int | None:
-    """Inner width of the MLPs, or None where it is the usual one."""
+    """Returns the hidden width of the MLPs; None if it is 4 times the width."""
     weight = tensors.get(f"{prefix}0.mlp.c_fc.weight")
     # `check_parameters` reports a weight that is no matrix.
     if weight is None or weight.ndim != 2 or weight.shape[0] == 4 * width:

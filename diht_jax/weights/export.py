@@ -1,12 +1,12 @@
-"""Directories that other programs load a model from.
+"""Exports models as directories that other programs can load.
 
-`source.py` reads back the weights that are written here, bit for bit. The text of the model card
-comes from `model_card.py`.
+`source.py` reads exported weights back bit for bit. `model_card.py` writes the text of the model
+card.
 
-StableHLO (by `jax.export`: JAX and IREE run it on CPUs, GPUs and TPUs) and ONNX (by torch's
-exporter on the model of transformers) are both towers as programs that run without this package,
-with their weights in them: pictures uint8 [b, size, size, 3] and ids of texts int32
-[b, context_length] become unit vectors, float32 [b, d], for any b.
+StableHLO (from `jax.export`; JAX and IREE run it on CPUs, GPUs and TPUs) and ONNX (from torch's
+exporter and the model of transformers) hold both towers as programs that run without this package,
+weights included. They map pictures uint8 [b, size, size, 3] and token ids int32 [b, context_length]
+to unit vectors, float32 [b, d], for any b.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ CARD_FILE = "README.md"
 _PROGRAMS = ("stablehlo", "onnx")
 _ONNX_PACKAGES = ("torch", "transformers", "onnx", "onnxscript")
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-# open_clip and transformers refuse parameters that they do not know.
+# open_clip and transformers reject unknown parameters.
 _FORMATS_WITH_HEADS = ("clip", "safetensors")
 _FORMATS_WITH_TOKENIZER = ("huggingface", *_PROGRAMS)
 
@@ -71,15 +71,15 @@ def write_model(
     """Writes a model directory.
 
     Args:
-        output: is made; `check_target` has found it, format and dtype to be right.
+        output: directory to create; `check_target` has checked it, with format and dtype.
         format: one of `FORMATS`: "clip" (`model.pt`, a plain torch state dict as OpenAI's, DiHT's
             and open_clip's code loads it), "safetensors" (the same names in
-            `model.safetensors`), "open_clip" or "huggingface" (what their loaders expect),
+            `model.safetensors`), "open_clip" or "huggingface" (for their loaders),
             "stablehlo" or "onnx" (both towers as programs).
-        model: what to write.
+        model: the model to write.
         card: text of the model card.
         dtype: of the stored parameters, a key of `DTYPES`.
-        keep_heads: write the model's concept heads too, if it has any.
+        keep_heads: also write the model's concept heads, if any.
 
     Raises:
         ValueError: a model or heads that the format cannot hold.
@@ -119,7 +119,7 @@ def write_model(
 
 
 def _make_configs(format: str, model: ModelFiles, dtype: str) -> dict[str, dict[str, Any]]:
-    """The configs of a format by the names of their files; ValueError if it has no such model."""
+    """Returns a format's configs by file name; ValueError if it cannot represent the model."""
     arch, preprocessing = model.arch, model.preprocessing
     if format == "huggingface":
         return {
@@ -127,11 +127,11 @@ def _make_configs(format: str, model: ModelFiles, dtype: str) -> dict[str, dict[
             HUGGINGFACE_PREPROCESSOR: make_preprocessor(arch, preprocessing),
         }
     if format in _PROGRAMS:
-        if format == "onnx":  # exported from transformers' model
+        if format == "onnx":  # exported from the model of transformers
             huggingface.model_type(arch)
         return {OPEN_CLIP_CONFIG: open_clip_layout.describe(arch, preprocessing)}
     config = open_clip_layout.make_config(arch, preprocessing, model.loss_scalars.get(LOGIT_BIAS))
-    # Facts about the tokenizer, of which these formats have no files.
+    # Facts about the tokenizer, for formats without tokenizer files.
     facts: dict[str, Any] = {"context_length": arch.context_length, "vocab_size": arch.vocab_size}
     if model.tokenizer is not None:
         clean = model.tokenizer.clean
@@ -150,7 +150,7 @@ def _make_configs(format: str, model: ModelFiles, dtype: str) -> dict[str, dict[
 
 
 def _named_tensors(format: str, model: ModelFiles) -> dict[str, np.ndarray]:
-    """Parameters by their names in a format's layout."""
+    """Returns the parameters by their names in a format's layout."""
     logit_bias = model.loss_scalars.get(LOGIT_BIAS)
     if format == "huggingface":
         return huggingface.to_huggingface(model.params, model.arch, logit_bias or 0.0)
@@ -163,10 +163,10 @@ def _named_tensors(format: str, model: ModelFiles) -> dict[str, np.ndarray]:
 
 
 def check_target(output: pathlib.Path, format: str, dtype: str) -> None:
-    """Checks that `write_model` could write this format there.
+    """Checks that `write_model` can write this format to `output`.
 
     Raises:
-        ValueError: unknown format or dtype, files in the way, or no right to write.
+        ValueError: unknown format or dtype, existing files, or no write permission.
     """
     if format not in FORMATS:
         raise ValueError(f"format '{format}': expected one of {', '.join(FORMATS)}")
@@ -192,10 +192,10 @@ def check_target(output: pathlib.Path, format: str, dtype: str) -> None:
 def find_lost_scalars(
     format: str, arch: Architecture, loss_scalars: Mapping[str, float], name: str
 ) -> list[str]:
-    """Names of what the loss of the model `name` has learnt that a format has no place for.
+    """Returns the names of learnt loss scalars of the model `name` that a format cannot store.
 
-    SigLIP's bias has one in transformers' SiglipModel, and in open_clip's models of timm's towers.
-    The others are logged.
+    SigLIP's bias can be stored in transformers' SiglipModel, and in open_clip models with timm
+    towers. All others are logged.
     """
     holds_bias = format not in _PROGRAMS and open_clip_layout.is_timm(arch)
     lost = [scalar for scalar in loss_scalars if not (holds_bias and scalar == LOGIT_BIAS)]
@@ -221,7 +221,7 @@ def _write_huggingface_tokenizer(output: pathlib.Path, arch: Architecture) -> No
     markers = {"bos_token": tokenizer_file.START_OF_TEXT}
     markers |= dict.fromkeys(("eos_token", "unk_token", "pad_token"), tokenizer_file.END_OF_TEXT)
     config = {
-        # Not CLIPTokenizer, which would put its own normaliser before that of tokenizer.json.
+        # Not CLIPTokenizer, which would apply its own normaliser before that of tokenizer.json.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": arch.context_length,
         "model_input_names": ["input_ids", "attention_mask"],
@@ -238,10 +238,10 @@ def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
 def write_stablehlo(output: pathlib.Path, model: ModelFiles, dtype: str) -> None:
     """Writes `image.stablehlo` and `text.stablehlo` for `jax.export.deserialize` into a directory.
 
-    The parameters are stored in the dtype; what is computed is float32.
+    Parameters are stored in `dtype`; the computation is in float32.
     """
     arch, mean, std = model.arch, model.preprocessing.mean, model.preprocessing.std
-    # XLA's attention is the one that every platform has.
+    # XLA's attention is available on every platform.
     definition = ModelDefinition(arch, "float32", dtype, Execution(attention="xla"))
     stored = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), model.params)
 
@@ -285,17 +285,17 @@ def write_onnx(output: pathlib.Path, model: ModelFiles) -> None:
 
 
 def _make_towers(source: ModelFiles) -> dict[str, tuple[Any, str, Any]]:
-    """Modules of torch by tower, each with the name of its argument and an example of it."""
+    """Returns torch modules by tower, each with the name and an example of its argument."""
     import torch
     from transformers import AutoConfig, AutoModel
 
     arch, preprocessing = source.arch, source.preprocessing
-    # "eager" attention becomes plain matrix products, which every runtime has.
+    # "eager" attention becomes plain matrix products, which every runtime supports.
     settings: dict[str, Any] = huggingface.make_config(arch, "float32")
     settings["attn_implementation"] = "eager"
     model = AutoModel.from_config(AutoConfig.for_model(**settings)).eval()
     tensors = huggingface.to_huggingface(source.params, arch)
-    # Copies: the parameters may be views of arrays that cannot be written to.
+    # Copies, since the parameters may be views of read-only arrays.
     state = {name: torch.from_numpy(np.array(v, np.float32)) for name, v in tensors.items()}
     model.load_state_dict(state)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (preprocessing.mean, preprocessing.std))

@@ -1,6 +1,6 @@
-"""transformers' CLIPModel, MetaClip2Model and SiglipModel: their names and configs, and ours.
+"""Names and configs of transformers' CLIPModel, MetaClip2Model and SiglipModel, mapped to ours.
 
-transformers keeps query, key and value apart and has projections as linear layers.
+transformers has separate query, key and value layers, and linear layers as projections.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from diht_jax.weights.clip_layout import (
 )
 from diht_jax.weights.settings import ConfigSection, make_architecture
 
-# Index vectors that versions before 4.31 saved.
+# Index vectors that versions before 4.31 stored.
 BUFFERS = frozenset(("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"))
 
 _BLOCK = BlockNames(
@@ -39,7 +39,7 @@ _BLOCK = BlockNames(
 )
 _CLASSES = {"clip": "CLIPModel", "metaclip_2": "MetaClip2Model", "siglip": "SiglipModel"}
 _ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
-# Sizes of a tower by our names, behind "vision_" or "text_", and those that one tower has.
+# Our names for the sizes of a tower, after "vision_" or "text_", and those that one tower has.
 _TOWER_SIZES = {
     "layers": "num_hidden_layers",
     "width": "hidden_size",
@@ -50,25 +50,25 @@ _SIZES = {
     "vision": {"image_size": "image_size", "patch_size": "patch_size"},
     "text": {"context_length": "max_position_embeddings", "vocab_size": "vocab_size"},
 }
-# Of configs older than transformers' fix of the text pooling: the largest id is meant.
+# In configs older than transformers' fix of text pooling this stands for the largest id.
 _LEGACY_EOS = 2
-# transformers writes only what differs from the defaults of a model's config: these models.
+# transformers only writes values that differ from the default config, which is these models'.
 _DEFAULT_CLIP = dataclasses.replace(ARCHITECTURES["diht_vitb32_224px"], activation="quick_gelu")
 _DEFAULT_SIGLIP = ARCHITECTURES["siglip_vitb16_224px"]
 
 
 def model_type(arch: Architecture) -> str:
-    """The kind of model that transformers has for an architecture, as its configs name it.
+    """Returns transformers' kind of model for an architecture, as named in its configs.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such model.
     """
     parts = parts_unlike_clip(arch)
     parts.pop("text_activation", None)
     if parts == {**SIGLIP_PARTS, "vision_pool_heads": arch.vision_heads}:
         return "siglip"
     if not parts:
-        # CLIPModel pools at the largest id where the config has this one.
+        # CLIPModel pools at the largest id if the config has this value.
         return "metaclip_2" if arch.end_of_text_id == _LEGACY_EOS else "clip"
     shown = ", ".join(f"{name}={value}" for name, value in parts.items())
     raise ValueError(
@@ -79,9 +79,9 @@ def model_type(arch: Architecture) -> str:
 def to_huggingface(
     params: Mapping[str, Any], arch: Architecture, logit_bias: float = 0.0
 ) -> dict[str, np.ndarray]:
-    """A parameter tree of ours under transformers' names and shapes; views of its arrays.
+    """Converts a parameter tree to transformers' names and shapes; views of its arrays.
 
-    SiglipModel has the `logit_bias` of its loss, too.
+    SiglipModel also stores the `logit_bias` of its loss.
     """
     tensors = to_layout(params, layout(arch))
     if model_type(arch) == "siglip":
@@ -91,7 +91,7 @@ def to_huggingface(
 
 
 def layout(arch: Architecture) -> Layout:
-    """The layout of a model."""
+    """Returns the layout of a model."""
     patches = "vision_model.embeddings.patch_embedding"
     found = {
         "vision/patch_embedding/kernel": Tensors((f"{patches}.weight",), "convolution"),
@@ -130,10 +130,10 @@ def layout(arch: Architecture) -> Layout:
 
 
 def read_architecture(config: Mapping[str, Any], path: str) -> Architecture:
-    """The architecture of a `config.json` of one of the three models.
+    """Reads the architecture from the `config.json` of one of the three models.
 
     Raises:
-        ValueError: another kind of model, or a setting that our model does not have.
+        ValueError: another kind of model, or a setting that our model lacks.
     """
     kind = config.get("model_type")
     if kind == "siglip2":
@@ -168,7 +168,7 @@ def read_architecture(config: Mapping[str, Any], path: str) -> Architecture:
     else:
         fields["embed_dim"] = ConfigSection(config, "", path).integer("projection_dim", 512)
         end_of_text = text.integer("eos_token_id", least=0)
-        # At the largest id there is, the first position of the id and the largest id are one.
+        # If this is the largest id, pooling at its first position or at the largest id is equal.
         is_largest = end_of_text == fields["vocab_size"] - 1
         is_legacy = kind == "clip" and end_of_text == _LEGACY_EOS
         fields["end_of_text_id"] = None if is_largest or is_legacy else end_of_text
@@ -176,7 +176,7 @@ def read_architecture(config: Mapping[str, Any], path: str) -> Architecture:
 
 
 def make_config(arch: Architecture, dtype: str) -> dict[str, Any]:
-    """Contents of transformers' `config.json`, for parameters stored as `dtype`."""
+    """Returns the contents of transformers' `config.json`, for parameters stored as `dtype`."""
     kind = model_type(arch)
     is_siglip = kind == "siglip"
     names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
@@ -203,7 +203,7 @@ def make_config(arch: Architecture, dtype: str) -> dict[str, Any]:
     else:
         last, end_of_text = arch.vocab_size - 1, arch.end_of_text_id
         if end_of_text is None:
-            # Of another vocabulary than CLIP's, the largest id in a text need not be the last one.
+            # With another vocabulary than CLIP's, the largest id of a text need not be its last.
             end_of_text = last if arch.vocab_size == VOCAB_SIZE else _LEGACY_EOS
         towers["text_config"] |= {"bos_token_id": last - 1, "eos_token_id": end_of_text}
     shared = {"architectures": [_CLASSES[kind]], "model_type": kind, "dtype": dtype}
@@ -211,9 +211,9 @@ def make_config(arch: Architecture, dtype: str) -> dict[str, Any]:
 
 
 def _tower(config: Mapping[str, Any], kind: str, name: str, path: str) -> ConfigSection:
-    """The values of one tower; older files keep those that count in *_config_dict."""
+    """Returns the values of one tower; in older files those of *_config_dict take precedence."""
     defaults = make_config(_DEFAULT_SIGLIP if kind == "siglip" else _DEFAULT_CLIP, "float32")[name]
-    defaults.pop("projection_size", None)  # by default the width
+    defaults.pop("projection_size", None)  # defaults to the width
     for part in (name, f"{name}_dict"):
         found = ConfigSection(config.get(part), part, path).values
         defaults |= {k: v for k, v in found.items() if v is not None}

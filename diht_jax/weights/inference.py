@@ -1,7 +1,7 @@
-"""A model ready to embed images and texts, on all devices of its mesh.
+"""A model for embedding images and texts, on all devices of its mesh.
 
-`diht_jax.load_model` makes it from files. Of files only pictures are read here, where their paths
-are given.
+`diht_jax.load_model` creates it from files. This module reads no files except pictures given by
+path.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from diht_jax.input.transforms import Preprocessing, decode_rgb, load_rgb
 from diht_jax.models.parameters import ModelDefinition, merge_model
 from diht_jax.weights.source import LOGIT_BIAS, ModelFiles
 
-# A picture: of PIL, the path of a file, or uint8 [h, w, 3].
+# A picture: a PIL image, the path of a file, or uint8 [h, w, 3].
 Picture = Image.Image | str | os.PathLike | np.ndarray
 _EXPECTED_PICTURES = "expected PIL images, paths of pictures, or uint8 arrays [h, w, 3]"
 
@@ -38,13 +38,13 @@ class LoadedModel:
 
     Attributes:
         config: the training config that the model came with.
-        image_size: side of the images it takes, in pixels.
-        context_length: length of the texts it takes, in tokens.
+        image_size: side of the input images, in pixels.
+        context_length: length of the input texts, in tokens.
         embed_dim: size `d` of the embeddings.
         preprocessing: of the images.
         step: optimiser step of the parameters, or None.
-        logit_bias: SigLIP's, learnt with its loss: logits are `logit_scale * similarity +
-            logit_bias`, and their sigmoid is the probability of a pair; 0 where there is none.
+        logit_bias: learnt with SigLIP's loss: logits are `logit_scale * similarity + logit_bias`,
+            and their sigmoid is the probability of a pair; 0 for other losses.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class LoadedModel:
         """Wraps a model whose parameters are on the devices.
 
         Args:
-            definition: how it computes.
-            model: the rest, in the dtype of its config.
-            mesh: the devices, with axes `data` and `fsdp`.
-            batch_size: most examples embedded at once, over all devices.
+            definition: how the model computes.
+            model: everything else, in the dtype of its config.
+            mesh: devices, with axes `data` and `fsdp`.
+            batch_size: maximum examples per batch, over all devices.
         """
         self.config, self.step = model.config, model.step
         self.logit_bias = model.loss_scalars.get(LOGIT_BIAS, 0.0)
@@ -85,7 +85,7 @@ class LoadedModel:
             pixels = transforms.normalize(images, dtype, mean=mean, std=std)
             image_tokens = merge_model(definition, params).vision.tokens(pixels)
             decoder = merge_decoder(decoder_params, definition.arch, dtype=dtype)
-            # Of each picture's own key, so that a caption depends neither on batch nor on devices.
+            # A key per picture, so that a caption depends neither on the batch nor on the devices.
             keys = jax.vmap(functools.partial(jax.random.fold_in, key))(rows)
             return decode_captions(
                 decoder,
@@ -110,18 +110,18 @@ class LoadedModel:
         return float(np.exp(np.asarray(self._params["log_logit_scale"], np.float64)))
 
     def update(self, params: dict[str, Any], step: int | None) -> None:
-        """Takes the parameters of another step; same shapes, so nothing is compiled again."""
+        """Replaces the parameters by those of another step; equal shapes avoid recompilation."""
         self._params = params
         self.step = step
 
     def fingerprint(self, *, decoder: bool = False) -> str:
         """SHA-256 over names, shapes and float32 values of all parameters, in hex.
 
-        Equal for the same parameters from any file, format or placement. Preprocessing and
-        tokenizer count as well where they are not CLIP's.
+        It is the same for equal parameters in any file, format or placement. Preprocessing and
+        tokenizer are included if they are not CLIP's.
 
         Args:
-            decoder: of the caption decoder as well, on which embeddings do not depend.
+            decoder: include the caption decoder, which does not affect embeddings.
         """
         params = (self._params, self._decoder) if decoder else self._params
         digest = hashlib.sha256()
@@ -136,15 +136,15 @@ class LoadedModel:
         return digest.hexdigest()
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
-        """PIL image of any size and mode -> uint8 [size, size, 3].
+        """Converts a PIL image of any size and mode to uint8 [size, size, 3].
 
-        Transparency is composed on white, as in training; then, as the model has it, the short side
-        is resized and the centre cropped, or both sides are resized.
+        Transparency is composed on white, as in training. Depending on the model, the short side is
+        then resized and the centre cropped, or both sides are resized.
         """
         return transforms.eval_transform(load_rgb(image), self.image_size, self.preprocessing)
 
     def tokenize(self, texts: str | Sequence[str]) -> np.ndarray:
-        """Texts -> int32 [b, context_length]."""
+        """Converts texts to int32 [b, context_length]."""
         if self._own_tokenizer is not None:
             return self._own_tokenizer.tokenize(texts, self.context_length)
         return tokenizer.tokenize(texts, self.context_length, self._used_vocab_size)
@@ -153,16 +153,16 @@ class LoadedModel:
         """Embeds images.
 
         Args:
-            images: a picture or several: PIL images, paths of files, uint8 arrays [h, w, 3], or one
-                array [b, h, w, 3]. Pictures of another size than [image_size, image_size] go
-                through `preprocess`.
+            images: one picture or several: PIL images, paths of files, uint8 arrays [h, w, 3], or
+                one array [b, h, w, 3]. Pictures of another size than [image_size, image_size] are
+                preprocessed.
 
         Returns:
             float32 [b, d], rows of unit length; b is 1 for a single picture.
 
         Raises:
-            ValueError: an array of another dtype or shape, something that is no picture, or a file
-                that cannot be read as one.
+            ValueError: an array of another dtype or shape, an object that is no picture, or a file
+                that cannot be decoded.
         """
         return self._embed(self._encode_image, self._pixels_of_all(images))
 
@@ -170,13 +170,13 @@ class LoadedModel:
         """Embeds texts.
 
         Args:
-            texts: a string or several, or int32 [b, context_length] of `tokenize`.
+            texts: a string or several, or int32 [b, context_length] from `tokenize`.
 
         Returns:
             float32 [b, d], rows of unit length; b is 1 for a single string.
 
         Raises:
-            ValueError: an array of another dtype or shape, something that is no string, or an id
+            ValueError: an array of another dtype or shape, an object that is no string, or an id
                 outside of the vocabulary.
         """
         tokens: Any = texts
@@ -208,22 +208,22 @@ class LoadedModel:
         temperature: float = 1.0,
         seed: int = 0,
     ) -> list[str]:
-        """Writes a caption of each picture, of a model trained with `config.captioning`.
+        """Writes a caption for each picture, with a model trained with `config.captioning`.
 
         Args:
             images: see `encode_image`.
-            max_tokens: most tokens of a caption, its end not counted; as many as in training by
-                default.
-            top_k: number of likeliest tokens that each is drawn from, by their probabilities;
-                None takes the likeliest one (greedy).
-            temperature: what logits are divided by before a token is drawn.
-            seed: of the draws; a picture at the same index gets the same caption.
+            max_tokens: maximum tokens of a caption, without its end; by default as many as in
+                training.
+            top_k: number of most likely tokens to sample each token from, by their probabilities;
+                None takes the most likely one (greedy).
+            temperature: divisor of the logits before sampling.
+            seed: of the sampling; a picture at the same index gets the same caption.
 
         Returns:
-            A text for each picture, in lower case, words and punctuation apart.
+            One text per picture, in lower case, with spaces between words and punctuation.
 
         Raises:
-            ValueError: the model has no decoder, a value out of range, or see `encode_image`.
+            ValueError: the model has no decoder, or a value is out of range; see `encode_image`.
         """
         if self._decoder is None:
             raise ValueError(
@@ -241,7 +241,7 @@ class LoadedModel:
         write = functools.partial(
             self._write_captions,
             key=jax.random.key(seed),
-            length=max_tokens + 1,  # the start is a token too; an end behind the last says nothing
+            length=max_tokens + 1,  # includes the start token; an end after the last is not needed
             top_k=top_k,
             temperature=temperature,
         )
@@ -255,7 +255,7 @@ class LoadedModel:
 
     @property
     def _used_vocab_size(self) -> int:
-        """Entries of the vocabulary that the tokenizer uses; raises ValueError without one."""
+        """Vocabulary entries that the tokenizer uses; raises ValueError without a tokenizer."""
         if not self._has_tokenizer:
             raise ValueError(
                 f"this model's vocabulary of {self._vocab_size} entries is not CLIP's, and no "
@@ -265,7 +265,7 @@ class LoadedModel:
         return tokenizer.check_vocab_size(self._vocab_size)
 
     def _pixels_of_all(self, pictures: Picture | Iterable[Picture]) -> np.ndarray:
-        """uint8 [b, size, size, 3] of what `encode_image` takes."""
+        """Converts inputs of `encode_image` to uint8 [b, size, size, 3]."""
         images: Any = pictures
         shape = (self.image_size, self.image_size, 3)
         is_array = isinstance(images, np.ndarray | jax.Array)
@@ -279,7 +279,7 @@ class LoadedModel:
         return np.reshape(np.asarray(rows, np.uint8), (len(rows), *shape))
 
     def _pixels_of(self, image: Picture, name: str) -> np.ndarray:
-        """uint8 [size, size, 3] of one picture among several."""
+        """Converts one picture to uint8 [size, size, 3]."""
         if isinstance(image, np.ndarray | jax.Array):
             image = np.asarray(image)
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
@@ -308,16 +308,16 @@ class LoadedModel:
         return np.concatenate(outputs)[: len(inputs)]
 
     def _batches(self, inputs: np.ndarray) -> Iterator[jax.Array]:
-        """Parts of the rows, on the devices; the last one is padded."""
+        """Yields batches of rows, on the devices; the last one is padded."""
         for start in range(0, len(inputs), self._batch_size):
             chunk = inputs[start : start + self._batch_size]
-            # To a power-of-two multiple of the devices: few shapes, so few compilations.
+            # Padded to a power-of-two multiple of the devices: few shapes, so few compilations.
             size = self._num_devices
             while size < len(chunk):
                 size *= 2
             padding = min(size, self._batch_size) - len(chunk)
             padded = np.pad(chunk, [(0, padding)] + [(0, 0)] * (chunk.ndim - 1))
-            # By global index: with several processes each puts the rows of its own devices.
+            # By global index: each process places the rows of its own devices.
             yield jax.make_array_from_callback(
                 padded.shape, self._batch_sharding, padded.__getitem__
             )

@@ -1,7 +1,7 @@
 """The model card: architecture, recipe, data and results, as the README.md of an export.
 
-It states what the files of the run hold and nothing else; what is not known is named as such. Its
-words are in `pages/templates/model_card.md`.
+It states only facts from the files of the run, and names what is unknown. The wording is in
+`pages/templates/model_card.md`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from diht_jax.storage.files import join, parse_checked_object, read_bytes, read_
 from diht_jax.weights.open_clip_layout import is_timm
 from diht_jax.weights.source import ModelFiles
 
-# Sections of the training config that make the recipe, in the order of the card.
+# Sections of the training config that form the recipe, in the order of the card.
 _RECIPE = ("loss", "optimizer", "data", "ema", "mesh")
-# And those that are part of it where one of these keys is set.
+# Sections that belong to the recipe only if one of these keys is set.
 _SWITCHED_ON_BY = {
     "matryoshka": ("sizes",),
     "concepts": ("object_weight", "attribute_weight"),
@@ -49,21 +49,21 @@ def model_card(
     license: str | None = None,
     hub_name: str | None = None,
 ) -> str:
-    """The card's text, Markdown with the front matter that model hubs read.
+    """Returns the card's text: Markdown with the front matter that model hubs read.
 
     Args:
-        format: of the export; decides the lines that show how to load it.
+        format: of the export; selects the instructions for loading it.
         model: with the origin of its parameters.
-        name: how the user calls the model.
-        members: (name, weight) of the models that it is a mean of; empty of a model by itself.
+        name: the user's name for the model.
+        members: (name, weight) of each averaged model; empty for a single model.
         results: (source, {metric: value}) of each evaluation.
         heads: names of the concept heads that were kept.
-        lost: names of what the loss has learnt that the format has no place for.
-        license: of the weights, as the user states it.
-        hub_name: `hf-hub:owner/name`, for a model that is written there.
+        lost: names of learnt loss parameters that the format cannot store.
+        license: of the weights, as stated by the user.
+        hub_name: `hf-hub:owner/name`, for a model that is written to the hub.
     """
     config, data = None, (None, None)
-    if model.step is not None:  # of a run
+    if model.step is not None:  # the model of a run
         config = json.loads(model.config.to_json_best_effort())
         data = config["data"]["train"], config["data"].get("labels")
         results = [*_read_run_results(model.path, model.step), *results]
@@ -107,14 +107,14 @@ def model_card(
 
 
 def _read_data_facts(train: Any, labels: str | None) -> list[dict[str, Any]]:
-    """Statistics next to the training data, where `config.data.train` and `labels` lead to them.
+    """Reads the statistics next to the training data (`config.data.train` and `labels`).
 
-    A folder of labels or of labelled records leads on to the records that were labelled.
+    From a folder of labels or of labelled records it follows to the records that were labelled.
 
     Returns:
-        Of each source its `name` ("" of the only one) and `path`, as the config has them; where its
-        records were `labelled`, the statistics of `data_prep.label`; and `numbers_of_pairs`, read,
-        kept and dropped by the filter, empty without its statistics.
+        For each source: `name` ("" for a single source) and `path` as in the config; `labelled`,
+        the statistics of `data_prep.label`, if there are any; and `numbers_of_pairs` that the
+        filter read, kept and dropped, empty without its statistics.
     """
     facts = []
     for source in parse_train(train, labels) if train else []:
@@ -135,7 +135,7 @@ def _read_data_facts(train: Any, labels: str | None) -> list[dict[str, Any]]:
 
 
 def _folders_of(source: TrainSource) -> list[str]:
-    """Folders that may have statistics of a source: its labels, its records, the labelled ones."""
+    """Returns folders with possible statistics of a source: its labels, records, their origin."""
     if not isinstance(source.path, str):
         return []
     folders = [source.labels, source.path] if source.labels else [source.path]
@@ -160,7 +160,7 @@ def _read_statistics(folder: str) -> dict[str, Any]:
 
 
 def _read_run_results(workdir: str, step: int) -> list[tuple[str, dict[str, float]]]:
-    """The last evaluation in a run's `metrics.jsonl` at or before `step`, as (source, metrics)."""
+    """Reads the last evaluation of a run at or before `step`, as (source, metrics)."""
     last = []
     try:
         lines = read_bytes(join(workdir, "metrics.jsonl")).splitlines()
@@ -168,7 +168,7 @@ def _read_run_results(workdir: str, step: int) -> list[tuple[str, dict[str, floa
         return []
     for line in lines:
         row = parse_checked_object(line)
-        if row is None:  # the last line of a killed run, or of one that goes on
+        if row is None:  # the last line of a killed or running run
             continue
         measured = {
             name.removeprefix("evaluation/"): value

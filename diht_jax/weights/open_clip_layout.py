@@ -1,9 +1,9 @@
-"""open_clip's models: their configs, read and written, and the towers that they take from timm.
+"""open_clip's models: reading and writing their configs, and image towers from timm.
 
-`open_clip_config.json` describes a model. Its parameters have CLIP's own names (`clip_layout.py`),
-or those below where the image tower is one of timm: SigLIP, SigLIP 2 and PE-Core. open_clip names
-such a tower (`timm_model_name`), whose sizes are timm's own, and keeps the text tower in a module
-`text` under CLIP's names.
+`open_clip_config.json` describes a model. Its parameters have CLIP's names (`clip_layout.py`), or
+the names below if the image tower comes from timm: SigLIP, SigLIP 2 and PE-Core. open_clip refers
+to such a tower by name (`timm_model_name`); timm defines its sizes. The text tower is then in a
+module `text`, with CLIP's names.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from diht_jax.weights.settings import (
     make_preprocess_cfg,
 )
 
-# Fields of a tower that are read below, or leave the computation alone.
+# Fields of a tower that are read below, or do not affect the computation.
 _FIELDS = """
     image_size patch_size layers width head_width mlp_ratio context_length vocab_size heads
     pool_type eos_id patch_dropout output_tokens pad_id hf_model_pretrained timm_model_pretrained
@@ -42,20 +42,20 @@ _FIELDS = """
 """
 _KNOWN = frozenset(_FIELDS.split())
 _NEUTRAL = {"pos_embed_type": "learnable", "proj_type": "linear"}
-# More fields of a model whose image tower is timm's: of the image tower, of the text tower.
+# Further fields of a model with an image tower from timm: of its image and of its text tower.
 _KNOWN_OF_TIMM = {
     "vision_cfg": ("timm_model_name",),
     "text_cfg": ("no_causal_mask", "proj_bias"),
 }
-# How each tower may pool its tokens; the first is the default.
+# Supported poolings of each tower; the first is the default.
 _POOLS = {"vision_cfg": ("tok",), "text_cfg": ("argmax", "eos", "last")}
 
 
 def read_architecture(config: Mapping[str, Any], path: str) -> Architecture:
-    """The architecture of a "model_cfg" of `open_clip_config.json`.
+    """Reads the architecture from the "model_cfg" of `open_clip_config.json`.
 
     Raises:
-        ValueError: a field is missing, or asks for something that our model does not have.
+        ValueError: a field is missing, or requires something that our model lacks.
     """
     whole = ConfigSection(config, "", path)
     embed_dim = whole.integer("embed_dim")
@@ -83,7 +83,7 @@ def read_architecture(config: Mapping[str, Any], path: str) -> Architecture:
 
 
 def _clip_fields(vision: ConfigSection, text: ConfigSection, quick_gelu: bool) -> dict[str, Any]:
-    """Fields of a CLIP with an image tower of open_clip's own."""
+    """Returns the fields of a CLIP with open_clip's own image tower."""
     width, activation = vision.integer("width"), _activation(vision, quick_gelu)
     if activation != _activation(text, quick_gelu):
         raise text.error("act_kwargs", "that of vision_cfg, since our CLIP has one activation")
@@ -100,11 +100,11 @@ def _clip_fields(vision: ConfigSection, text: ConfigSection, quick_gelu: bool) -
 
 
 def _timm_fields(vision: ConfigSection, text: ConfigSection) -> dict[str, Any]:
-    """Fields of a model with an image tower of timm, and a text tower of open_clip's own."""
+    """Returns the fields of a model with an image tower from timm and open_clip's text tower."""
     tower = find_tower(vision)
     for key, wanted in (
         ("timm_pool", "map"),
-        # open_clip computes as without a projection where it is "" as well.
+        # open_clip treats "" like the absence of a projection.
         ("timm_proj", projection_name(tower)),
         ("image_size", tower["image_size"]),
     ):
@@ -119,7 +119,7 @@ def _timm_fields(vision: ConfigSection, text: ConfigSection) -> dict[str, Any]:
 
 
 def _activation(tower: ConfigSection, quick_gelu: bool) -> str:
-    """The activation of a tower of open_clip's own."""
+    """Returns the activation of one of open_clip's own towers."""
     kind = tower.section("act_kwargs")
     found = kind.one_of("approximate", {"none": "gelu", "tanh": "gelu_tanh"}, "none")
     if kind.values.keys() - {"approximate"}:
@@ -130,9 +130,9 @@ def _activation(tower: ConfigSection, quick_gelu: bool) -> str:
 def make_config(
     arch: Architecture, preprocessing: Preprocessing, logit_bias: float | None = None
 ) -> dict[str, Any]:
-    """Contents of `open_clip_config.json`, which open_clip reads from a directory or hub.
+    """Returns the contents of `open_clip_config.json`, which open_clip reads from directory or hub.
 
-    The `logit_bias` is that of SigLIP's loss; None for a model without one.
+    `logit_bias` belongs to SigLIP's loss; None for a model without one.
 
     Raises:
         ValueError: open_clip has no such model.
@@ -175,7 +175,7 @@ def make_config(
 
 
 def _make_tower(arch: Architecture, tower: str, activation: str) -> dict[str, Any]:
-    """Settings of a tower of open_clip's own."""
+    """Returns the settings of one of open_clip's own towers."""
     width, mlp_width = getattr(arch, f"{tower}_width"), getattr(arch, f"{tower}_mlp_width")
     settings = {"width": width, "layers": getattr(arch, f"{tower}_layers")}
     if mlp_width is not None:
@@ -188,7 +188,7 @@ def _make_tower(arch: Architecture, tower: str, activation: str) -> dict[str, An
 
 
 def describe(arch: Architecture, preprocessing: Preprocessing) -> dict[str, Any]:
-    """`make_config`, with the fields of our own architecture where open_clip has no such model."""
+    """Returns `make_config`, or our own architecture fields if open_clip has no such model."""
     try:
         return make_config(arch, preprocessing)
     except ValueError:
@@ -216,7 +216,7 @@ def _mlp_width(width: int, tower: ConfigSection) -> int:
 
 
 def _mlp_ratio(width: int, mlp_width: int) -> float:
-    """The ratio that gives `mlp_width` back when open_clip multiplies and truncates."""
+    """Returns a ratio that yields `mlp_width` when open_clip multiplies and truncates."""
     ratio = mlp_width / width
     while int(width * ratio) < mlp_width:
         ratio *= 1 + 1e-12
@@ -227,15 +227,15 @@ TRUNK = "visual.trunk."
 _BLOCK = BlockNames("norm1", ("attn.qkv.",), "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 
 
-# Fields of `Architecture`: all that a tower's name decides but the size of the embeddings.
+# Fields of `Architecture` that a tower's name determines, which excludes the embedding size.
 Tower = Mapping[str, Any]
 
 
 def _make_towers() -> dict[str, Tower]:
-    """The towers by timm's names for them."""
+    """Returns the towers by their names in timm."""
     sizes = ("patch_size", "vision_width", "vision_layers", "vision_heads", "vision_mlp_width")
     towers: dict[str, Tower] = {}
-    # Image sizes for which timm computes GELU exactly, and those with GELU by tanh.
+    # Image sizes for which timm has exact GELU, and those with tanh GELU.
     for name, values, exact, by_tanh in (
         ("base", (16, 768, 12, 12, None), (224, 256, 384, 512), ()),
         ("base", (32, 768, 12, 12, None), (), (256,)),
@@ -278,10 +278,10 @@ TOWERS = _make_towers()
 
 
 def find_tower(vision: ConfigSection) -> Tower:
-    """The tower of the `timm_model_name` in "vision_cfg", which may end with a tag of its weights.
+    """Returns the tower for "timm_model_name" in "vision_cfg", which may end with a weights tag.
 
     Raises:
-        ValueError: our image tower cannot be this one.
+        ValueError: our image tower does not support this one.
     """
     name = str(vision.values["timm_model_name"])
     found = TOWERS.get(name.partition(".")[0])
@@ -295,10 +295,10 @@ def find_tower(vision: ConfigSection) -> Tower:
 
 
 def tower_name(arch: Architecture) -> str:
-    """Timm's name of an architecture's image tower.
+    """Returns timm's name of an architecture's image tower.
 
     Raises:
-        ValueError: timm has none of these sizes.
+        ValueError: timm has no tower of these sizes.
     """
     for name, tower in TOWERS.items():
         if all(getattr(arch, field) == value for field, value in tower.items()):
@@ -311,17 +311,17 @@ def tower_name(arch: Architecture) -> str:
 
 
 def projection_name(tower: Tower) -> str | None:
-    """open_clip's `timm_proj` of a tower, "none" for one without a projection."""
+    """Returns open_clip's `timm_proj` of a tower, "none" if it has no projection."""
     return "none" if tower["vision_projection"] == "none" else None
 
 
 def is_timm(arch: Architecture) -> bool:
-    """Returns whether open_clip has the image tower from timm: those that pool by attention."""
+    """Returns whether open_clip takes the image tower from timm: if it pools by attention."""
     return arch.vision_pool_heads is not None
 
 
 def layout(arch: Architecture) -> Layout:
-    """The layout of a model."""
+    """Returns the layout of a model."""
     pool = f"{TRUNK}attn_pool"
     found = {
         "vision/patch_embedding/kernel": Tensors(
@@ -330,7 +330,7 @@ def layout(arch: Architecture) -> Layout:
         "vision/positional_embedding": Tensors((f"{TRUNK}pos_embed",), "row"),
         **norm("vision/post_norm", f"{TRUNK}norm"),
         "vision/pool/probe": Tensors((f"{pool}.latent",), "plane"),
-        # The query, and keys and values together.
+        # The query is separate; keys and values are joined.
         **linear("vision/pool/in_proj", f"{pool}.q", f"{pool}.kv", shares=(1, 2)),
         **linear("vision/pool/out_proj", f"{pool}.proj"),
         **norm("vision/pool/norm", f"{pool}.norm"),

@@ -1,7 +1,7 @@
-"""Models by name: the one that comes with the package, DiHT's weights, and some of the hub.
+"""Models by name: the one included in the package, DiHT's weights, and some on the hub.
 
-Addresses and SHA-256 sums are those of DiHT's official code (facebookresearch/diht). What the files
-hold is read by `source.py`.
+Addresses and SHA-256 sums are those of DiHT's official code (facebookresearch/diht). `source.py`
+reads the files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from diht_jax.terminal import ProgressBar
 CACHE_VARIABLE = "DIHT_JAX_CACHE"
 WEIGHTS_VARIABLE = "DIHT_JAX_WEIGHTS"
 
-# Of the folder with `NAME_SHA256.ckpt` for each of the releases.
+# Folder with `NAME_SHA256.ckpt` for each release.
 ADDRESS = "https://dl.fbaipublicfiles.com/diht"
 _ADVICE = f"without a network, download it elsewhere and name the file in {WEIGHTS_VARIABLE}"
 _LOCAL_SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
@@ -41,7 +41,7 @@ RELEASES: dict[str, str] = {
     "diht_vitl14_336px": "4864afccc0f28d5bbc24444672789cfe23320ada5980b730c915defcebe52e4c",
 }
 
-# Models of the Hugging Face hub by the names of their architectures.
+# Models of the Hugging Face hub by architecture name.
 HUB_MODELS: dict[str, str] = {
     "siglip_vitb16_224px": "hf-hub:google/siglip-base-patch16-224",
     "siglip_so400m14_384px": "hf-hub:google/siglip-so400m-patch14-384",
@@ -56,15 +56,15 @@ HUB_MODELS: dict[str, str] = {
     "dfn5b_vith14_378px": "hf-hub:apple/DFN5B-CLIP-ViT-H-14-378",
 }
 
-# Models that come with the package, each a folder of `diht_jax.data`.
+# Models included in the package, each a folder of `diht_jax.data`.
 CONTAINED = ("clipart_tiny",)
 
 
 def locate_weights(name: str) -> pathlib.Path:
-    """A path itself, or the files of a model by name, fetched where they are not here.
+    """Returns an existing path itself, or the files of a named model, downloaded if needed.
 
     Raises:
-        ValueError: there is no such path and no such model.
+        ValueError: there is no such path or model.
     """
     if os.path.exists(name):
         return pathlib.Path(name)
@@ -82,15 +82,15 @@ def locate_weights(name: str) -> pathlib.Path:
 
 
 def fetch_release(name: str) -> pathlib.Path:
-    """A local file or directory with the weights of the release `name`.
+    """Returns a local file or directory with the weights of the release `name`.
 
-    The environment variable DIHT_JAX_WEIGHTS comes first: a weight file or model directory, or a
-    directory that holds `NAME.ckpt`, `NAME.safetensors` and the like, `NAME_SHA256.ckpt` as it is
-    published, or a model directory `NAME`. Otherwise the file is downloaded, once, into
-    DIHT_JAX_CACHE (by default `~/.cache/diht_jax`).
+    The environment variable DIHT_JAX_WEIGHTS takes precedence: a weight file or model directory, or
+    a directory with `NAME.ckpt`, `NAME.safetensors` or the like, `NAME_SHA256.ckpt` as published,
+    or a model directory `NAME`. Otherwise the file is downloaded once into DIHT_JAX_CACHE (by
+    default `~/.cache/diht_jax`).
 
     Raises:
-        ValueError: nothing there, no connection, or a file with another hash.
+        ValueError: no such file, no connection, or a file with another hash.
     """
     sha256 = RELEASES[name]
     published = f"{name}_{sha256}.ckpt"
@@ -103,7 +103,7 @@ def fetch_release(name: str) -> pathlib.Path:
     if not given.exists():
         raise ValueError(f"{WEIGHTS_VARIABLE}={given}: no such file or directory")
     names = (published, name, *(f"{name}{suffix}" for suffix in _LOCAL_SUFFIXES))
-    # Any other directory is taken for one of a model; `source.py` raises if it is not.
+    # Any other directory is treated as a model directory; `source.py` raises if it is not.
     found = next((given / other for other in names if (given / other).exists()), given)
     if found.name == published and hash_file(found) != sha256:
         raise ValueError(f"{found}: its SHA-256 is not the one in its name; get it again")
@@ -116,14 +116,14 @@ def fetch_release(name: str) -> pathlib.Path:
 
 
 def download(url: str, path: pathlib.Path, sha256: str, *, advice: str = _ADVICE) -> None:
-    """Downloads `url` to `path`, unless it is there with the right hash.
+    """Downloads `url` to `path`, unless a file with the right hash exists.
 
-    An interrupted download goes on where it was, in this call (a few attempts) or a later one:
-    what has come stays in `path` with `.part` appended. Only a file with the right hash ever gets
-    the name `path`. Processes that want the same file wait for each other.
+    An interrupted download is resumed, in this call (a few attempts) or a later one: partial data
+    stay in `path` with `.part` appended. Only a file with the right hash is ever renamed to
+    `path`. Processes that want the same file wait for each other.
 
     Raises:
-        ValueError: the connection failed or broke off, or the hash is another one.
+        ValueError: the connection failed or was interrupted, or the hash differs.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
@@ -146,13 +146,13 @@ def download(url: str, path: pathlib.Path, sha256: str, *, advice: str = _ADVICE
 
 
 def hash_file(path: pathlib.Path) -> str:
-    """SHA-256 of a file, in hex."""
+    """Returns the SHA-256 of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _download_part(url: str, part: pathlib.Path, advice: str) -> None:
-    """Fills `part` up to the end, a few times over if the connection breaks off."""
+    """Completes `part`, with a few attempts if the connection breaks off."""
     for _ in range(_MOST_ATTEMPTS):
         have_bytes = part.stat().st_size if part.exists() else 0
         try:
@@ -161,7 +161,7 @@ def _download_part(url: str, part: pathlib.Path, advice: str) -> None:
             problem = "the connection was closed early"
         except urllib.error.HTTPError as error:
             if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
-                # Nothing is left to send: the part is whole, or is not a part of this file.
+                # Nothing left to send: the part is complete, or not a part of this file.
                 return
             raise ValueError(
                 f"{url}: the server answered {error.code} {error.reason}; {advice}"
@@ -177,12 +177,12 @@ def _download_part(url: str, part: pathlib.Path, advice: str) -> None:
 
 
 def _transfer(url: str, part: pathlib.Path, have_bytes: int) -> bool:
-    """Appends what is missing; returns whether everything has come."""
+    """Appends the missing bytes; returns whether the file is complete."""
     headers = {"Range": f"bytes={have_bytes}-"} if have_bytes else {}
     request = urllib.request.Request(url, headers=headers)
     with urllib.request.urlopen(request, timeout=_TIMEOUT_SECS) as response:
         if response.status != http.client.PARTIAL_CONTENT:
-            have_bytes = 0  # the server sends everything
+            have_bytes = 0  # the server sends the whole file
         total_bytes = have_bytes + response.length if response.length is not None else None
         name = url.rpartition("/")[2][:40]
         with (

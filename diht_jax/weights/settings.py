@@ -1,8 +1,8 @@
-"""Architecture and preprocessing of a model, and checks of the configs that they are read from.
+"""Architecture and preprocessing of a model, and validation of the configs that define them.
 
-The configs of other libraries are read by `open_clip_layout.py` and `huggingface.py`, with the
-checks that stand here. A setting that would change what the model computes and that our model does
-not have is an error, never ignored.
+`open_clip_layout.py` and `huggingface.py` read the configs of other libraries, using the checks of
+this module. A setting that changes the computation and that our model lacks is an error; it is
+never ignored.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from diht_jax.input.transforms import CLIP_MEAN, CLIP_STD, INTERPOLATIONS, Prepr
 from diht_jax.models.zoo import Architecture
 from diht_jax.storage.files import check_object
 
-# Far above any model's sizes, and small enough to be multiplied.
+# Far above the sizes of any model, and small enough for products.
 _LARGEST_SIZE = 2**24
 
 
 class ConfigSection:
-    """One JSON object of another library's config, whose values are checked when they are taken.
+    """A JSON object of another library's config, whose values are checked on access.
 
-    `values` is the object itself, empty where it is absent.
+    `values` is the object itself, empty if it is absent.
     """
 
     def __init__(self, values: Any, name: str, path: str):
@@ -35,11 +35,11 @@ class ConfigSection:
             raise ValueError(f"{path}: {name or 'config'} is {values!r:.80}; expected an object")
 
     def section(self, name: str) -> ConfigSection:
-        """A part of it by name."""
+        """Returns a nested section."""
         return ConfigSection(self.values.get(name), name, self._path)
 
     def integer(self, name: str, default: int | None = None, least: int = 1) -> int:
-        """A whole number; a list of equal ones, the sides of a square, counts as one."""
+        """Returns an integer; a list of equal integers, the sides of a square, counts as one."""
         value = self.values.get(name, default)
         if isinstance(value, list) and value and all(side == value[0] for side in value):
             value = value[0]
@@ -48,14 +48,14 @@ class ConfigSection:
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A positive number."""
+        """Returns a positive number."""
         value = self.values.get(name, default)
         if type(value) not in (int, float) or not 0 < value <= _LARGEST_SIZE:
             raise self.error(name, "a positive number")
         return value
 
     def one_of(self, name: str, known: Mapping[str, Any], default: str | None = None) -> Any:
-        """The meaning of a known name; None stands for the default."""
+        """Maps a known name to its meaning; a missing value means the default."""
         value = self.values.get(name)
         value = default if value is None else value
         if not isinstance(value, str) or value not in known:
@@ -63,22 +63,22 @@ class ConfigSection:
         return known[value]
 
     def error(self, name: str, expected: str) -> ValueError:
-        """The error of a value that is none of ours."""
+        """Returns the error for an unsupported value."""
         where = f"{self._name}.{name}" if self._name else name
         value = self.values.get(name)
         return ValueError(f"{self._path}: {where} is {value!r:.80}; expected {expected}")
 
 
 def read_config(path: pathlib.Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where there is no file, a ValueError for anything else."""
+    """Reads the JSON object in a file; empty without a file, ValueError for other content."""
     return check_object(path.read_bytes(), path) if path.is_file() else {}
 
 
 def make_architecture(path: str, *, text_epsilon: float, **fields: Any) -> Architecture:
-    """The architecture of a config, in which a field is None where it says what is usual.
+    """Creates an architecture from a config's fields; None means the usual value.
 
     Raises:
-        ValueError: the towers' epsilons differ, or the sizes do not fit.
+        ValueError: the towers' epsilons differ, or the sizes are inconsistent.
     """
     epsilon = fields["layer_norm_epsilon"]
     if epsilon != text_epsilon:
@@ -95,22 +95,22 @@ def make_architecture(path: str, *, text_epsilon: float, **fields: Any) -> Archi
 
 
 def field_value(arch: Architecture, field: str) -> Any:
-    """The value of a field of an architecture, one for all values that make the same model."""
+    """Returns a field of an architecture in a canonical form, equal for equivalent models."""
     value = getattr(arch, field)
     if value is None and field.endswith("_mlp_width"):
         return 4 * getattr(arch, field.replace("_mlp", ""))
     if field == "end_of_text_id" and value == min(arch.vocab_size, VOCAB_SIZE) - 1:
-        return None  # CLIP's vocabulary has the same end of text with an id as without
+        return None  # equivalent to no id, since this is the end of text in CLIP's vocabulary
     return value
 
 
 def read_preprocessor(config: Mapping[str, Any], path: str) -> Preprocessing:
-    """The preprocessing of an image processor of transformers, from its config at a path.
+    """Reads the preprocessing from the config of an image processor of transformers.
 
-    What the file leaves out is as in its image processor: that of SigLIP, or else of CLIP.
+    Missing values default to those of the image processor: SigLIP's, or else CLIP's.
 
     Raises:
-        ValueError: a step is left out, or is one that ours does not have.
+        ValueError: a step is disabled, or unsupported.
     """
     section = ConfigSection(config, "", path)
     kind = str(config.get("image_processor_type", config.get("feature_extractor_type", "CLIP")))
@@ -120,7 +120,7 @@ def read_preprocessor(config: Mapping[str, Any], path: str) -> Preprocessing:
             raise section.error(step, "True, as our preprocessing does it")
     if not math.isclose(section.number("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6):
         raise section.error("rescale_factor", "1/255")
-    filters = {2: "bilinear", 3: "bicubic"}  # by Pillow's numbers
+    filters = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
     resample = section.integer("resample", 3, least=0)
     if resample not in filters:
         raise section.error("resample", "3 (bicubic) or 2 (bilinear)")
@@ -135,7 +135,7 @@ def read_preprocessor(config: Mapping[str, Any], path: str) -> Preprocessing:
 
 
 def _read_resize(section: ConfigSection, is_siglip: bool) -> str:
-    """Reads from a config of transformers how a square is made of a picture."""
+    """Reads how a config of transformers makes a picture square."""
     values = section.values
     size = _side(section, "size")
     is_squashed = is_siglip
@@ -151,7 +151,7 @@ def _read_resize(section: ConfigSection, is_siglip: bool) -> str:
 
 
 def make_preprocessor(arch: Architecture, preprocessing: Preprocessing) -> dict[str, Any]:
-    """Contents of `preprocessor_config.json`, which transformers' image processors read."""
+    """Returns the contents of `preprocessor_config.json` for transformers' image processors."""
     square = {"height": arch.image_size, "width": arch.image_size}
     crops = preprocessing.resize == "crop"
     return {
@@ -170,14 +170,14 @@ def make_preprocessor(arch: Architecture, preprocessing: Preprocessing) -> dict[
 
 
 def read_preprocess_cfg(config: Any, path: str) -> Preprocessing:
-    """The preprocessing in "preprocess_cfg" of open_clip; CLIP's where a field is missing.
+    """Reads the preprocessing from open_clip's "preprocess_cfg"; CLIP's for missing fields.
 
     Raises:
-        ValueError: pictures are padded, or resized by another filter; or it is no object.
+        ValueError: it pads pictures, resizes with another filter, or is no object.
     """
     section = ConfigSection(config, "preprocess_cfg", path)
     section.one_of("mode", {"RGB": None}, "RGB")
-    # open_clip evaluates models that were trained with random filters by the bicubic one.
+    # open_clip uses the bicubic filter to evaluate models that were trained with random filters.
     filters = {**{name: name for name in INTERPOLATIONS}, "random": "bicubic"}
     return _make_preprocessing(
         path,
@@ -189,7 +189,7 @@ def read_preprocess_cfg(config: Any, path: str) -> Preprocessing:
 
 
 def make_preprocess_cfg(arch: Architecture, preprocessing: Preprocessing) -> dict[str, Any]:
-    """The "preprocess_cfg" of `open_clip_config.json`."""
+    """Returns the "preprocess_cfg" of `open_clip_config.json`."""
     return {
         "size": arch.image_size,
         "mode": "RGB",
@@ -201,7 +201,7 @@ def make_preprocess_cfg(arch: Architecture, preprocessing: Preprocessing) -> dic
 
 
 def _side(section: ConfigSection, name: str) -> Any:
-    """The one side of a square in a config of transformers; None where it says nothing."""
+    """Returns the side of a square from a config of transformers; None if not stated."""
     size = section.values.get(name)
     sides = list(size.values()) if isinstance(size, Mapping) else [size]
     known = ({"shortest_edge"}, {"height", "width"})
@@ -212,7 +212,7 @@ def _side(section: ConfigSection, name: str) -> Any:
 
 
 def _make_preprocessing(path: str, mean: Any, std: Any, **steps: str) -> Preprocessing:
-    """The preprocessing with a config's mean and deviation, which may be anything."""
+    """Creates a preprocessing from a config's mean and deviation, which may have any type."""
     try:
         numbers: list[Any] = [tuple(map(float, values)) for values in (mean, std)]
         return Preprocessing(*numbers, **steps)

@@ -1,8 +1,8 @@
-"""Averages of models: weighted means of their parameters, and the greedy soup.
+"""Model averaging: weighted means of parameters, and the greedy soup.
 
-Model soups: Wortsman et al. 2022, arXiv 2203.05482. WiSE-FT, whose interpolation is a mean of two
-models: Wortsman et al. 2021, arXiv 2109.01903. Works on NumPy arrays; a model is read when its turn
-comes, so that not all of them are in memory.
+Model soups: Wortsman et al. 2022, arXiv 2203.05482. WiSE-FT, which interpolates between two models:
+Wortsman et al. 2021, arXiv 2109.01903. Works on NumPy arrays; models are read one at a time to save
+memory.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ Read = Callable[[str], ModelFiles]  # reads a model by its name
 
 
 def average_models(names: Sequence[str], weights: Sequence[float], read: Read) -> ModelFiles:
-    """The mean of models, `sum_i w_i p_i / sum_i w_i` for each parameter.
+    """Returns the weighted mean of models, `sum_i w_i p_i / sum_i w_i` for each parameter.
 
-    Summed in float64, the logarithm of the logit scale as every other parameter. A model of weight
-    0 is not read, so that weights 1 and 0 give a model itself, bit for bit. The mean is in the
-    dtypes of the first model that counts, and has all else that this one has.
+    Sums are in float64; the logarithm of the logit scale is averaged like any parameter. A model of
+    weight 0 is not read, so weights 1 and 0 return a model bit for bit. Dtypes and all other
+    properties are those of the first model with a positive weight.
 
     Raises:
-        ValueError: the models are not of one architecture; names the first difference.
+        ValueError: the architectures differ; names the first difference.
     """
     first, sums, total = None, None, 0.0
     for name, weight in zip(names, weights, strict=True):
@@ -55,15 +55,15 @@ def _add(sums: Parameters | None, params: Parameters, weight: float = 1.0) -> Pa
 
 
 def _mean(like: ModelFiles | None, sums: Parameters | None, total: float) -> ModelFiles:
-    assert like is not None and sums is not None  # a weight is above 0
+    assert like is not None and sums is not None  # some weight is positive
     params = jax.tree.map(lambda s, p: (s / total).astype(p.dtype), sums, like.params)
     return dataclasses.replace(like, params=params)
 
 
 def check_same_architecture(first: ModelFiles, other: ModelFiles) -> None:
-    """Raises ValueError where the parameters of two models mean different things.
+    """Raises ValueError if the parameters of two models have different meanings; names the setting.
 
-    The message names the setting. Shapes follow from the settings: each model was read by its own.
+    Shapes need no check: they follow from the settings, by which each model was read.
     """
     expected = _settings_of(first)
     for name, value in _settings_of(other).items():
@@ -84,9 +84,9 @@ def _settings_of(model: ModelFiles) -> dict[str, Any]:
 class Trial(NamedTuple):
     """One decision of the greedy soup."""
 
-    name: str  # of the model that was tried
-    alone: float  # what it reaches alone
-    with_it: float  # what the soup reaches with it
+    name: str  # name of the model
+    alone: float  # its score alone
+    with_it: float  # the soup's score with it
     kept: bool  # whether it stays in the soup
 
 
@@ -97,17 +97,17 @@ def greedy_soup(
     *,
     lower_is_better: bool = False,
 ) -> tuple[ModelFiles, list[Trial]]:
-    """The greedy soup (arXiv 2203.05482, recipe 1).
+    """Builds the greedy soup (arXiv 2203.05482, recipe 1).
 
-    The models are tried in the order of what they reach alone, the best first and of equal ones the
-    first given. Each stays if the mean of all that stayed is then at least as good as before. How
-    good a model is comes from data that are held out for this choice.
+    Models are tried in the order of their own scores, best first; ties keep the given order. A
+    model stays if the mean of all that stayed is then at least as good as before. Scores come from
+    data that are held out for this choice.
 
     Returns:
-        The soup, and the decisions in their order.
+        The soup, and the decisions in order.
 
     Raises:
-        ValueError: the models are not of one architecture, or one measures NaN.
+        ValueError: the architectures differ, or a score is NaN.
     """
     sign = -1 if lower_is_better else 1
     first, alone = None, []
@@ -122,7 +122,7 @@ def greedy_soup(
     best, sums, size, trials = alone[order[0]], None, 0, []
     for i in order:
         candidate = _add(sums, read(names[i]).params)
-        # Of the first one it is known already.
+        # The score of the first one is already known.
         value = measure(_mean(first, candidate, size + 1)) if size else best
         is_kept = sign * value >= sign * best
         trials.append(Trial(names[i], alone[i], value, is_kept))

@@ -1,12 +1,12 @@
-"""Weights of any CLIP, from a file or directory: found, read, checked, in our parameter tree.
+"""Reads the weights of any CLIP, from a file or directory, into our parameter tree.
 
-The files at a path decide how it is read:
+The files at a path determine the format:
 
-    open_clip_config.json            CLIP's layout, as open_clip's hub and our export have it
+    open_clip_config.json            CLIP's layout, as on open_clip's hub and in our exports
     config.json with "model_type"    transformers' CLIPModel, MetaClip2Model or SiglipModel
     one weight file                  CLIP's layout (OpenAI, open_clip, DiHT)
 
-For a weight file by itself, a config next to it counts in the same way.
+For a path to a weight file, a config next to it has the same effect.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ from diht_jax.weights.tokenizer_file import (
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 HUGGINGFACE_CONFIG = "config.json"
 HUGGINGFACE_PREPROCESSOR = "preprocessor_config.json"
-# In its place since transformers 5, with the other settings of a model's inputs.
+# Used instead since transformers 5, together with other input settings of a model.
 HUGGINGFACE_PROCESSOR = "processor_config.json"
 HUGGINGFACE_MERGES = "merges.txt"
-# In `open_clip_config.json`; its first merges, where the vocabulary is smaller than CLIP's.
+# In `open_clip_config.json`; smaller vocabularies have the first merges of CLIP's.
 TOKENIZER_KIND = "CLIP byte-pair encoding (bpe_simple_vocab_16e6), lower case"
 
 SETTINGS_DIGEST = "settings_crc32"  # in the metadata of weights
@@ -72,7 +72,7 @@ _SETTINGS_FILES = (
 )
 
 LOGIT_BIAS = "logit_bias"
-# Where a directory holds several weight files, the first of these is taken.
+# If a directory has several weight files, the first of these is used.
 _PREFERRED = (
     "open_clip_model.safetensors",
     "model.safetensors",
@@ -90,19 +90,19 @@ class ModelFiles:
 
     Attributes:
         arch: sizes, activation and the like.
-        params: nested dict of arrays of `models.parameters`, one entry per block.
+        params: nested dict of arrays as in `models.parameters`, one entry per block.
         path: weight file, or work directory of `diht_jax.train`.
-        heads: concept heads under their names in CLIP's layout; empty where there are none.
+        heads: concept heads by their names in CLIP's layout; empty if there are none.
         preprocessing: of the pictures.
-        sha256: of a weight file, in hex; None for one in shards.
-        config: the training config of a run; for others' weights `loading` fills in the defaults,
-            and it is empty before.
-        decoder: parameters of the caption decoder of a run that trained one.
-        loss_scalars: what the loss has learnt, such as SigLIP's `logit_bias`.
-        step: optimiser step, of a run.
-        ema: whether these are the moving average of the parameters.
-        has_tokenizer: its texts are tokenized, by `tokenizer` or else by `data.tokenizer`.
-        tokenizer: the model's own; None where it is CLIP's, or there is none.
+        sha256: of a weight file, in hex; None for shards.
+        config: the training config of a run; for other weights it is empty until `loading` fills
+            in the defaults.
+        decoder: parameters of the caption decoder, for a run that trained one.
+        loss_scalars: learnt by the loss, such as SigLIP's `logit_bias`.
+        step: optimiser step, for a run.
+        ema: whether `params` are the moving average.
+        has_tokenizer: whether texts can be tokenized, by `tokenizer` or by `data.tokenizer`.
+        tokenizer: the model's own; None for CLIP's, or if there is none.
     """
 
     arch: Architecture
@@ -121,7 +121,7 @@ class ModelFiles:
 
 
 class Settings(NamedTuple):
-    """Settings in the configs next to a weight file; see `ModelFiles`."""
+    """Settings from the configs next to a weight file; see `ModelFiles`."""
 
     arch: Architecture
     preprocessing: Preprocessing
@@ -129,7 +129,7 @@ class Settings(NamedTuple):
     tokenizer: FileTokenizer | None
 
     def digest(self) -> str:
-        """CRC32 of all that is not as usual."""
+        """Returns a CRC32 of all settings that are not defaults."""
         facts: list[Any] = [
             [
                 [f.name, getattr(part, f.name)]
@@ -138,7 +138,7 @@ class Settings(NamedTuple):
             ]
             for part in (self.arch, self.preprocessing)
         ]
-        facts += [self.has_tokenizer, self.tokenizer is None]  # a tokenizer has its own
+        facts += [self.has_tokenizer, self.tokenizer is None]  # a tokenizer has its own checksum
         return f"{zlib.crc32(json.dumps(facts).encode()):08x}"
 
 
@@ -152,16 +152,16 @@ def read_weights(
     """Reads the weights of a CLIP.
 
     Args:
-        path: of a weight file or a model directory, see above; or the name of a model that comes
-            with this package, is released, or is on the hub, fetched where it is not here.
+        path: weight file or model directory, see above; or the name of a model that is included in
+            this package, released, or on the hub, downloaded if needed.
         architecture: fields of `Architecture` that neither shapes nor a config next to the file
-            tell, such as `{"activation": "quick_gelu", "vision_heads": 16}`.
+            reveal, such as `{"activation": "quick_gelu", "vision_heads": 16}`.
         image_size: pixels; image positions are resized to it. None keeps the file's.
         context_length: tokens; text positions are stretched to it. None keeps the file's.
 
     Raises:
-        ValueError: nothing to read, a file that is damaged or could run code, parameters that are
-            missing, unknown or of another shape (all are listed), settings our model lacks.
+        ValueError: no weights, a file that is damaged or could run code, parameters that are
+            missing, unknown or wrongly shaped (all are listed), or settings our model lacks.
     """
     name = os.fspath(path)
     address = name if os.path.exists(name) else HUB_MODELS.get(name, name)
@@ -185,7 +185,7 @@ def read_weights(
         has_tokenizer = arch.vocab_size == tokenizer.VOCAB_SIZE
         settings = Settings(arch, Preprocessing(), has_tokenizer, None)
     arch = replace_fields(settings.arch, fields, "architecture")
-    # A config may claim any number of layers; each would be looked for by its names.
+    # A config may claim any number of layers, and each would be searched for by name.
     most_layers = max(arch.vision_layers, arch.text_layers)
     if most_layers > len(tensors):
         raise ValueError(f"{where}: {len(tensors)} parameters for a model of {most_layers} layers")
@@ -207,7 +207,7 @@ def read_weights(
 
 
 def read_settings(folder: pathlib.Path, is_huggingface: bool) -> Settings | None:
-    """The settings in a folder; None where it has no config of open_clip, and needs none."""
+    """Reads the settings in a folder; None if it has no config of open_clip, and needs none."""
     if is_huggingface:
         return _read_huggingface(folder)
     return _read_open_clip(folder) if (folder / OPEN_CLIP_CONFIG).is_file() else None
@@ -216,14 +216,14 @@ def read_settings(folder: pathlib.Path, is_huggingface: bool) -> Settings | None
 def _convert(
     tensors: dict[str, np.ndarray], arch: Architecture, is_huggingface: bool, where: str
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """Our parameters of a state dict, and what the loss has learnt."""
+    """Converts a state dict to our parameters and the learnt scalars of the loss."""
     if is_huggingface:
         layout = huggingface.layout(arch)
         tensors = {k: v for k, v in tensors.items() if k not in huggingface.BUFFERS}
     else:
         layout = (open_clip_layout if open_clip_layout.is_timm(arch) else clip_layout).layout(arch)
         tensors = clip_layout.normalize_names(tensors)
-    # A scale of shape [1] is the same as one of shape [].
+    # A scale of shape [1] is equivalent to one of shape [].
     if "logit_scale" in tensors and tensors["logit_scale"].shape == (1,):
         tensors["logit_scale"] = tensors["logit_scale"].reshape(())
     loss_scalars = {}
@@ -235,7 +235,7 @@ def _convert(
 def _infer_architecture(
     tensors: Mapping[str, np.ndarray], where: str, activation_given: bool
 ) -> Architecture:
-    """The architecture of a state dict in CLIP's layout without any config."""
+    """Infers the architecture of a state dict in CLIP's layout without a config."""
     if any(name.startswith(open_clip_layout.TRUNK) for name in tensors):
         raise ValueError(
             f"{where}: names are those of open_clip with an image tower of timm, for which "
@@ -254,10 +254,10 @@ def _infer_architecture(
 
 
 def find_weight_file(folder: pathlib.Path) -> pathlib.Path:
-    """The weight file of a model directory.
+    """Finds the weight file of a model directory.
 
     Raises:
-        ValueError: none, or several of which none has a usual name.
+        ValueError: there is none, or there are several without a usual name.
     """
     try:
         return folder / _choose(list_weight_files(epath.Path(folder)))
@@ -269,7 +269,7 @@ def find_weight_file(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _choose(names: Sequence[str]) -> str:
-    """One of several weight files."""
+    """Selects one of several weight files."""
     usual = [name for name in _PREFERRED if name in names]
     if not usual and len(names) != 1:
         raise ValueError(
@@ -280,10 +280,10 @@ def _choose(names: Sequence[str]) -> str:
 
 
 def choose_files(names: Sequence[str]) -> list[str]:
-    """What `read_weights` needs of the files of a repository: the configs and one set of weights.
+    """Selects the files of a repository that `read_weights` needs: configs and one set of weights.
 
     Raises:
-        ValueError: there are no weights that it reads, or several of which none has a usual name.
+        ValueError: there are no supported weights, or several without a usual name.
     """
     weights = [n for n in names if n.endswith((*WEIGHT_SUFFIXES, INDEX_SUFFIX)) and "/" not in n]
     chosen = _choose(weights)
@@ -294,13 +294,13 @@ def choose_files(names: Sequence[str]) -> list[str]:
 
 
 def list_weight_files(folder: epath.Path) -> list[str]:
-    """Names of the weight files and indices of shards in a directory, sorted."""
+    """Returns the sorted names of weight files and shard indices in a directory."""
     suffixes = (*WEIGHT_SUFFIXES, INDEX_SUFFIX)
     return sorted(p.name for p in folder.iterdir() if p.name.endswith(suffixes) and p.is_file())
 
 
 def _read_huggingface(folder: pathlib.Path) -> Settings:
-    """The settings in the folder of a model of transformers."""
+    """Reads the settings in the folder of a model of transformers."""
     path = folder / HUGGINGFACE_CONFIG
     if not path.is_file():
         raise ValueError(
@@ -308,7 +308,7 @@ def _read_huggingface(folder: pathlib.Path) -> Settings:
             "transformers, which needs it"
         )
     arch = huggingface.read_architecture(read_config(path), str(path))
-    # A vocabulary of CLIP's size is CLIP's, but where an export of ours has another tokenizer.
+    # A vocabulary of CLIP's size is CLIP's, unless an export of ours has another tokenizer.
     has_clips = not is_copy(os.listdir(folder)) and (
         arch.vocab_size == tokenizer.VOCAB_SIZE
         or _has_our_merges(folder / HUGGINGFACE_MERGES, arch.vocab_size)
@@ -317,7 +317,7 @@ def _read_huggingface(folder: pathlib.Path) -> Settings:
     kind = "Siglip" if huggingface.model_type(arch) == "siglip" else "CLIP"
     pictures = folder / HUGGINGFACE_PREPROCESSOR
     processor = read_config(pictures) or {"image_processor_type": f"{kind}ImageProcessor"}
-    # Of two files transformers takes this one, if it has this part.
+    # transformers prefers this file if it has the image processor's part.
     together = folder / HUGGINGFACE_PROCESSOR
     part = ConfigSection(read_config(together), "", str(together)).section("image_processor")
     if part.values:
@@ -327,7 +327,7 @@ def _read_huggingface(folder: pathlib.Path) -> Settings:
 
 
 def _read_open_clip(folder: pathlib.Path) -> Settings:
-    """The settings in the folder of a model of open_clip, or of our export."""
+    """Reads the settings in the folder of an open_clip model, or of our export."""
     path = folder / OPEN_CLIP_CONFIG
     content = read_config(path)
     whole = ConfigSection(content, "", str(path))
@@ -344,7 +344,7 @@ def _read_open_clip(folder: pathlib.Path) -> Settings:
 
 
 def _has_our_merges(path: pathlib.Path, vocab_size: int) -> bool:
-    """Returns whether a tokenizer's merges are the first of CLIP's that fill the vocabulary."""
+    """Returns whether a tokenizer's merges are CLIP's, truncated to the vocabulary."""
     if not path.is_file() or vocab_size < tokenizer.SMALLEST_VOCAB:
         return False
     merges = [" ".join(pair) for pair in tokenizer.merges(min(vocab_size, tokenizer.VOCAB_SIZE))]

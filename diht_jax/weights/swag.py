@@ -1,10 +1,10 @@
-"""SWAG's vision transformer and its weight files: a frozen teacher, not a tower to train.
+"""SWAG's vision transformer and its weight files: a frozen teacher, not a trainable tower.
 
 The network is torchvision's `VisionTransformer` (Dosovitskiy et al. 2020, arXiv 2010.11929) with
 the weights of SWAG (Singh et al. 2022, arXiv 2201.08371): unlike CLIP's tower it has a bias in the
 patch convolution, no LayerNorm before the blocks, one over all tokens after them, and epsilon 1e-6.
 
-The licence of SWAG's weights is CC-BY-NC 4.0: they, and labels that are made with them, are for
+SWAG's weights are licensed under CC-BY-NC 4.0: they, and labels made with them, are for
 non-commercial use only.
 """
 
@@ -51,12 +51,12 @@ class SwagArchitecture(NamedTuple):
     image_size: int  # side of the square input, in pixels
     patch_size: int  # side of a patch, in pixels; divides `image_size`
     layers: int
-    width: int  # of the blocks, and the size of the feature
+    width: int  # of the blocks, and of the feature
     heads: int
     mlp_width: int
 
 
-# The sizes of torchvision's functions of the same names.
+# Sizes from the torchvision functions of the same names.
 ARCHITECTURES = {
     "vit_b_16": SwagArchitecture(224, 16, 12, 768, 12, 3072),
     "vit_l_16": SwagArchitecture(224, 16, 24, 1024, 16, 4096),
@@ -100,7 +100,7 @@ class SwagTransformer(nnx.Module):
         self.final_norm = layer_norm(arch.width, epsilon=_EPSILON, **dtypes)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Features of normalised images -> [b, width] in the compute dtype."""
+        """Computes the features of normalised images: [b, width] in the compute dtype."""
         patches = self.patch_embedding(images.astype(self.dtype))
         patches = patches.reshape(patches.shape[0], -1, patches.shape[-1])
         class_token = self.class_embedding[...].astype(self.dtype)
@@ -114,11 +114,11 @@ class SwagTransformer(nnx.Module):
 def swag_definition(
     arch: SwagArchitecture, dtype: DTypeLike
 ) -> tuple[nnx.GraphDef, dict[str, Any]]:
-    """The network without its parameters, which computes in a dtype such as "float32".
+    """Returns the network without parameter values, for a compute dtype such as "float32".
 
     Returns:
-        The graph, and the parameters as a nested dict of `jax.ShapeDtypeStruct`; blocks are
-        stacked along a first axis of layers. Nothing is computed, however large it is.
+        The graph, and the parameters as a nested dict of `jax.ShapeDtypeStruct`, with blocks
+        stacked along a first axis of layers. Nothing is computed.
     """
     model = nnx.eval_shape(
         lambda: SwagTransformer(arch, dtype=jnp.dtype(dtype), rngs=ParameterKeys(0))
@@ -144,15 +144,15 @@ _BLOCK = BlockNames(
     fc_in="mlp.0",
     fc_out="mlp.3",
 )
-# The classifier on top of the trunk.
+# Prefix of the classifier on top of the trunk.
 _HEAD = "heads."
-# How torchvision called the MLP's layers when the weights were published.
+# torchvision's names of the MLP layers when the weights were published.
 _OLD_NAMES = {"mlp.linear_1.": "mlp.0.", "mlp.linear_2.": "mlp.3."}
 _HEADS_OF_WIDTH = {arch.width: arch.heads for arch in ARCHITECTURES.values()}
 
 
 def normalize_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Today's names, without the classifier's parameters."""
+    """Converts to today's names, without the classifier's parameters."""
     kept = {}
     for name, value in tensors.items():
         for old, new in _OLD_NAMES.items():
@@ -165,9 +165,9 @@ def normalize_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
 def infer_architecture(
     shapes: Mapping[str, tuple[int, ...]], path: str, heads: int | None = None
 ) -> SwagArchitecture:
-    """The architecture that shapes by the names of `normalize_names` show.
+    """Infers the architecture from shapes, by the names of `normalize_names`.
 
-    They do not show the number of attention heads; None takes torchvision's for the width.
+    Shapes do not reveal the number of attention heads; None takes torchvision's for the width.
 
     Raises:
         ValueError: the names are not those of torchvision's vision transformer, or its width is
@@ -199,20 +199,20 @@ def infer_architecture(
 
 
 def expected_shapes(arch: SwagArchitecture) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters of the trunk by torchvision's names."""
+    """Returns the shapes of the trunk's parameters by torchvision's names."""
     return layout_shapes(_layout(arch), _our_shapes(arch))
 
 
 def from_torchvision(
     tensors: Mapping[str, np.ndarray], path: str, heads: int | None = None
 ) -> tuple[SwagArchitecture, dict[str, Any]]:
-    """Converts a state dict, in which the classifier is left out; see `infer_architecture`.
+    """Converts a state dict, without the classifier; see `infer_architecture`.
 
     Returns:
-        The architecture, and the parameters as `swag_definition` has them, in float32.
+        The architecture, and the parameters as in `swag_definition`, in float32.
 
     Raises:
-        ValueError: parameters are missing, unknown or of another shape; lists them.
+        ValueError: parameters are missing, unknown or wrongly shaped; lists them.
     """
     tensors = normalize_names(tensors)
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
@@ -224,7 +224,7 @@ def from_torchvision(
 
 
 def _our_shapes(arch: SwagArchitecture) -> dict[str, tuple[int, ...]]:
-    """Path -> shape, layer by layer."""
+    """Maps paths to shapes, layer by layer."""
     shapes = {}
     for path, shape in parameter_shapes(swag_definition(arch, "float32")[1]).items():
         tower, _, rest = path.partition("/")

@@ -1,14 +1,14 @@
-"""Files of named arrays: safetensors and torch's, read without executing what is in them.
+"""Files of named arrays: safetensors and torch's formats, read without executing their code.
 
-Names are taken as they stand in the file; what they mean belongs in `clip_layout.py` and
-`huggingface.py`. torch is imported only inside the functions that read or write its format.
+Names are returned as in the file; `clip_layout.py` and `huggingface.py` interpret them. torch is
+only imported in the functions that read or write its format.
 
-`torch.load(weights_only=True)` refuses TorchScript archives, such as OpenAI's CLIP files, and
-`torch.jit.load` runs the code in them. Without their code they are plain files of torch, whose
-classes `_Module` stands for.
+`torch.load(weights_only=True)` rejects TorchScript archives, such as OpenAI's CLIP files, and
+`torch.jit.load` runs the code in them. Apart from their code they are plain torch files, with
+classes that `_Module` replaces.
 
-A zip archive of torch has checksums. A safetensors file has none, so that one of ours states the
-CRC32 of its tensors in its metadata, and that of the settings which the files next to it hold.
+A zip archive of torch has checksums. A safetensors file has none; ours therefore store in their
+metadata a CRC32 of their tensors, and one of the settings in the files next to them.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 INDEX_SUFFIX = ".index.json"
 WEIGHT_SUFFIXES = (SAFETENSORS_SUFFIX, *TORCH_SUFFIXES)
 
-# Where training programs keep the model's part of a checkpoint.
+# Keys under which training programs store the model's state dict in a checkpoint.
 _STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict", "module")
 _MAX_DEPTH = 8
-# What wrappers (data parallelism, torch.compile) put before every name.
+# Prefixes that wrappers (data parallelism, torch.compile) add to every name.
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
-_CHECKSUM = "crc32"  # in the metadata of a safetensors file
-# Names and sizes of a model's parameters, or its code.
+_CHECKSUM = "crc32"  # key in the metadata of a safetensors file
+# Limit for the names and sizes of a model's parameters, or its code.
 _LARGEST_TEXT_BYTES = 2**26
-# Tensors may share a storage, and are each a copy on a device. A few may be tied; were all of a
-# file to share one, some bytes of it would fill any memory.
+# Tensors may share a storage, but each becomes a copy on a device. A few tied tensors are normal;
+# if all tensors of a file shared one, a small file could fill any memory.
 _MAX_COPIES = 4
 _FREE_BYTES = 2**26
 
@@ -61,7 +61,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
             `*.index.json`, which names its shards.
 
     Raises:
-        ValueError: another kind of file, a damaged one, one whose pickle holds anything but
+        ValueError: another kind of file, a damaged one, one whose pickle holds more than
             tensors and plain containers, or one whose tensors share most of their bytes.
     """
     path = pathlib.Path(path)
@@ -87,22 +87,22 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 def write_safetensors(
     path: pathlib.Path, tensors: Mapping[str, np.ndarray], **metadata: str
 ) -> None:
-    """Writes arrays of any memory order; the file appears whole or not at all."""
-    # Not `ascontiguousarray`, which makes vectors of scalars.
+    """Writes arrays of any memory order, atomically."""
+    # Not `ascontiguousarray`, which converts scalars to vectors.
     contiguous = {name: np.array(value, order="C") for name, value in tensors.items()}
     with local_output(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
-        # transformers asks for the first entry.
+        # transformers requires the "format" entry.
         metadata |= {"format": "pt", _CHECKSUM: _checksum(contiguous)}
         safetensors.numpy.save_file(contiguous, temporary, metadata=metadata)
         _sort_metadata(temporary)
-        # The library lets only the owner read its files.
+        # safetensors creates files that only the owner can read.
         temporary.chmod(mode)
 
 
 def read_metadata(path: pathlib.Path) -> dict[str, str]:
-    """The metadata of a safetensors file; empty for a file of another kind."""
+    """Reads the metadata of a safetensors file; empty for other kinds of files."""
     if path.suffix != SAFETENSORS_SUFFIX:
         return {}
     with safetensors.safe_open(path, framework="np") as file:
@@ -110,7 +110,7 @@ def read_metadata(path: pathlib.Path) -> dict[str, str]:
 
 
 def _sort_metadata(path: pathlib.Path) -> None:
-    """Brings the metadata of a safetensors file into one order: equal tensors give equal bytes."""
+    """Sorts the metadata of a safetensors file, so that equal tensors give equal bytes."""
     with open(path, "r+b") as file:
         (size,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(size))
@@ -121,7 +121,7 @@ def _sort_metadata(path: pathlib.Path) -> None:
 
 
 def _checksum(tensors: Mapping[str, np.ndarray]) -> str:
-    """CRC32 of names, dtypes, shapes and values, 8 hexadecimal digits."""
+    """Returns the CRC32 of names, dtypes, shapes and values, as 8 hexadecimal digits."""
     names = sorted(tensors)
     facts = [[name, str(tensors[name].dtype), tensors[name].shape] for name in names]
     checksum = zlib.crc32(json.dumps(facts).encode())
@@ -133,7 +133,7 @@ def _checksum(tensors: Mapping[str, np.ndarray]) -> str:
 
 
 def write_torch(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes a plain torch state dict; the file appears whole or not at all."""
+    """Writes a plain torch state dict, atomically."""
     torch = _import_torch(path)
     state = {name: _to_torch(torch, value) for name, value in tensors.items()}
     with local_output(path) as temporary:
@@ -145,7 +145,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
         with safetensors.safe_open(path, framework="np") as file:
             stated = (file.metadata() or {}).get(_CHECKSUM)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    # The library meets number formats that NumPy does not have with errors of its own kinds.
+    # For number formats that NumPy lacks, the library raises errors of various types.
     except (safetensors.SafetensorError, OSError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(
             f"{path}: not a whole safetensors file that NumPy can hold ({_first_line(error)}); "
@@ -169,8 +169,8 @@ def _read_index(path: pathlib.Path) -> dict[str, np.ndarray]:
         ) from error
     tensors: dict[str, np.ndarray] = {}
     for name in names:
-        # A name with folders in it could lead out of the model's own directory, and an index
-        # that names an index could go round in circles.
+        # A name with folders could lead out of the model's own directory, and an index that
+        # refers to an index could form a cycle.
         is_plain = isinstance(name, str) and pathlib.PurePath(name).name == name
         if not is_plain or not name.endswith(WEIGHT_SUFFIXES) or "\0" in name:
             raise ValueError(f"{path}: shard {name!r:.200} is no plain name of a weight file")
@@ -190,10 +190,10 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _load(torch: Any, path: pathlib.Path, content: Any, allowed: Sequence[Any] = ()) -> Any:
-    """The content of a torch file, of whose pickle no more is taken than is allowed.
+    """Loads a torch file, unpickling only tensors, plain containers and allowed names.
 
-    The content is at the path, or in a file of bytes. Allowed are pairs of what stands for a class
-    or function, and its full name in the file.
+    `content` is a path or a file of bytes. `allowed` pairs a replacement for a class or function
+    with its full name in the file.
     """
     try:
         with torch.serialization.safe_globals(list(allowed)):
@@ -204,14 +204,14 @@ def _load(torch: Any, path: pathlib.Path, content: Any, allowed: Sequence[Any] =
             f"{_refused_part(error)}, and could run code of whoever made it. Take a .safetensors "
             "version, or let whoever made it save a plain state dict"
         ) from error
-    except Exception as error:  # On damaged bytes torch raises nearly any type.
+    except Exception as error:  # torch raises nearly any type for damaged bytes
         raise ValueError(
             f"{path}: not a whole torch file ({_first_line(error)}); download or write it again"
         ) from error
 
 
 def _find_state_dict(torch: Any, path: pathlib.Path, loaded: Any) -> Mapping[str, Any]:
-    # Bounded, since a dict may hold itself.
+    # Bounded, since a dict may contain itself.
     for _ in range(_MAX_DEPTH):
         inner = loaded if isinstance(loaded, Mapping) else {}
         nested = [inner[k] for k in _STATE_DICT_KEYS if isinstance(inner.get(k), Mapping)]
@@ -270,7 +270,7 @@ def _import_torch(path: pathlib.Path) -> Any:
 
 
 def _refused_part(error: pickle.UnpicklingError) -> str:
-    """The name that torch refused, such as " (posix.system)", without its advice."""
+    """Returns the name that torch rejected, such as " (posix.system)", without its advice."""
     found = re.search(r"GLOBAL ([\w.]+)|(Unsupported operand \d+)", str(error))
     return f" ({(found[1] or found[2])[:200]})" if found else ""
 
@@ -281,9 +281,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def is_torchscript(path: pathlib.Path) -> bool:
-    """Tells a TorchScript archive from a plain torch file.
+    """Distinguishes a TorchScript archive from a plain torch file.
 
-    Looks at the checksums of a zip archive, which torch does not; raises ValueError for damage.
+    Verifies the checksums of a zip archive, which torch does not; raises ValueError for damage.
     """
     if not zipfile.is_zipfile(path):
         return False
@@ -298,14 +298,14 @@ def is_torchscript(path: pathlib.Path) -> bool:
             if damaged is not None:
                 raise ValueError(f"the checksum of '{damaged[:200]}' differs")
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except Exception as error:  # On damaged bytes the library raises nearly any type.
+    except Exception as error:  # the library raises nearly any type for damaged bytes
         raise ValueError(
             f"{path}: not a whole torch file ({error!s:.200}); download or write it again"
         ) from error
 
 
 class _Module:
-    """Stands for any class of an archive; holds what its pickle set and can do nothing."""
+    """Replaces any class of an archive; holds the state that its pickle sets, and has no code."""
 
     attributes: Mapping[str, Any] = {}
 
@@ -314,7 +314,7 @@ class _Module:
 
 
 def _read_torchscript(torch: Any, path: pathlib.Path) -> dict[str, Any]:
-    """Dotted name -> tensor of every parameter and buffer."""
+    """Returns every parameter and buffer by dotted name."""
     plain = io.BytesIO()
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(plain, "w") as copy:
         for name in archive.namelist():
@@ -333,18 +333,18 @@ def _read_torchscript(torch: Any, path: pathlib.Path) -> dict[str, Any]:
 
 
 def _first(*values: Any) -> Any:
-    """A list or a value, without what TorchScript says about its type."""
+    """Unwraps the first value of a list or a value, dropping TorchScript's type annotations."""
     return values[0] if values else []
 
 
 def _collect(torch: Any, path: pathlib.Path, root: Any, most_modules: int) -> dict[str, Any]:
-    """Dotted name -> tensor, of a module and those in it."""
+    """Returns the tensors of a module and its submodules, by dotted name."""
     tensors: dict[str, Any] = {}
     modules, found = [("", root)] if isinstance(root, _Module) else [], 0
     while modules:
         prefix, module = modules.pop()
         found += 1
-        if found > most_modules:  # modules in each other may be named twice on every level
+        if found > most_modules:  # shared submodules can double the count on every level
             raise ValueError(f"{path}: modules that are shared make over {most_modules} of them")
         for name, value in module.attributes.items():
             if torch.is_tensor(value):

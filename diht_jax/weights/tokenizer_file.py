@@ -1,11 +1,11 @@
-"""Tokenizers' files: those that come with a model are read, and CLIP's is written.
+"""Tokenizer files: reads those that come with a model, and writes CLIP's.
 
-What a model's folder says about its tokenizer is read here: which file it is in, how texts are
-cleaned before, padded and marked. `diht_jax.data.file_tokenizer` makes the ids.
+Reading a model's folder determines the tokenizer's file and how texts are cleaned, padded and
+marked. `diht_jax.data.file_tokenizer` computes the ids.
 
-CLIP's is written as a `tokenizer.json`, whose normaliser cleans texts as ours as far as it can. Of
-ftfy's repairs and the HTML entities it has those that replace one text by another. What depends
-on the text around it, above all broken encodings ("â€™"), no normaliser of `tokenizers` can do.
+CLIP's tokenizer is written as a `tokenizer.json` whose normaliser approximates our text cleaning.
+It covers those of ftfy's repairs and HTML entities that are plain replacements. Repairs that depend
+on context, above all of broken encodings ("â€™"), are not possible in `tokenizers`.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from diht_jax.weights.settings import read_config
 TOKENIZER_JSON, _CONFIG = "tokenizer.json", "tokenizer_config.json"
 SIGLIP_MODEL, _SIGLIP = "spiece.model", "SiglipTokenizer"
 _MODEL_FILES = (TOKENIZER_JSON, SIGLIP_MODEL)
-# Of a copy: what was read of the configs in the folder that it is of.
+# File of a copied tokenizer with the settings read from the original folder's configs.
 _SETTINGS = "tokenizer_settings.json"
 TOKENIZER_FILES = (*_MODEL_FILES, _CONFIG, "special_tokens_map.json", _SETTINGS)
-_DESCRIBED = "described"  # there, with a hash of the file
+_DESCRIBED = "described"  # key in that file, with a hash of the tokenizer file
 
 START_OF_TEXT, END_OF_TEXT = "<|startoftext|>", "<|endoftext|>"
 
-# Each once for every time that CLIP unescapes; "&amp;" last, as a single pass would have it.
+# Applied as often as CLIP unescapes (twice); "&amp;" comes last, as in a single pass.
 _ENTITIES = {
     "&lt;": "<",
     "&gt;": ">",
@@ -56,7 +56,7 @@ _ENTITIES = {
     "&rdquo;": "\u201d",
     "&amp;": "&",
 }
-# ASCII's without the whitespace, and what is deprecated or marks a byte order.
+# ASCII control characters except whitespace, deprecated ones, and byte order marks.
 _CONTROL_CHARACTERS = r"[\x00-\x08\x0b\x0e-\x1f\x7f\x{206a}-\x{206f}\x{feff}\x{fff9}-\x{fffc}]"
 _WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
@@ -65,17 +65,17 @@ _WORDS = (
 
 
 def read_tokenizer(folder: str | pathlib.Path, clean: str = "none") -> FileTokenizer | None:
-    """The tokenizer in a model's folder, or in one of `copy_tokenizer`.
+    """Reads the tokenizer in a model's folder, or in a copy made by `copy_tokenizer`.
 
     Args:
-        folder: on a disk.
-        clean: of texts before, as open_clip does it; one of `CLEANINGS`.
+        folder: local folder.
+        clean: cleaning of texts before tokenization, as in open_clip; one of `CLEANINGS`.
 
     Returns:
-        None where there is no tokenizer's file.
+        The tokenizer; None if there is no tokenizer file.
 
     Raises:
-        ValueError: it cannot be read, or cuts texts at their start.
+        ValueError: the tokenizer cannot be read, or truncates texts at their start.
     """
     folder = pathlib.Path(folder)
     if is_copy([path.name for path in folder.glob("*.json")]):
@@ -111,7 +111,7 @@ def read_tokenizer(folder: str | pathlib.Path, clean: str = "none") -> FileToken
         pad=tokens["pad_token"],
         pads_left=config.get("padding_side", "left" if is_gemma else "right") == "left",
         clean=clean,
-        # SigLIP 2 was trained on lower case, which Gemma's own tokenizer does not make.
+        # SigLIP 2 was trained on lower case, which Gemma's own tokenizer does not apply.
         lower_case=bool(config.get("do_lower_case", True)) and (is_gemma or is_siglip),
         start=tokens["bos_token"] if adds_start else "",
         end=tokens["eos_token"] if adds_end or is_siglip else "",
@@ -123,9 +123,9 @@ def read_tokenizer(folder: str | pathlib.Path, clean: str = "none") -> FileToken
 
 
 def copy_tokenizer(made: FileTokenizer, folder: str) -> None:
-    """Copies a tokenizer to a folder or URL, from which `read_tokenizer` makes its equal.
+    """Copies a tokenizer to a folder or URL, from which `read_tokenizer` restores it.
 
-    What other libraries read is copied too.
+    Files that other libraries read are copied too.
     """
     files.make_folder(folder)
     for name in TOKENIZER_FILES:
@@ -141,7 +141,7 @@ def copy_tokenizer(made: FileTokenizer, folder: str) -> None:
 
 
 def is_copy(names: Collection[str]) -> bool:
-    """Returns whether a folder with these files is one of `copy_tokenizer`."""
+    """Returns whether a folder with these files was made by `copy_tokenizer`."""
     return _SETTINGS in names
 
 
@@ -165,10 +165,10 @@ def _read_copy(folder: pathlib.Path) -> FileTokenizer:
 
 
 def read_cleaning(text: Mapping[str, Any], path: str) -> str | None:
-    """The cleaning of open_clip before a tokenizer that "text_cfg" names; None for CLIP's.
+    """Reads open_clip's text cleaning for the tokenizer in "text_cfg"; None for CLIP's.
 
     Raises:
-        ValueError: the tokenizer has a setting that ours lacks.
+        ValueError: the tokenizer has an unsupported setting.
     """
     has_other, options = text.get("hf_tokenizer_name"), text.get("tokenizer_kwargs") or {}
     where = f"{path}: text_cfg"
@@ -185,12 +185,12 @@ def read_cleaning(text: Mapping[str, Any], path: str) -> str | None:
 
 
 def pieces(vocab_size: int) -> list[str]:
-    """The vocabulary by id, with the markers as transformers calls them."""
+    """Returns the vocabulary by id, with the markers named as in transformers."""
     return [*tokenizer.vocabulary(vocab_size)[:-2], START_OF_TEXT, END_OF_TEXT]
 
 
 def make_tokenizer(vocab_size: int) -> tokenizers.Tokenizer:
-    """The tokenizer for `PreTrainedTokenizerFast`, with both markers around each text."""
+    """Returns a tokenizer for `PreTrainedTokenizerFast`, which adds both markers to each text."""
     made = tokenizers.Tokenizer(
         models.BPE(
             vocab={piece: number for number, piece in enumerate(pieces(vocab_size))},
@@ -221,7 +221,7 @@ def make_tokenizer(vocab_size: int) -> tokenizers.Tokenizer:
 
 
 def make_normalizer() -> normalizers.Normalizer:
-    """Typographic quotes, ligatures, widths, entities, control characters; NFC and lower case."""
+    """Normalises quotes, ligatures, widths, entities, control characters; NFC and lower case."""
     entities = [normalizers.Replace(*pair) for pair in _ENTITIES.items()]
     replaced = [
         (tokenizers.Regex("[\u02bc\u2018-\u201b]"), "'"),

@@ -1,7 +1,7 @@
-"""Tables of all keys of a config: type, range, default, and the comment in the code.
+"""Formats all keys of a config: type, range, default, and the comment in the code.
 
-The keys come from `default_config`, and what they mean from the comments next to where they are
-written (or, for the fields of a dataclass, from its docstring), so that nothing is told twice.
+The keys come from `default_config`. Their meanings come from the comments next to them in the code
+(or, for the fields of a dataclass, from its docstring), so each meaning is written only once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _RESUME = {"fixed": "", "end": "a resumed run may set another end", "free": "fre
 
 
 def format_pages() -> dict[str, str]:
-    """The pages as Markdown by their names, such as "train"."""
+    """Returns the pages as Markdown by name, such as "train"."""
     return {name: _format_page(name) for name in _COMMANDS}
 
 
@@ -44,7 +44,7 @@ def _format_page(command: str) -> str:
     sections: dict[str, list[str]] = {}
     for name, (value, kind) in walk(module.default_config()).items():
         if isinstance(value, ml_collections.ConfigDict) and not issubclass(kind, TextOrSections):
-            continue  # a section, whose keys follow
+            continue  # a section; its keys follow
         facts = [_format_type(kind, keys.get(name)), f"default {_format_default(value)}"]
         if isinstance(key := keys.get(name), Key) and command == "train":
             facts.append(_RESUME[key.resume])
@@ -85,14 +85,14 @@ def _format_default(value: Any) -> str:
 
 
 def _as_sentence(comment: str) -> str:
-    """A comment with a capital at its start, unless that is a name or a unit."""
+    """Capitalises the first word of a comment, unless it is a name or a unit."""
     word = re.match(r"[a-z]*", comment)[0]
     is_word = len(word) > 2 or word in ("of", "in", "at", "as", "or", "a")
     return word.capitalize() + comment[len(word) :] if is_word else comment
 
 
 def _link_pages(text: str) -> str:
-    """Names of pages become links."""
+    """Turns names of pages into links."""
 
     def link(match: re.Match) -> str:
         return f"[{match[2]}]({os.path.relpath(match[1], 'reference/config')})"

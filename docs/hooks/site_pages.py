@@ -1,6 +1,6 @@
-"""Pages of the site that are made.
+"""Generates pages of the site and adapts their links.
 
-They are README, CONTRIBUTING and CHANGELOG, the notebooks, and all keys of configs.
+The pages are README, CONTRIBUTING and CHANGELOG, the notebooks, and all keys of configs.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ TOP_PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
-# The worked examples of CONTRIBUTING, which would make its page twice as long as any other.
+# Own page for CONTRIBUTING's worked examples: one page would be twice as long as any other.
 EXAMPLES_PAGE, EXAMPLES_BEGIN, EXAMPLES_ANCHOR = "extending.md", "\n## Add a ", "#add-a"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages that are made."""
+    """Adds the generated pages to the site."""
     made = {
         page: (REPOSITORY / name).read_text("utf-8")
         for name, page in TOP_PAGES.items()
@@ -47,7 +47,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def notebook_page(path: pathlib.Path) -> str:
-    """A notebook as a page: its texts, and its code as blocks."""
+    """Returns a notebook as a Markdown page: its texts, and its code as blocks."""
     parts = []
     for cell in json.loads(path.read_text("utf-8"))["cells"]:
         text = "".join(cell["source"])
@@ -59,7 +59,7 @@ def notebook_page(path: pathlib.Path) -> str:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Makes links to files of the repository links of the site."""
+    """Rewrites links to files of the repository as links of the site."""
     here = os.path.dirname(page.file.src_uri) or "."
     is_top = page.file.src_uri in (*TOP_PAGES.values(), EXAMPLES_PAGE)
     folder = "" if is_top else os.path.join("docs", here)
@@ -67,10 +67,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     def link(match: re.Match) -> str:
         label, target, anchor = match[1], match[2], match[3] or ""
         path = os.path.normpath(os.path.join(folder, target))
-        if not (REPOSITORY / path).exists():  # another host's, or code that looks like a link
+        if not (REPOSITORY / path).exists():  # to another host, or code that looks like a link
             return match[0]
         if path not in TOP_PAGES and not path.startswith("docs/"):
-            return label  # a file that is no page
+            return label  # a file without a page
         to = TOP_PAGES.get(path, path.removeprefix("docs/"))
         if path == "CONTRIBUTING.md" and anchor.startswith(EXAMPLES_ANCHOR):
             to = EXAMPLES_PAGE

@@ -50,7 +50,7 @@ def values(name, arg=""):
 
 
 def differences(a, b, prefix=""):
-    """Dotted names of the keys in which two configs differ."""
+    """Returns the dotted names of the keys in which two configs differ."""
     found = set()
     for key in a.keys() | b.keys():
         if isinstance(a[key], dict):
@@ -75,15 +75,15 @@ def test_recipe_for_gpus(name, topology):
         assert len({device.slice_index for device in group}) == 1
     assert config.data.batch_size == (33792 if name == "clip_vitb16" else 65536)
     check_micro_batch(config.micro_batch, config.data.batch_size, mesh.size)
-    # All values of that many examples fit into a GPU of 80 GB, and of no more (pod_fit_gpus.json).
+    # Limits: examples for which all activations fit into an 80 GB GPU (pod_fit_gpus.json).
     at_once = (config.micro_batch or config.data.batch_size) // mesh.size
     assert at_once <= {"b32": 1024, "b16": 512, "l14": 128, "336": 128}[name[-3:]]
     how = {"micro_batch", "model.remat", "model.scan_layers", "mesh.fsdp", "topology"}
     assert differences(values(name, f"topology={topology}"), values(name)) <= how
 
 
-# Of each architecture a machine where more fits and the next smaller one; the last two have no
-# settings of their own, and the recipe's stay.
+# For each architecture, a machine with room for more and the next smaller one. The last two
+# have no settings of their own, so the recipe's settings stay.
 @pytest.mark.parametrize(
     ("name", "topology", "remat", "scan_layers"),
     [

@@ -1,4 +1,4 @@
-"""Config keys on a command line: None for every optional key, and durations that replace others."""
+"""Config keys on the command line: None for optional keys, and durations that replace others."""
 
 import sys
 
@@ -21,7 +21,7 @@ CAT = REPOSITORY / "configs" / "prep" / "cat.py"
 
 @pytest.fixture
 def parse(monkeypatch):
-    """Parses a command line as the commands do; returns the config."""
+    """Returns the config that a command reads from a command line."""
 
     def parse_config(recipe, *arguments, defaults=default_config):
         values = flags.FlagValues()
@@ -58,7 +58,7 @@ def test_a_duration_of_the_command_line_replaces_the_recipes(arguments, expected
     ("arguments", "expected"),
     [
         (["--config.total_steps=40"], 4),
-        (["--config.total_steps=51"], 50),  # the recipe's, which fits
+        (["--config.total_steps=51"], 50),  # the recipe's value, which fits
         (["--config.total_steps=40", "--config.optimizer.warmup_steps=45"], 45),  # refused later
     ],
 )
@@ -90,7 +90,7 @@ def test_training_data_is_a_path_or_sections(parse, tmp_path):
 
 
 def optional_keys(config, prefix=""):
-    """Dotted name -> type of the keys whose default is None."""
+    """Maps the dotted name of each key whose default is None to its type."""
     found = {}
     for key in config:
         if isinstance(config[key], ml_collections.ConfigDict):
@@ -125,7 +125,7 @@ def value_of(config, key):
     return config
 
 
-# A recipe's path, or what another one gives instead of a config.
+# A recipe's path, or what `get_config` returns instead of a config.
 @pytest.mark.parametrize(
     ("recipe", "arguments", "named"),
     [

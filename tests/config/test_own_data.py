@@ -1,4 +1,4 @@
-"""The recipe for one's own pairs: every number of pairs and every machine has settings that fit."""
+"""The recipe for own pairs has valid settings for any number of pairs on any machine."""
 
 import jax
 import pytest
@@ -32,13 +32,13 @@ def test_the_settings_fit_each_other_and_the_machine(machine, pairs, monkeypatch
     create_mesh(config.mesh.data, config.mesh.fsdp, jax.devices()[:count])
     assert config.data.batch_size % count == 0
     check_micro_batch(config.micro_batch, config.data.batch_size, count)
-    assert config.data.batch_size % count_streams(config.data) == 0  # raises where they do not
+    assert config.data.batch_size % count_streams(config.data) == 0  # raises if it does not divide
     trained = pairs * (1 - config.data.validation_share)
     assert config.data.batch_size < trained
     assert pairs - trained == pytest.approx(min(pairs / 10, 5_000))
     steps = duration_in_steps(config, "total", num_examples=round(trained))
     assert config.optimizer.warmup_steps < steps / 5
-    # The best of about ten evaluations can be kept only where it is saved.
+    # Only a saved step can be kept as the best of about ten evaluations.
     assert config.evaluation.every_steps % config.checkpoint.every_steps == 0
     assert 8 <= steps // config.evaluation.every_steps <= 15
 

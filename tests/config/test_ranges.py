@@ -1,4 +1,4 @@
-"""Values outside of the range of their key are named at once, and settings that make no sense."""
+"""Out-of-range values and contradictory settings are reported at once, with the key's name."""
 
 import dataclasses
 import math
@@ -26,7 +26,7 @@ WORDS = [
 
 
 def numbers_of(config, prefix=""):
-    """Dotted name -> type of all keys that hold an int or a float."""
+    """Maps the dotted name of each int or float key to its type."""
     found = {}
     for key in config:
         if isinstance(config[key], ml_collections.ConfigDict):

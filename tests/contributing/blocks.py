@@ -1,4 +1,4 @@
-"""The worked examples of CONTRIBUTING.md, loaded as the files that a contributor would write."""
+"""Loads the worked examples of CONTRIBUTING.md like files that a contributor would write."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ GUIDE = pathlib.Path(__file__).resolve().parents[2] / "CONTRIBUTING.md"
 
 
 def load_example(name: str, folder: pathlib.Path) -> ModuleType:
-    """Writes the code block that starts with `# NAME.py` to a folder, and imports it.
+    """Writes the code block that starts with `# NAME.py` to a file, and imports it.
 
     Args:
-        name: of the file, without its ending.
-        folder: outside of the package.
+            name: Name of the file, without its suffix.
+            folder: Folder of the file, outside of the package.
     """
     blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
     (text,) = [block for block in blocks if block.startswith(f"# {name}.py\n")]
@@ -24,7 +24,7 @@ def load_example(name: str, folder: pathlib.Path) -> ModuleType:
     path.write_text(text, encoding="utf-8")
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
-    # Dataclasses and pickled functions look their module up by name.
+    # Dataclasses and pickle look up a function's module by name.
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module

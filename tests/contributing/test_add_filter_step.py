@@ -1,4 +1,4 @@
-"""The worked example of a filter step drops extreme shapes, and the report counts them."""
+"""Worked example of a filter step: it drops extreme aspect ratios, and the report counts them."""
 
 import json
 import pathlib
@@ -15,15 +15,15 @@ from tests import make
 from tests.contributing.blocks import load_example
 from tests.data_prep.filtering.jobs import job_config, read_outcomes, read_records, snapshot
 
-# Width, height, and whether one side is more than three times the other.
+# Width, height, and whether one side is more than three times as long as the other.
 _SIZES = [(40, 20, False), (100, 10, True), (30, 30, False), (10, 31, True), (10, 30, False)]
 
 
 @pytest.fixture(autouse=True)
 def example(tmp_path, monkeypatch):
-    """One file, and one line in the table."""
+    """Registers the example: one file, and one line in the table."""
     module = load_example("aspect_ratio", tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)  # a worker process imports the file
+    monkeypatch.syspath_prepend(tmp_path)  # for the import in workers
     monkeypatch.setitem(registry.STEPS, "aspect", module.AspectStep)
     return module
 

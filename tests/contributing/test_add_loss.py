@@ -1,4 +1,4 @@
-"""The worked example of a contrastive loss trains, in both forms, as its formula in float64."""
+"""Worked example of a contrastive loss: both forms train and match a float64 formula."""
 
 import numpy as np
 import pytest
@@ -13,12 +13,12 @@ TARGET = 4.0
 @pytest.fixture(autouse=True)
 def squared_error(tmp_path, monkeypatch):
     example = load_example("squared_error", tmp_path)
-    # One file, and one line in the table.
+    # Registers the example: one file, and one line in the table.
     monkeypatch.setitem(LOSSES, "squared_error", example.SquaredError)
 
 
 def by_hand(image_emb, text_emb, scale):
-    """The mean over both directions; each of them is the same sum."""
+    """The loss in float64; the mean over both directions, which have equal sums."""
     return np.sum((scale * image_emb @ text_emb.T - TARGET * np.eye(BATCH_SIZE)) ** 2) / BATCH_SIZE
 
 
@@ -35,6 +35,6 @@ def test_it_trains_on_eight_devices_in_both_forms():
         losses = [metrics["loss"] for metrics, *_ in runs[impl]]
         assert losses[1] < losses[0]
     for (streaming, *_), (dense, *_) in zip(*runs.values(), strict=True):
-        # The slopes by hand of one form are JAX's own of the other.
+        # The hand-written gradients of the streaming form equal JAX's gradients of the dense one.
         np.testing.assert_allclose(streaming["grad_norm"], dense["grad_norm"], rtol=1e-5)
         np.testing.assert_allclose(streaming["loss"], dense["loss"], rtol=1e-5)

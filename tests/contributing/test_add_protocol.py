@@ -1,4 +1,4 @@
-"""The worked example of an evaluation protocol, in a training run and by the command's function."""
+"""Worked example of an evaluation protocol: a training run and the command's function use it."""
 
 import json
 
@@ -22,7 +22,7 @@ BROKEN, BOUND = 5, 0.01
 
 def test_one_file_and_one_line_make_a_protocol(tmp_path, monkeypatch):
     example = load_example("mean_cosine", tmp_path)
-    # All that the protocol adds to the package is this entry, made from the one file.
+    # The protocol adds only this entry to the package; the entry comes from one file.
     monkeypatch.setitem(PROTOCOLS, "mean_cosine", example.PROTOCOL)
     records = [make.record(i, caption=caption) for i, caption in enumerate(CAPTIONS)]
     members = {}

@@ -1,4 +1,4 @@
-"""The worked example of a source format is read by the filter, embed, evaluate and search."""
+"""Worked example of a source format: the filter, embed, evaluate and search read it."""
 
 import base64
 import pathlib
@@ -30,9 +30,9 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def sources(tmp_path, monkeypatch):
-    """The same pairs in the new format and in a tar; the third has no caption."""
+    """The same pairs in the new format and in a tar; the third pair has no caption."""
     example = load_example("pairs_txt", tmp_path)
-    # One file, and one line in the table.
+    # Registers the example: one file, and one line in the table.
     monkeypatch.setitem(registry.FORMATS, "pairs_txt", example.FORMAT)
     text, members = "", {}
     for number, caption in enumerate(CAPTIONS):
@@ -56,7 +56,7 @@ def test_filter_reads_it(sources, tmp_path):
     expected = [(str(i), caption) for i, caption in enumerate(CAPTIONS) if caption]
     assert [(key, caption) for key, _, caption in found] == expected
     assert found == _filter(tar, tmp_path / "b")
-    # Named by its folder as well.
+    # The folder's name works as well.
     assert found == _filter(str(pathlib.Path(text).parent), tmp_path / "c")
 
 

@@ -1,4 +1,4 @@
-"""The worked example of a teacher labels a filtered folder; its embeddings are those by hand."""
+"""Worked example of a teacher: it labels a filtered folder; embeddings are checked by hand."""
 
 import json
 import pathlib
@@ -25,13 +25,13 @@ _NUM_IMAGES = 48
 
 @pytest.fixture(autouse=True)
 def teacher(tmp_path, monkeypatch):
-    """One file, and one line in the table."""
+    """Registers the example: one file, and one line in the table."""
     example = load_example("mean_color", tmp_path)
     monkeypatch.setitem(registry.TEACHERS, "mean_color", example.TEACHER)
 
 
 def _write_filtered(folder: pathlib.Path) -> tuple[pathlib.Path, np.ndarray]:
-    """A filtered folder, and by hand: the colours of the quarters of each picture, [n, 12]."""
+    """A filtered folder and the expected embeddings [n, 12]: the colour of each quarter."""
     rng = np.random.default_rng(0)
     rows, expected = [], []
     for i in range(_NUM_IMAGES):
@@ -49,7 +49,7 @@ def _write_filtered(folder: pathlib.Path) -> tuple[pathlib.Path, np.ndarray]:
 
 
 def _config(kept: pathlib.Path, output: pathlib.Path):
-    config = load_recipe(PREP_RECIPES / "concepts.py")  # after the line: it has the new section
+    config = load_recipe(PREP_RECIPES / "concepts.py")  # after registration: has the new section
     config.update({"input": str(kept), "output": str(output), "num_workers": 0})
     config.teacher.kind = "mean_color"
     config.vocabulary.min_count = 5
@@ -64,8 +64,8 @@ def test_labels_of_mean_colors(tmp_path):
     output = tmp_path / "labelled"
     assert run_label(_config(kept, output)) == {}
     (path,) = output.glob("embeddings/*.tfrecord")
-    # The pictures have the teacher's size, so that nothing is resized; small integers are exact in
-    # float16.
+    # Nothing is resized, since the pictures have the teacher's size; float16 represents small
+    # integers exactly.
     task = ShardTask(SourceShard("tfrecord", str(kept)), str(path), config_hash="")
     np.testing.assert_array_equal(load_embeddings(task).embeddings, expected)
     vocabulary = read_vocabulary(output)

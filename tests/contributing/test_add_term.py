@@ -1,4 +1,4 @@
-"""The worked example of a term trains beside the contrastive loss, as its formula in float64."""
+"""Worked example of a loss term: it trains with the contrastive loss and matches float64."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ WEIGHT, START = 3.0, 0.25
 @pytest.fixture(autouse=True)
 def pair_distance(tmp_path, monkeypatch):
     example = load_example("pair_distance", tmp_path)
-    # One file, and one line in the table.
+    # Registers the example: one file, and one line in the table.
     monkeypatch.setitem(TERMS, "distance", example.PairDistance)
 
 
@@ -31,8 +31,8 @@ def test_it_trains_on_eight_devices_in_micro_batches():
         np.testing.assert_allclose(metrics["loss"], total, rtol=1e-6)
     before, after = (params["pair_distance"] for _, params, *_ in steps)
     assert before == np.float32(START)
-    # The mean squared distance is near 2, so the parameter grows: Adam's first step is as long as
-    # the learning rate, times the term's own multiplier.
+    # The mean squared distance is near 2, so the parameter grows. The length of Adam's first step
+    # is the learning rate times this term's multiplier (10).
     np.testing.assert_allclose(after - before, 10 * config.optimizer.learning_rate, rtol=1e-2)
 
 

@@ -1,4 +1,4 @@
-"""The three walks of CONTRIBUTING.md: commands enter the files that are named, in that order."""
+"""The three walks of CONTRIBUTING.md: commands enter the named files in the given order."""
 
 import json
 import os
@@ -16,13 +16,13 @@ CAPTIONS = [f"a brown dog is chasing a small cat in garden {i}" for i in range(1
 
 
 def named_files(title):
-    """The file that each numbered step of a walk names."""
+    """Returns the file that each numbered step of a walk names."""
     text = GUIDE.read_text("utf-8").partition(f"### {title}\n")[2].partition("\n##")[0]
     return re.findall(r"(?m)^\d+\. `([\w/]+\.py)`", text)
 
 
 def enter(commands):
-    """The files that each of some commands enters."""
+    """Returns the files that each of the commands enters."""
     environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags()}
     done = subprocess.run(
         [sys.executable, "-m", "tests.contributing.walk", *" + ".join(commands).split()],
@@ -38,7 +38,7 @@ def enter(commands):
 
 @pytest.fixture(scope="module")
 def walks(tmp_path_factory):
-    """Title of each walk -> the files that its command enters."""
+    """Maps the title of each walk to the files that its command enters."""
     folder = tmp_path_factory.mktemp("walks")
     pairs = make.write_pair_tar(folder / "pairs.tar", CAPTIONS)
     commands = {

@@ -1,4 +1,4 @@
-"""Steps of a tiny training run, and its embeddings from a model of one device."""
+"""Training steps of a tiny model, and its embeddings as computed on one device."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ BATCH_SIZE = 16
 
 
 def tiny_config(changes):
-    """A config of eight devices that trains in seconds; its keys are validated."""
+    """A validated config for eight devices that trains in seconds."""
     config = make.tiny_config(
         model__overrides__context_length=8,
         model__overrides__vocab_size=64,
@@ -28,7 +28,7 @@ def tiny_config(changes):
 
 
 def draw_batch():
-    """Random images and tokens."""
+    """Draws a batch of random images and tokens."""
     rng = np.random.default_rng(0)
     return {
         "images": rng.integers(0, 256, (BATCH_SIZE, 16, 16, 3)).astype(np.uint8),
@@ -37,7 +37,7 @@ def draw_batch():
 
 
 def train_one_step(config, batch, devices=None):
-    """The program, the parameters before and after a step on a batch, and its metrics."""
+    """Returns the program, the parameters before and after one step, and the step's metrics."""
     program = TrainProgram(config, total_steps=10, devices=devices)
     state = program.create_state()
     step = program.step(state)
@@ -51,7 +51,7 @@ def train_one_step(config, batch, devices=None):
 
 
 def train_two_steps(config):
-    """The metrics of each step, with the parameters and the float64 embeddings before it."""
+    """Returns for each step its metrics, and the parameters and float64 embeddings before it."""
     program = TrainProgram(config, total_steps=10)
     state = program.create_state()
     step = program.step(state)

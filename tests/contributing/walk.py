@@ -1,9 +1,9 @@
-"""Runs commands in this process and prints which files of the project each enters, as JSON.
+"""Runs commands in this process and prints the project files that each enters, as JSON.
 
     python -m tests.contributing.walk MODULE ARGUMENTS... [+ MODULE ARGUMENTS...]
 
-Files come in the order of their first call; what imports run does not count, nor what a later
-command finds in a cache of an earlier one.
+Files are listed in the order of their first call. Calls during an import do not count; neither
+does code that a later command skips because an earlier one has filled a cache.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from tests.make import REPOSITORY
 
 @functools.cache
 def project_file(path: str) -> str | None:
-    """The path of a file of the project below its root; None for any other file."""
+    """Returns the path of a project file relative to the root; None for any other file."""
     name = os.path.relpath(path, REPOSITORY)
     return name if re.match(r"(diht_jax|data_prep)/.*\.py$", name) else None
 
 
 def main(module: str, arguments: list[str]) -> dict[str, int]:
-    """The files that a command enters, with the number of functions of each."""
+    """Returns the files that a command enters, with the number of functions entered in each."""
     entered: dict[str, set[str]] = {}
     importing: collections.Counter[int] = collections.Counter()
-    known: dict[int, types.CodeType] = {}  # by `id`; these are looked at no more
+    known: dict[int, types.CodeType] = {}  # by `id`; these need no further look
 
     def note(frame, event, _):
         code = frame.f_code
@@ -59,7 +59,7 @@ def main(module: str, arguments: list[str]) -> dict[str, int]:
         return leave_import
 
     sys.argv = [module, *arguments]
-    # Not by profiling, which would call back for every function of C too.
+    # Tracing instead of profiling, which would also call back for every C function.
     threading.settrace(note)
     sys.settrace(note)
     try:

@@ -1,4 +1,4 @@
-"""The command that indexes other people's shards: again, after a stop or a change, in a store."""
+"""The command that indexes foreign shards: repeated, resumed, after changes, and in a store."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ RECORDS = [np.random.default_rng(i).bytes(i % 50) for i in range(300)]
 
 @pytest.fixture
 def folder(tmp_path):
-    """Shards without any index."""
+    """Returns a folder of shards without an index."""
     folder = tmp_path / "theirs"
     folder.mkdir()
     for shard in range(3):
@@ -66,7 +66,7 @@ def test_a_broken_shard_is_named_and_the_others_are_not_read_again(folder):
     assert not (folder / "dataset.index").exists()
     assert records_of(folder / "part-0.tfrecord") == RECORDS[:100]
     (folder / "part-1.tfrecord").write_bytes(good)
-    # A part that was damaged since is not believed.
+    # A partial index that was damaged in between is rebuilt.
     part = folder / ".dataset.index.parts" / "part-2.tfrecord.idx"
     part.write_bytes(part.read_bytes()[:-1])
     assert update_index(folder).num_read == 2
@@ -85,7 +85,7 @@ def test_to_overwrite_does_not_take_over_what_an_earlier_run_believed(folder):
         with pytest.raises(ValueError, match="1 of 3 shards"):
             update_index(folder, overwrite=overwrite)
     (folder / "part-1.tfrecord").write_bytes(good)
-    # What the run that overwrites has found is known to the next.
+    # The next run reuses the results of the run with `overwrite`.
     assert update_index(folder).num_read == 1
     assert records_of(folder)[:2] == [b"a" * 10, b"b" * 30]
 

@@ -1,4 +1,4 @@
-"""The tokenizer against open_clip's, which is CLIP's own code."""
+"""The tokenizer against open_clip's, which is CLIP's original code."""
 
 import itertools
 import unicodedata
@@ -76,7 +76,7 @@ def test_equals_open_clip_on_hard_texts(open_clip_tokenizer, context_length):
 
 
 def test_equals_open_clip_on_every_assigned_character(open_clip_tokenizer):
-    """Alone, and beside letters, digits, apostrophes and its neighbours in the code chart."""
+    """Alone, and next to letters, digits, apostrophes and the neighbouring code points."""
     code_points = itertools.chain(range(1, 0x3400), range(0xA000, 0xAC00), range(0xF900, 0x1FB00))
     characters = [
         chr(code) for code in code_points if unicodedata.category(chr(code)) not in ("Cn", "Cs")
@@ -100,11 +100,11 @@ def test_decode_equals_open_clip(shared_data, open_clip_tokenizer):
 
 @pytest.mark.parametrize("words", ["a red fox &amp;amp; ", "ox", "é", "🐕 犬", "\u00a0\n", "<&lt;"])
 def test_what_stands_far_behind_the_last_id_changes_nothing(words, monkeypatch):
-    """The ids are those of the whole text, with or without spaces between the words."""
+    """The ids equal those of the whole text, with or without spaces between the words."""
     text = "  " + words * (9000 // len(words))
     monkeypatch.setattr(tokenizer, "_CHARACTERS_PER_ID", 10**9)
     expected = tokenizer.tokenize(text)
-    monkeypatch.setattr(tokenizer, "_CHARACTERS_PER_ID", 64)  # a 16th of the real bound
+    monkeypatch.setattr(tokenizer, "_CHARACTERS_PER_ID", 64)  # 1/16 of the real bound
     np.testing.assert_array_equal(tokenizer.tokenize(text), expected)
 
 

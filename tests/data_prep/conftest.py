@@ -1,4 +1,4 @@
-"""The parser and the captions that several tests of the caption rules use; loaded once."""
+"""The parser and the captions that the tests of the caption rules share; loaded once."""
 
 import random
 
@@ -22,12 +22,12 @@ def lemmatizer(parser):
 
 @pytest.fixture(scope="session")
 def web_captions(shared_data) -> list[str]:
-    """400 captions of the web, always the same ones."""
+    """A fixed list of 400 captions from the web."""
     lines = (shared_data / "captions_web.txt").read_text(encoding="utf-8").splitlines()
     return random.Random(0).sample(lines, 400)
 
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_storage(monkeypatch):
-    """A failed store is tried again at once, not after minutes."""
+    """Retries a failed store at once instead of after minutes."""
     monkeypatch.setattr(engine, "_STORAGE_DELAYS_SECS", (0.0, 0.0, 0.0))

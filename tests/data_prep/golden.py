@@ -1,4 +1,4 @@
-"""Golden files: what versioned rules made of fixed inputs, and the version that they had."""
+"""Golden files: results of versioned rules on fixed inputs, with the version."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def require_unchanged(path: pathlib.Path, version: int, rules: Mapping[str, Any]) -> None:
-    """Fails where rules come out differently than in the golden file, or the version differs."""
+    """Fails if a result or the version differs from the golden file."""
     golden = json.loads(path.read_text(encoding="utf-8"))
     assert golden["rules_version"] == version, f"write {path} anew"
     changed = _list_changes(golden, rules)

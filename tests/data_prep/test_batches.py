@@ -1,4 +1,4 @@
-"""The classes of batches: columns that are those of the functions behind them."""
+"""The batch classes: their columns equal the results of the underlying functions."""
 
 import functools
 import json
@@ -54,7 +54,7 @@ def test_pictures_that_need_no_network():
 
 @pytest.fixture
 def color_teacher(monkeypatch) -> list[int]:
-    """A teacher of the kind "precomputed" that sees the mean colour; the sizes of its batches."""
+    """Replaces the teacher "precomputed" by one of mean colours; records its batch sizes."""
     seen = []
 
     def encode(images: np.ndarray) -> np.ndarray:

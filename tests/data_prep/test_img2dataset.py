@@ -1,4 +1,4 @@
-"""What img2dataset writes: tars, TFRecords, parquet with and without images, statistics."""
+"""Outputs of img2dataset: tars, TFRecords, parquet with and without images, statistics."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from tests.records.test_schema import write_sample
 
 _JPEG = encoded(plain("red", (60, 40)), "JPEG")
 
-# The columns of img2dataset's schema, and a column that a user asked for.
+# The columns of img2dataset's schema, and an additional column of the user.
 _ROWS = [
     {
         "key": f"00000000{i}",
@@ -47,7 +47,7 @@ _STATS = {
 
 
 def _write_shard(folder: pathlib.Path, output_format: str, with_json: bool = True) -> None:
-    """One shard of an output format, with what its writer has beside it."""
+    """Writes one shard of an output format, with the files that img2dataset puts next to it."""
     folder.mkdir()
     rows, done = _ROWS, [row for row in _ROWS if row["status"] == "success"]
     if output_format == "webdataset":
@@ -81,7 +81,7 @@ def test_tars_with_statistics_and_metadata(tmp_path, with_json):
     records = _run(str(tmp_path / "in"), tmp_path / "out")
     assert [r.key for r in records] == ["000000000", "000000001", "000000003"]
     assert [r.image for r in records] == [_JPEG] * 3
-    # Without json members the metadata is the parquet file's.
+    # Without json members the metadata comes from the parquet file.
     assert records[1].metadata["url"] == "http://x/1.jpg"
     assert records[1].metadata["similarity"] == 1.25
     assert read_report(tmp_path / "out")["download"] == {
@@ -115,7 +115,7 @@ def test_tfrecords_are_filtered_as_the_tars_are(tmp_path):
     _write_shard(tmp_path / "in", "tfrecord")
     records = _run(str(tmp_path / "in"), tmp_path / "out")
     expected = _run(str(tmp_path / "tar"), tmp_path / "expected")
-    # None is written as an empty text.
+    # img2dataset writes None as an empty text.
     assert records == [
         dataclasses.replace(record, metadata=dict(record.metadata) | {"error_message": ""})
         for record in expected
@@ -124,7 +124,7 @@ def test_tfrecords_are_filtered_as_the_tars_are(tmp_path):
     assert (tmp_path / "out" / "kept_uids.npy").read_bytes() == (
         tmp_path / "expected" / "kept_uids.npy"
     ).read_bytes()
-    # As training reads them without the filter.
+    # Training reads the same records without the filter.
     direct = open_records(str(tmp_path / "in"))
     found = [direct.decode(direct[number]) for number in range(len(direct))]
     contents = [[(r.key, r.image, r.caption) for r in read] for read in (found, records)]

@@ -1,4 +1,4 @@
-"""Names of parts, outputs that take no file, and the names of options in errors."""
+"""Names of parts, outputs that are not writable, and names of options in errors."""
 
 import pytest
 
@@ -86,4 +86,4 @@ def test_parts_of_a_file_and_equal_paths_differ():
     assert len(set(names)) == 4
     assert names[0] == hash_inputs(_inputs("/any", "1"))[0]
     moved = _inputs("/y/a/in", "1", "2") + _inputs("/y/b/in", "2") + _inputs("/y/b/in", "2")
-    assert hash_inputs(moved) == names  # the ends of the roots tell them apart
+    assert hash_inputs(moved) == names  # the last parts of the roots distinguish them

@@ -1,8 +1,8 @@
-"""The commands of the pages: found in the text, parsed by their own parsers, and run.
+"""Finds the commands in the documentation, parses them with their own parsers, and runs them.
 
     python -m tests.docs.commands < argv.json
 
-runs commands one after another in this process, so that what they import is imported once.
+runs several commands one after another in this process, which imports packages only once.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Command:
 
     Attributes:
         page: such as "docs/guides/own_data.md".
-        text: as it stands there, its lines joined, without a comment behind it.
-        is_inline: stands within a sentence, where flags may be left out.
-        is_for_cluster: stands in a script for a cluster, or a part of one.
+            text: The command as written on the page, lines joined, without a trailing comment.
+            is_inline: Whether the command is inside a sentence, where flags may be omitted.
+            is_for_cluster: Whether the command is in a script for a cluster, or in a part of one.
     """
 
     page: str
@@ -46,24 +46,24 @@ class Command:
 
     @property
     def module(self) -> str:
-        """Such as "diht_jax.train"."""
+        """The module, such as "diht_jax.train"."""
         return re.search(_MODULE, self.text)[1]
 
     @property
     def arguments(self) -> list[str]:
-        """What stands behind the module."""
+        """The arguments after the module."""
         behind = self.text[re.search(_MODULE, self.text).end() :]
         return shlex.split(re.split(r"\s(?:;|&&|\||\\$)|;\s", behind.strip())[0])
 
 
 def find_commands() -> list[Command]:
-    """All commands of all pages and launch files, in their order."""
+    """Returns all commands of all pages and launch files, in order."""
     found = [command for path in PAGES for command in commands_of(path)]
     return found + [c for path in LAUNCH_FILES for c in _commands_of_block(path.read_text(), path)]
 
 
 def commands_of(path: pathlib.Path) -> list[Command]:
-    """The commands `python -m ...` of a page, in blocks and in backticks."""
+    """Returns the commands `python -m ...` of a page, from code blocks and backticks."""
     text = path.read_text("utf-8")
     if path.name == "CONTRIBUTING.md":
         text = text.partition("\n## Add a ")[0]
@@ -87,10 +87,10 @@ def _commands_of_block(block: str, path: pathlib.Path) -> Iterator[Command]:
 
 @contextlib.contextmanager
 def own_flags() -> Iterator[None]:
-    """No flags but absl's and grain's inside; those of before are there again behind it."""
+    """Hides all flags except those of absl and grain inside the context; restores them after."""
 
     def is_librarys(name: str) -> bool:
-        # Those of the keys of a config, such as "config.seed", belong to absl as well.
+        # absl also owns the flags of config keys, such as "config.seed".
         owner = str(flags.FLAGS.find_module_defining_flag(name))
         return owner.startswith(("absl", "grain")) and "." not in name
 
@@ -112,15 +112,15 @@ def own_flags() -> Iterator[None]:
 def parse_command(
     module: str, arguments: list[str], check: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Lets a module parse a command line as it does when it is started; its `main` is not called.
+    """Parses a command line as the module does when it starts, without calling its `main`.
 
     Args:
-        module: such as "diht_jax.train".
-        arguments: behind the module's name.
-        check: called with the keyword arguments of `command_line.run` while the flags are there.
+            module: Module name, such as "diht_jax.train".
+            arguments: Arguments after the module name.
+            check: Called with the keyword arguments of `command_line.run` while the flags exist.
 
     Raises:
-        SystemExit: the command line is refused; the reason is on stderr.
+            SystemExit: The command line is invalid; the reason is on stderr.
     """
 
     def parse_only(main: Callable[..., None], **options: Any) -> None:
@@ -139,9 +139,9 @@ def parse_command(
 
 
 def run_commands(commands: list[tuple[str, list[str]]]) -> None:
-    """Runs commands in this process; exits at the first one that fails, and names it.
+    """Runs commands in this process; exits at the first failure and names the command.
 
-    Of the module `-c` the argument is Python, as of the interpreter.
+    For the module `-c`, the argument is Python code, as for the interpreter.
     """
     for module, arguments in commands:
         with own_flags(), mock.patch.object(sys, "argv", [module, *arguments]):

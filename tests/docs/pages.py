@@ -1,4 +1,4 @@
-"""The pages of the project: README, CONTRIBUTING and docs/."""
+"""The documentation pages: README, CONTRIBUTING and docs/."""
 
 import pathlib
 import re
@@ -13,16 +13,16 @@ LAUNCH_FILES = sorted((REPOSITORY / "launch").iterdir())
 
 
 def page_name(path: pathlib.Path) -> str:
-    """Such as `docs/guides/own_data.md`: the name of a test's case."""
+    """Returns a page's name, such as `docs/guides/own_data.md`, for use as a test id."""
     return str(path.relative_to(REPOSITORY))
 
 
 def python_blocks(path: pathlib.Path) -> list[str]:
-    """The fenced blocks of Python on a page, in their order."""
+    """Returns the fenced Python blocks of a page, in order."""
     return re.findall(r"^```python\n(.*?)^```", path.read_text("utf-8"), re.DOTALL | re.MULTILINE)
 
 
 def without_code(text: str) -> str:
-    """A page's text without fenced and indented blocks."""
+    """Returns a page's text without fenced and indented blocks."""
     text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     return re.sub(r"^ {4}.*$", "", text, flags=re.MULTILINE)

@@ -1,19 +1,19 @@
-"""Trial: launch/slurm.sbatch, run by a Slurm of two nodes here.
+"""Trial of launch/slurm.sbatch on a local Slurm of two nodes.
 
     apt-get install slurm-wlm munge     # as root, as the trial runs
     python -m tests.docs.slurm_trial
 
-The script's flags are its own, but for the number of nodes and processes; only the names
-of recipe, data and work directory are replaced. The nodes count GPUs that they do not have, and
-the processes train a tiny model on CPUs. What is tried:
+The script keeps its flags, except for the number of nodes and processes; the trial only replaces
+the names of recipe, data and work directory. The nodes declare GPUs that they do not have, and
+the processes train a tiny model on CPUs. The trial checks:
 
 - at the signal that `--signal` sends before the time limit, both processes save and exit with 75,
-  and the job is requeued;
-- a job of a higher priority preempts it, and Slurm requeues it;
-- a process that is killed takes the other one with it, and the job is requeued;
-- after that the run goes on to its end, with one line of metrics for each step;
-- an error that no repetition mends ends the job with 78, without a requeue;
-- a job that is cancelled stays so.
+  and Slurm requeues the job;
+- a job with a higher priority preempts it, and Slurm requeues it;
+- if one process is killed, the other one ends too, and the job is requeued;
+- afterwards the run continues to its end, with one line of metrics for each step;
+- a non-retryable error ends the job with 78, without a requeue;
+- a cancelled job stays cancelled.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from tests.training import kill_trial
 from tests.waiting import wait_until
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel")
-# JAX asks the first one for its port, so they are names that resolve on any Linux machine. Slurm
-# that was not built for it refuses two daemons of one host name, but not of two names.
+# JAX asks the first node for its port, so both names must resolve on any Linux machine. A standard
+# build of Slurm refuses two daemons with one host name, but accepts two names of one host.
 NODES = ("127.0.0.1", "127.0.0.2")
 TOTAL_STEPS = 60
 
@@ -75,13 +75,13 @@ PartitionName=urgent Nodes=ALL PriorityTier=2
 
 @contextlib.contextmanager
 def slurm(folder: pathlib.Path) -> Iterator[None]:
-    """A Slurm in this folder; all its daemons end with the context."""
+    """Starts a Slurm in this folder; leaving the context ends all its daemons."""
     for name in ("state", *NODES):
         (folder / name).mkdir()
     config = CONFIG.format(folder=folder, nodes=NODES, ports=free_ports(3))
     (folder / "slurm.conf").write_text(config)
     (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
-    for number in range(8):  # a device counts where its file exists
+    for number in range(8):  # a device counts if its file exists
         (folder / f"gpu{number}").touch()
     (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-7]\n")
     key = folder / "munge.key"
@@ -102,7 +102,7 @@ def slurm(folder: pathlib.Path) -> Iterator[None]:
         wait_until(lambda: "idle" in output("sinfo", "--noheader", "--format=%T"), longest_secs=60)
         yield
     finally:
-        # Otherwise the jobs' own daemons stay when the others are gone.
+        # Otherwise the daemons of the jobs (slurmstepd) outlive the others.
         output("scancel", "--full", "--signal=KILL", "--me")
         output("scancel", "--me")
         with contextlib.suppress(AssertionError):
@@ -117,7 +117,7 @@ def slurm(folder: pathlib.Path) -> Iterator[None]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on."""
+    """Returns free ports."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
@@ -126,13 +126,13 @@ def free_ports(count: int) -> list[int]:
 
 
 def output(*command: str) -> str:
-    """Of a client; empty where it failed."""
+    """Returns the output of a Slurm client; empty if the client failed."""
     done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
 class Job:
-    """The script, submitted with a folder for its output and its run."""
+    """A submission of the script, with a folder for its output and its run."""
 
     def __init__(self, folder: pathlib.Path, command: list[str]):
         folder.mkdir(exist_ok=True)
@@ -155,21 +155,21 @@ class Job:
         ).stdout.strip()
 
     def state(self) -> dict[str, str]:
-        """What Slurm knows of the job, such as JobState, Restarts, ExitCode."""
+        """Returns Slurm's record of the job, such as JobState, Restarts, ExitCode."""
         return dict(re.findall(r"(\w+)=(\S*)", output("scontrol", "show", "job", self.number)))
 
     def has_ended(self) -> bool:
-        """Whether it will not run again."""
+        """Returns whether the job will not run again."""
         return self.state()["JobState"] in ("FAILED", "COMPLETED", "CANCELLED", "TIMEOUT")
 
     def lines(self) -> list[int]:
-        """Steps in the run's metrics."""
+        """Returns the steps in the run's metrics."""
         path = self.folder / "run" / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         return [json.loads(line)["step"] for line in lines]
 
     def wait_for_lines(self, more: int = 2) -> None:
-        """Until the run has so many lines of metrics more than now."""
+        """Waits until the run has written `more` further lines of metrics."""
         wanted = len(self.lines()) + more
 
         def has_them() -> bool:
@@ -179,11 +179,11 @@ class Job:
         wait_until(has_them)
 
     def wait_for_restart(self, restarts: int) -> None:
-        """Until it has been requeued so often; Slurm starts it when its old credential is void."""
+        """Waits for that many requeues; Slurm starts the job when its old credential expires."""
         wait_until(lambda: self.state()["Restarts"] == str(restarts), pause_secs=0.5)
 
     def check_end(self, job_state: str, exit_code: str | None = None, restarts: str = "0") -> None:
-        """Waits for the end, and compares it; each of `restarts` is right."""
+        """Waits for the end and checks it; any digit in `restarts` is a valid count."""
         wait_until(self.has_ended, pause_secs=0.5)
         state = self.state()
         found = f"{state['JobState']}, status {state['ExitCode']}, {state['Restarts']} restarts"
@@ -193,10 +193,10 @@ class Job:
 
 
 def train_through_stops(folder: pathlib.Path, data: pathlib.Path) -> None:
-    """A run that is stopped, preempted and loses a process, and reaches its end."""
+    """Signals the run, preempts it and kills a process; the run must still complete."""
     job = Job(folder, kill_trial.command(data, folder / "run", TOTAL_STEPS))
     job.wait_for_lines()
-    # As `--signal` does: to the steps of the job, not to its script.
+    # Like `--signal`: sends to the steps of the job, not to its script.
     subprocess.run(["scancel", "--signal=TERM", job.number], check=True)
     job.wait_for_restart(1)
     print(f"signalled after step {job.lines()[-1]}: saved, requeued", flush=True)
@@ -212,8 +212,8 @@ def train_through_stops(folder: pathlib.Path, data: pathlib.Path) -> None:
     job.wait_for_restart(3)
     print(f"one process killed after step {job.lines()[-1]}: requeued", flush=True)
 
-    # Slurm still owes the job the requeue of the preemption, which the script was faster with, and
-    # does it when the job has ended. That start finds the run finished.
+    # After the preemption the script requeued the job before Slurm did. Slurm still requeues it
+    # once more when the job has ended; that start finds the run finished.
     job.check_end("COMPLETED", "0:0", restarts="34")
     assert job.lines() == list(range(1, TOTAL_STEPS + 1)), job.lines()
     stops = job.log.read_text().count("stopped after step")
@@ -222,7 +222,7 @@ def train_through_stops(folder: pathlib.Path, data: pathlib.Path) -> None:
 
 
 def second_process(job: Job) -> int:
-    """The process id of Python in the second of the job's two processes."""
+    """Returns the process id of Python in the second of the job's two processes."""
     wanted = {b"SLURM_PROCID=1", f"SLURM_JOB_ID={job.number}".encode()}
     for folder in pathlib.Path("/proc").iterdir():
         with contextlib.suppress(OSError):
@@ -235,12 +235,12 @@ def second_process(job: Job) -> int:
 
 
 def end_for_good(folder: pathlib.Path) -> None:
-    """Jobs that must not start again."""
+    """Runs jobs that must not start again."""
     missing = Job(folder / "missing", kill_trial.command(folder / "nothing", folder / "run"))
     missing.check_end("FAILED", "78:0")
     print("no data: ended with 78", flush=True)
 
-    # Earlier, while Slurm starts the script, the script would still requeue the job.
+    # If cancelled earlier, while Slurm starts the script, the script would still requeue the job.
     started = folder / "started"
     cancelled = Job(folder / "cancelled", ["bash", "-c", f"touch {started}; sleep 1000"])
     wait_until(started.exists)
@@ -250,13 +250,13 @@ def end_for_good(folder: pathlib.Path) -> None:
 
 
 def main() -> None:
-    """Tries all, and prints a line for each."""
+    """Runs all trials, and prints a line for each check."""
     missing = [name for name in NEEDED if shutil.which(name) is None]
     if missing:
         sys.exit(f"{', '.join(missing)}: not found; apt-get install slurm-wlm munge")
     with tempfile.TemporaryDirectory(prefix="slurm_trial_") as name:
         folder = pathlib.Path(name)
-        folder.chmod(0o755)  # munge wants others not to write, and clients to find its socket
+        folder.chmod(0o755)  # munge forbids writing by others; clients must reach its socket
         data = make.write_records(folder / "squares", kill_trial.NUM_RECORDS)
         with slurm(folder):
             end_for_good(folder)

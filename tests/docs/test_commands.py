@@ -1,4 +1,4 @@
-"""The commands of the pages: all of ours are parsed by their own parsers, and some run."""
+"""The commands in the documentation: all are parsed by their own parsers, and some run."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from tests.compiling import xla_flags
 from tests.docs.commands import Command, find_commands, parse_command
 from tests.docs.pages import REPOSITORY
 
-# In their order: page, how the command begins, and what is put behind it or replaced in it.
+# In order: page, start of the command, and flags that are appended to it or replaced in it.
 _NO_SPOTTER = "--config.text_spotting=False"
 _PREP, _EVALUATE = "docs/guides/prepare/", "docs/guides/evaluate/"
 RUN = (
@@ -40,7 +40,7 @@ RUN = (
     (_EVALUATE + "weights.md", "diht_jax.export --model runs/try", ""),
     (_EVALUATE + "weights.md", "diht_jax.embed --model runs/try", ""),
 )
-# What every run of a module gets besides, so that it is small and leaves nothing outside.
+# Additional flags for every run of a module: they keep the run small and inside its folder.
 SMALLER = {
     "data_prep.synthetic": "--num_classification=13 --num_workers=1",
     "data_prep.filter": "--config.num_workers=0",
@@ -48,11 +48,11 @@ SMALLER = {
     "--config.model.overrides.text_layers=1 --config.model.overrides.vocab_size=700",
 }
 REPLACED = (("/data/kept_a,/data/kept_b", "runs/kept,runs/records"), ("/data/both", "runs/both"))
-# Most of the time is XLA's; nothing is measured here.
+# Skips most of XLA's compile time; nothing is measured here.
 CHEAP = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 COMMANDS = find_commands()
-BY_HAND = {"captions_web.txt"}  # docs/guides/example_data.md says where it is from
-# Of a command within a sentence, which may lack them.
+BY_HAND = {"captions_web.txt"}  # docs/guides/example_data.md names its origin
+# Default recipes for commands inside a sentence, which may omit them.
 RECIPES = {
     "diht_jax.train": "configs/demo.py",
     "diht_jax.compile": "configs/demo.py",
@@ -67,24 +67,24 @@ CHECKS = {
 
 
 def own_commands():
-    """Different command lines of our modules, whichever page they are on."""
+    """Returns the distinct command lines of this project's modules on all pages."""
     found = {(c.module, *c.arguments): c for c in COMMANDS if has_parser(c.module)}
     return list(found.values())
 
 
 def has_parser(module):
-    """Whether a module of ours has flags; one without them would start to work."""
+    """Returns whether a module of ours defines flags; one without flags would start to work."""
     path = REPOSITORY.joinpath(*module.split("."))
     file = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
     return file.is_file() and re.search(r"(?m)^    (command_line|app)\.run\(", file.read_text())
 
 
 def parse(command: Command) -> None:
-    """Raises SystemExit or ValueError for flags, keys, values or tasks that are wrong."""
+    """Raises SystemExit or ValueError for invalid flags, keys, values or tasks."""
     arguments = [re.sub(r"\$\w+", "0", text) for text in command.arguments]
     is_part = command.is_inline or command.is_for_cluster or "..." in arguments
     arguments = [text for text in arguments if text != "..."]
-    # The recipe counts the records of a folder that is not here.
+    # The recipe would count the records of a folder that does not exist here.
     arguments = [re.sub(r"\bown_data:data=[\w/]+", "own_data:pairs=1000", a) for a in arguments]
     has_recipe = any(text.startswith("--config=") or text == "--config" for text in arguments)
     if is_part and command.module in RECIPES and not has_recipe:
@@ -108,9 +108,9 @@ def parse(command: Command) -> None:
         if command.module == "diht_jax.fewshot":
             texts = [task_text(given.task, given.train), task_text(given.task, given.test)]
         for text in texts:
-            if text == VALIDATION:  # of the run, which is not here
+            if text == VALIDATION:  # data of the run, which does not exist here
                 continue
-            # Of these the data would be read; tests/evaluation/sources/test_downloads.py does so.
+            # Parsing these would read the data; tests/evaluation/sources/test_downloads.py does so.
             if not re.search(
                 "clip_benchmark:|datacomp:|=list:|=open_images:|=objectnet:|class_names=", text
             ):
@@ -128,17 +128,17 @@ def repository(monkeypatch):
 @pytest.mark.parametrize("command", own_commands(), ids=lambda c: f"{c.page}:{c.text[10:60]}")
 def test_command_is_parsed(command):
     parse(command)
-    # Nothing is read that is next to the checkout, which nobody else has.
+    # No command reads a file next to the checkout, which only our machines have.
     files = {name for example in EXAMPLES.values() for name in example.files} | {"pictures"}
     missing = set(re.findall(r"runs/data/([\w./]+)", command.text)) - files - BY_HAND
     assert not missing and "../" not in command.text
-    if not command.is_inline:  # a clone stays as it is: what is written is elsewhere, or ignored
+    if not command.is_inline:  # runs leave a clone clean: outputs are outside or git-ignored
         outputs = re.findall(r"\b(?:output|workdir|index|lists)[= ]['\"]?([^\s']+)", command.text)
         assert all(re.match(r"runs/|/|\w+://|[A-Z$]", path) for path in outputs)
 
 
 def small_workspace(folder):
-    """A checkout with recipes, and the models that the pages name."""
+    """Creates a checkout with recipes and with the models that the pages name."""
     checkout = folder / "checkout"
     for name in ("demo_output", "runs"):
         (checkout / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The grid of launch/datacomp.sbatch: every run's command, and the config that it makes."""
+"""The grid of launch/datacomp.sbatch: the command of every run, and the resulting config."""
 
 import shlex
 import subprocess
@@ -10,12 +10,12 @@ from diht_jax.training.recipe import check_config
 from tests.docs.commands import parse_command
 from tests.docs.pages import REPOSITORY
 
-# DataComp's own settings of its two scales: samples seen, batch, rate, warm-up.
+# DataComp's settings for its two scales: samples seen, batch, learning rate, warm-up.
 SCALES = {"small": (12_800_000, 4096, 5e-4, 500), "medium": (128_000_000, 4096, 5e-4, 500)}
 
 
 def list_runs(scale):
-    """Both commands of each run, without `python -m`."""
+    """Returns both commands of each run, without `python -m`."""
     script = REPOSITORY / "launch" / "datacomp.sbatch"
     printed = subprocess.run(
         ["bash", script, scale], capture_output=True, text=True, check=True, env={}

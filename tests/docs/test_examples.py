@@ -1,4 +1,4 @@
-"""The Python of the pages runs."""
+"""The Python code on the pages runs."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from tests.docs.pages import REPOSITORY, python_blocks
 
 LIBRARY = python_blocks(REPOSITORY / "docs/explained/library.md")
 
-# Appended to the block with the loss: its result against one device with the dense form.
+# Appended to the block with the loss: compares its result with the dense form on one device.
 COMPARISON = """
 assert jax.device_count() == 4 and not loss.sharding.device_set - set(mesh.devices.flat)
 
@@ -31,7 +31,7 @@ for name, value in expected_grads.items():
     assert jnp.allclose(grads[name], value, rtol=1e-4, atol=1e-5), name
 """
 
-# The table of gradients: inside of shard_map, checked and unchecked, reduced as the table tells.
+# The table of gradients inside shard_map, with and without checks, reduced as the table says.
 GRADIENT_TABLE = """
 for check_vma in (True, False):
     def local_grads(params, images, texts, check_vma=check_vma):
@@ -52,7 +52,7 @@ for check_vma in (True, False):
 
 
 def test_loss_of_the_library_page_is_that_of_one_device(tmp_path):
-    """In a process of its own, which has four devices."""
+    """Runs in another process, which has four devices."""
     block = next(block for block in LIBRARY if "contrastive_loss" in block)
     done = subprocess.run(
         [sys.executable, "-c", block + COMPARISON + GRADIENT_TABLE],
@@ -69,7 +69,7 @@ def test_loss_of_the_library_page_is_that_of_one_device(tmp_path):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Runs a block in a folder that has nothing of the checkout."""
+    """Runs a code block in a folder without files of the checkout."""
     monkeypatch.chdir(tmp_path)
     return lambda block: exec(block, {"__name__": "__main__"})
 
@@ -91,7 +91,7 @@ def test_order_of_how_it_works(block, run):
 
 
 def test_example_of_the_readme(tmp_path, run):
-    """On random weights, since the emoji model is not at hand."""
+    """Uses random weights, since tests do not have the emoji model."""
     size = dict(vision_layers=1, vision_width=64, vision_heads=1, embed_dim=24)
     size |= dict(text_layers=1, text_width=64, text_heads=1, image_size=64, patch_size=32)
     weights = make.clip_tensors(Architecture(**size))

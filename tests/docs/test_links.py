@@ -1,4 +1,4 @@
-"""What the pages name exists: links, anchors, files, Python names, config keys and commands."""
+"""The pages refer only to existing links, anchors, files, Python names, keys and commands."""
 
 import importlib
 import json
@@ -15,20 +15,20 @@ from tests.docs.pages import PAGES, REPOSITORY, page_name, without_code
 
 TOP_LEVEL = ("diht_jax", "data_prep", "configs", "tests", "benchmarks", "docs", "launch", ".ci")
 RESULTS = sorted((REPOSITORY / "benchmarks" / "results").glob("*.json"))
-# Of a loaded model, and file names.
+# Attributes of a loaded model, and file names.
 NOT_KEYS = {"help", "model.logit_scale", "model.pt", "model.ckpt", "model.safetensors"}
 
 every_page = pytest.mark.parametrize("path", PAGES, ids=page_name)
 
 
 def anchors(text):
-    """The anchors that GitHub makes of a page's headings."""
+    """Returns the anchors that GitHub generates for a page's headings."""
     headings = re.findall(r"^#+ (.+)$", re.sub(r"(?ms)^```.*?^```", "", text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
 
 
 def known_keys(config, prefix=""):
-    """Dotted names of all keys and sections."""
+    """Returns the dotted names of all keys and sections."""
     found = set()
     for key in config:
         found.add(f"{prefix}{key}")
@@ -46,7 +46,7 @@ FILES = (".py", ".md", ".json", ".jsonl", ".npz", ".onnx", ".png", ".html", ".lo
 
 
 def is_key(name):
-    """A key or a section; users name their tasks and sources. A final full stop does not count."""
+    """Returns whether a name, minus a final full stop, is a key, section, user task or source."""
     name = name.removesuffix(".")
     return name in KEYS | NOT_KEYS or name.startswith(("evaluation.tasks.", "data.train."))
 
@@ -69,17 +69,17 @@ def test_relative_links_and_anchors_resolve(path):
 def test_files_exist(path):
     names = "|".join(map(re.escape, TOP_LEVEL))
     pattern = rf"(?<![\w/.])(?:{names})/[\w./-]*\w\.(?:py|json|md|toml|gz|sh|png|svg)\b"
-    text = re.sub(r"\]\([^)]*\)", "]", path.read_text("utf-8"))  # links have their own test
+    text = re.sub(r"\]\([^)]*\)", "]", path.read_text("utf-8"))  # links have another test
     for name in re.findall(pattern, text):
-        if not re.search(r"[A-Z]{3}", name):  # NAME.py stands for any
+        if not re.search(r"[A-Z]{3}", name):  # NAME.py is a placeholder
             assert (REPOSITORY / name).exists(), name
 
 
 @every_page
 def test_config_keys_exist(path):
-    """Such as `loss.alpha`, with or without a value, or config.loss.alpha within a sentence.
+    """Checks `loss.alpha`, with or without a value, and config.loss.alpha inside a sentence.
 
-    The worked examples of CONTRIBUTING have keys of their own.
+    The worked examples of CONTRIBUTING define other keys and are exempt.
     """
     text = path.read_text("utf-8").partition("\n## Add a ")[0]
     for name in re.findall(r"(?<![\w.])config\.([a-z_0-9]+(?:\.[a-z_0-9]+)*)(?![\w(])", text):
@@ -92,7 +92,7 @@ def test_config_keys_exist(path):
 
 @every_page
 def test_python_names_exist(path):
-    """Such as `diht_jax.input.pipeline.TrainIterator`: a module, or an attribute of one."""
+    """Checks names like `diht_jax.input.pipeline.TrainIterator`: modules and their attributes."""
     text = path.read_text("utf-8")
     for name in set(re.findall(r"`((?:diht_jax|data_prep)(?:\.\w+)+)(?:\([^`]*\))?`", text)):
         parts = name.split(".")

@@ -1,4 +1,4 @@
-"""The notebook runs from an empty folder without a network, and is what its .py says."""
+"""The notebook runs in an empty folder without a network, and matches its .py file."""
 
 import json
 
@@ -17,11 +17,11 @@ def test_notebook_is_that_of_the_python_file():
         [(cell.cell_type, cell.source) for cell in jupytext.read(path).cells]
         for path in (SOURCE, NOTEBOOK)
     )
-    assert found == expected  # else: jupytext --update --to ipynb docs/notebooks/first_steps.py
+    assert found == expected  # to fix: jupytext --update --to ipynb docs/notebooks/first_steps.py
     assert not any(cell.get("outputs") for cell in json.loads(NOTEBOOK.read_text())["cells"])
 
 
-# The students are those of the recipe's debug form, and smaller.
+# The students of the recipe's debug form, made smaller.
 SMALLER = """
 from diht_jax import config as _config
 
@@ -50,7 +50,7 @@ def test_notebook_runs_without_a_network(tmp_path, monkeypatch):
     monkeypatch.setenv("FIRST_STEPS_PAIRS", "60")
     monkeypatch.setenv("FIRST_STEPS_STEPS", "1")
     for scheme in ("http", "https", "all"):
-        monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")  # nobody answers there
+        monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")  # no server listens there
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     notebook.cells.insert(0, nbformat.v4.new_code_cell(SMALLER))
     nbclient.NotebookClient(
@@ -62,7 +62,7 @@ def test_notebook_runs_without_a_network(tmp_path, monkeypatch):
         for output in cell.get("outputs", ())
         if "image/png" in output.get("data", {})
     ]
-    assert len(shown) == 3  # matches, graphs, matches of the student
+    assert len(shown) == 3  # matches, graphs, the student's matches
     for name in ("raw", "kept"):
         rows = (tmp_path / "first_steps" / f"student_{name}" / "metrics.jsonl").read_text()
         assert json.loads(rows.splitlines()[-1])["step"] == 1

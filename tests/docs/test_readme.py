@@ -1,6 +1,6 @@
-"""README and quickstart, command by command, in a folder that has nothing of the repository.
+"""Runs README and quickstart, command by command, in a folder without the repository.
 
-The downloads are replaced by small packages of a server of this process.
+A server in this process replaces the downloads by small packages.
 """
 
 import json
@@ -17,9 +17,9 @@ from tests.docs.pages import REPOSITORY, python_blocks
 from tests.serving import FileServer
 
 QUICKSTART = "docs/quickstart.md"
-# What the commands for emoji and for own pictures read and write.
+# Paths that the commands for emoji and for own pictures read and write.
 FOLLOWED = re.compile(r"\bruns/(data|emoji|pictures|index|own|pairs)\b")
-# So that it takes seconds: the settings are the recipes' own.
+# Shortens the runs to seconds; all other settings are the recipes' own.
 SHORTER = {
     "data_prep.filter": ["--config.num_workers=0"],
     "diht_jax.train": [
@@ -35,7 +35,7 @@ SHORTER = {
 
 
 def commands_of(page):
-    """Modules and arguments, without what serves for ever."""
+    """Yields modules and arguments, without the servers that never exit."""
     for command in find_commands():
         is_followed = any(FOLLOWED.search(text) for text in command.arguments)
         if command.page == page and is_followed and "--serve" not in command.arguments:
@@ -43,7 +43,7 @@ def commands_of(page):
 
 
 def download_examples(commands, monkeypatch, folder):
-    """Runs the commands that make examples, in this process, with small packages."""
+    """Runs the commands that make examples in this process, with small packages."""
     files = small.replace_packages(monkeypatch, small.small_packages())
     with FileServer(files) as server:
         flags = [f"--mirror={server.url}", f"--packages={folder}"]
@@ -58,7 +58,7 @@ def test_readme_and_quickstart_from_nothing_to_results(tmp_path, monkeypatch):
     downloads = [command for command in commands if command[0] == "data_prep.examples"]
     download_examples(downloads, monkeypatch, tmp_path / "packages")
     page = (REPOSITORY / QUICKSTART).read_text("utf-8")
-    for line in re.findall(r"(?m)^    (mkdir .* tar -xf .*)$", page):  # which unpacks pictures
+    for line in re.findall(r"(?m)^    (mkdir .* tar -xf .*)$", page):  # unpacks pictures
         subprocess.run(line, shell=True, check=True)
     blocks = [("-c", [block]) for block in python_blocks(REPOSITORY / QUICKSTART)]
     rest = [each for n, each in enumerate(commands) if each not in [*downloads, *commands[:n]]]

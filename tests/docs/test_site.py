@@ -1,4 +1,4 @@
-"""The site: each page is in its navigation and short, and every key of a config is described."""
+"""The site: every page is in the navigation and short, and every config key is described."""
 
 import importlib
 import re
@@ -27,7 +27,7 @@ CONFIGS = {
 
 @pytest.fixture(scope="module")
 def hooks():
-    """Imports a file of the hooks by its name, as mkdocs does."""
+    """Returns a function that imports a hook's file by name, as mkdocs does."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(DOCS / "hooks"))
         yield importlib.import_module
@@ -39,7 +39,7 @@ def pages_of_keys(hooks):
 
 
 def pages_of(navigation):
-    """The files of a part of the navigation, in its order."""
+    """Returns the files of a part of the navigation, in order."""
     if isinstance(navigation, str):
         return [navigation]
     parts = navigation.values() if isinstance(navigation, dict) else navigation

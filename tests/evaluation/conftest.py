@@ -1,4 +1,4 @@
-"""A real model of the smallest architecture, with its initial weights."""
+"""A model of the smallest architecture with its initial weights, and real photos."""
 
 import jax
 import pytest
@@ -14,7 +14,7 @@ from tests.make import png
 
 
 def _config(**overrides):
-    """One layer a tower."""
+    """Returns a config with one layer in each tower."""
     config = default_config()
     config.model.name = "tiny_32px"
     config.model.dtype = "float32"
@@ -24,7 +24,7 @@ def _config(**overrides):
 
 @pytest.fixture(scope="package")
 def tiny_model() -> LoadedModel:
-    """On all eight devices."""
+    """Returns the model on all eight devices."""
     config = _config(vocab_size=700)
     arch = get_architecture(config.model.name, config.model.overrides.to_dict())
     definition = ModelDefinition(arch, config.model.dtype, config.model.param_dtype)
@@ -37,11 +37,11 @@ def tiny_model() -> LoadedModel:
 
 @pytest.fixture(scope="package")
 def workdir(tmp_path_factory):
-    """A work directory with the initial weights as its checkpoint of step 7; to be read only."""
+    """Returns a read-only work directory with the initial weights as the checkpoint of step 7."""
     return make.write_run(tmp_path_factory.mktemp("workdir"), _config())
 
 
 @pytest.fixture(scope="package")
 def photos() -> list[bytes]:
-    """Five different pictures, encoded."""
+    """Returns five different encoded images."""
     return [png(seed) for seed in range(5)]

@@ -1,4 +1,4 @@
-"""The few-shot protocol on synthetic embeddings, and the command on real pictures."""
+"""The few-shot protocol on synthetic embeddings, and the command on real images."""
 
 import json
 
@@ -24,7 +24,7 @@ from tests.docs.commands import parse_command
 
 
 def _numbered(counts):
-    """Examples whose embedding is their own number, so that they can be recognised."""
+    """Returns examples whose embedding is their number, which identifies them."""
     labels = np.repeat(np.arange(len(counts)), counts)
     numbers = np.arange(len(labels), dtype=np.float32)[:, None]
     order = np.random.default_rng(0).permutation(len(labels))
@@ -71,7 +71,7 @@ def _clustered(rng, centres, n):
 
 @pytest.fixture(scope="module")
 def measured():
-    """Prompts that are right but for some noise, as those of a good model are."""
+    """Returns data whose prompts are noisy class centres, as those of a good model are."""
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(5, 16))
     prompts = centres + 0.9 * rng.normal(size=centres.shape)
@@ -97,7 +97,7 @@ def test_means_with_the_zero_shot_classifier_go_from_it_to_the_probe(measured):
         means = {row["alpha"]: row["test_mean"] for row in everything[method]["wise_ft"]}
         assert means[0.0] == result["zero_shot"]["test"]
         assert means[1.0] == everything[method]["test_mean"]
-    # Between them: the penalty that was chosen, fitted once more and averaged by hand.
+    # Between them: the chosen penalty, fitted again and averaged by hand.
     decay = ProbeSettings(weight_decay=everything["prompt_penalty"]["chosen"][0]["weight_decay"])
     fitted = fit_probes([data.train], data.validation, data.zero_shot, [decay], num_steps=100)
     classifier = (data.zero_shot.astype(np.float64) + fitted.weights[0]) / 2
@@ -113,7 +113,7 @@ def test_prompts_are_never_worse_on_validation_and_better_with_one_shot(measured
     assert [everything["shots"], everything["examples"], everything["draws"]] == ["all", 300, 1]
     for row in (one, everything):
         assert min(row["prompt_init"]["validation"]) >= result["zero_shot"]["validation"]
-    # What DiHT's section shows: no gap below zero-shot, and far above the probe from scratch.
+    # DiHT's claim: no gap below zero-shot, and far above the probe from scratch.
     spread = one["prompt_init"]["test_std"]
     assert one["prompt_init"]["test_mean"] >= result["zero_shot"]["test"] - spread
     assert one["prompt_init"]["test_mean"] > one["scratch"]["test_mean"] + 0.05
@@ -171,5 +171,5 @@ def test_a_built_in_task_lends_its_words(tmp_path):
     made = parsed("cifar10")
     assert made.source == "train.tar" and made.class_names[0] == "airplane"
     assert parsed(f"cifar10?class_names={names}").class_names == tuple("abcdefghij")
-    # What stands at the source counts.
+    # The option of the source takes precedence.
     assert parsed("cifar10?label=a", "train.tar?label=b").label_field == "b"

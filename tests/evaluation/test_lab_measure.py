@@ -1,4 +1,4 @@
-"""What the laboratory measures of a student is what the evaluation gives, item by item."""
+"""The laboratory's measures of a student equal the evaluation's, item by item."""
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ def test_wrong_captions_by_hand():
     for kind, words in (("replace_color", ("red", "blue")), ("replace_shape", ("circle", "star"))):
         new = set(replaced[kind].split()) - said - {"a", "is", "chasing"}
         assert len(new) == 1 and not new & set(words)
-    # What can be swapped without becoming wrong is not asked: side by side, it is the same scene.
+    # A swap that leaves the caption true is not asked: "side by side" is symmetric.
     scene = _scene("beside", "small plain red star", "small plain blue star")
     found = wrong_captions("a small red star sitting beside a small blue star", scene)
     assert sorted(found) == ["replace_color", "replace_shape"]

@@ -1,4 +1,4 @@
-"""The projected solver, against closed forms and against scipy."""
+"""The projected solver against closed forms and scipy."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from diht_jax.evaluation.linear_probe import (
 
 
 def _examples(seed, n, d=6, classes=3):
-    """Overlapping clusters of unit vectors, so that no classifier is perfect."""
+    """Returns overlapping clusters of unit vectors, so that no classifier is perfect."""
     rng = np.random.default_rng(seed)
     labels = np.arange(n) % classes
     centres = np.random.default_rng(99).normal(size=(classes, d))
@@ -23,7 +23,7 @@ def _examples(seed, n, d=6, classes=3):
 
 
 def _objective(flat, examples, start, weight_decay=0.0):
-    """The loss and its gradient in float64, W before b."""
+    """Returns the loss and its gradient in float64; `flat` has W before b."""
     x, y = examples.image_emb.astype(np.float64), examples.labels
     d, c = start.shape
     moved, bias = flat[: d * c].reshape(d, c), flat[d * c :]
@@ -45,7 +45,7 @@ def test_weight_decay_towards_the_start_equals_scipy(spread):
     )
     moved = fitted.weights[0] - start
     np.testing.assert_allclose(moved, best.x[:18].reshape(6, 3), atol=3e-4)
-    # Equal shifts of all logits change nothing, so biases are compared without their mean.
+    # An equal shift of all logits changes nothing, so biases are compared without their mean.
     bias = best.x[18:] - best.x[18:].mean()
     np.testing.assert_allclose(fitted.bias[0] - fitted.bias[0].mean(), bias, atol=2e-4)
 
@@ -79,7 +79,7 @@ def test_inside_both_balls_equals_scipy():
 def test_settings_and_draws_together_equal_one_by_one():
     draws, validation = [_examples(5, 15), _examples(6, 15)], _examples(7, 60)
     start = np.random.default_rng(8).normal(size=(6, 3)).astype(np.float32)
-    # More settings than the eight devices, and no multiple of them.
+    # More settings than devices, and not a multiple of eight.
     settings = [ProbeSettings(r, b) for r in (0.0, 0.5, 8.0) for b in (0.0, 0.3, 1.0)]
     together = fit_probes(draws, validation, start, settings, num_steps=50)
     for d, draw in enumerate(draws):

@@ -82,7 +82,7 @@ def test_paired_intervals_and_means_over_the_suite():
         _suite_result("coco_retrieval", "t2i_r1", 0.2),
     ]
     second = [
-        # What both share drops out: the interval of the difference is a tenth as wide.
+        # The shared part cancels: the interval of the difference is a tenth as wide.
         _suite_result("cifar10", "top1", 0.55, 0.55 + wide + spread),
         _suite_result("dtd", "top1", 0.31, 0.31 + wide + spread),
         _suite_result("vqav2", "accuracy", 0.5, 0.5 + wide, items="y"),
@@ -200,7 +200,7 @@ def test_interval_of_a_share_is_that_of_the_binomial():
 
 
 def test_a_paired_difference_has_the_interval_of_mcnemar():
-    # 1,000 images: both right on 600, only A on 30, only B on 60.
+    # 1,000 images: both correct on 600, only A on 30, only B on 60.
     first, second = np.arange(1000) < 630, (np.arange(1000) < 600) | (np.arange(1000) >= 940)
 
     def measured(hits, items="x", **options):
@@ -215,7 +215,7 @@ def test_a_paired_difference_has_the_interval_of_mcnemar():
     # The variance of the paired difference is (30 + 60 - 30^2 / 1000) / 1000^2.
     half = 1.96 * np.sqrt(90 - 0.9) / 1000
     assert [low, high] == pytest.approx([0.03 - half, 0.03 + half], abs=0.0025)
-    assert low > 0  # while the intervals of A and of B overlap by far
+    assert low > 0  # although the intervals of A and B overlap widely
     for other in (measured(second, num_resamples=999), measured(second, items="y"), {}):
         assert paired_differences(a, other, "top1") is None
     assert paired_differences(a, b, "top5") is None

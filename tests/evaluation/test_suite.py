@@ -1,4 +1,4 @@
-"""Tasks by name: DiHT's 29 numbers, DataComp's and CLIP_benchmark's, and classes of TFDS."""
+"""Named tasks: DiHT's 29 numbers, DataComp's and CLIP_benchmark's, and classes of TFDS."""
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def test_options_of_a_task_by_name(tmp_path):
     source = f"ucf101=list:{tmp_path}/testlist{{:02}}.txt"
     assert parse_tasks([source])[0].source_options == {"splits": "1,2,3"}
     assert parse_tasks([f"{source}?splits=1"])[0].source_options == {"splits": "1"}
-    # As a comma-separated flag cuts it apart.
+    # Split as a comma-separated flag splits it.
     (first, second) = parse_tasks([f"{source}?splits=1", "3", "voc2007=voc:/data"])
     assert first.source_options == {"splits": "1,3"}
     assert second.options == {"interpolation": "11"} and len(second.class_names) == 20
@@ -56,7 +56,7 @@ def test_options_of_a_task_by_name(tmp_path):
         parse_tasks([f"{source}?splits=0"])
 
 
-# What clip-benchmark calls otherwise than TFDS; each line is one class.
+# Names that differ between clip-benchmark and TFDS; each line is one class.
 _RENAMED = {
     "caltech101": {
         "airplanes": "airplane",
@@ -93,7 +93,7 @@ def test_names_of_clip_benchmark_have_the_order_of_tfds(task, builder, tmp_path)
     expected = [_RENAMED[task].get(name, name.replace("_", " ")) for name in names]
     found = [name.casefold() for name in parse_tasks(task)[0].class_names]
     assert found == [name.casefold() for name in expected]
-    # Another source numbers its labels as it likes.
+    # Another source may number its labels differently.
     assert parse_tasks(f"{task}=/data/folder")[0].class_names is None
 
 
@@ -141,7 +141,7 @@ def test_a_folder_of_datacomp(tmp_path, photos, caplog):
         for photo, label, region in zip(photos, labels, regions, strict=True)
     ]
     make.write_benchmark_folder(tmp_path / "wds_wilds-fmow_test", entries, _WORDS)
-    # An npy of another form, such as features, does not matter to a task without groups.
+    # An npy of another kind, such as features, does not affect a task without groups.
     entries = [{"png": photos[i], "cls": b"2", "npy": make.npy([[1, 2], [3, 4]])} for i in (0, 1)]
     make.write_benchmark_folder(tmp_path / "wds_imagenet-r_test", entries, _WORDS)
     entries = [{"png": photos[i], "txt": f"photo {i}\nno {i}".encode()} for i in range(5)]
@@ -150,7 +150,7 @@ def test_a_folder_of_datacomp(tmp_path, photos, caplog):
     tasks = {task.name: task for task in parse_tasks([f"datacomp:{tmp_path}"])}
     assert list(tasks) == ["coco_retrieval", "imagenet_r", "fmow"]
     assert "35 folders are missing" in caplog.text and "wds_geode_test" in caplog.text
-    # Not ImageNet's 1,000 names: a folder's labels count in its own.
+    # Not ImageNet's 1,000 names: the labels of a folder index its own classes.
     assert tasks["imagenet_r"].class_names == ("ant", "bee", "elk")
     assert tasks["imagenet_r"].templates == ("satellite photo of {}.",)
     assert tasks["coco_retrieval"].caption_template == "{caption}"
@@ -173,7 +173,7 @@ def test_a_folder_of_datacomp(tmp_path, photos, caplog):
     )
     assert means["DataComp: mean of all 38"][1] == "35 missing"
     assert means["DataComp: mean of 6 ImageNet shifts"][1] == "5 missing"
-    # Without a task that is DataComp's alone, its means would be nothing to read.
+    # Without any task that only DataComp has, DataComp's means are left out.
     del by_task["fmow"]
     assert not any("DataComp" in mean.name for mean in suite_means([by_task]))
 
@@ -190,7 +190,7 @@ def test_means_of_datacomp_are_over_its_groups():
         sun = {"kind": "classification", "metrics": {"top1": 0.5}, "source": source}
         return {mean.name: mean.values for mean in suite_means([{"sun397": sun, "fmow": {}}])}
 
-    # Another split than DataComp's: 19,850 of its 108,754 pictures.
+    # A different split than DataComp's: 19,850 of its 108,754 images.
     assert "DataComp: mean of all 38" not in means("tfds:sun397/standard-part1-120k:test")
     assert means("clip_benchmark:wds_sun397_test")["DataComp: mean of all 38"] == [0.5]
 
@@ -204,7 +204,7 @@ def test_the_jaccard_index():
         is_association = np.isin(np.arange(size), list(right))
         expected = len(right & chosen) / len(right | chosen)
         assert jaccard_index(similarities, is_association) == pytest.approx(expected)
-    # Of equal ones the wrong ones come first.
+    # Among equal similarities the wrong candidates rank first.
     assert jaccard_index(np.ones(5), np.array([True, True, False, False, True])) == 1 / 5
     assert (cue_prompt("Oven"), cue_prompt("hubble")) == ("An oven", "A hubble")
 
@@ -226,7 +226,7 @@ def test_winogavil_from_its_csv(tmp_path, photos):
     (task,) = parse_tasks([f"winogavil={file}"])
     assert task.source == f"winogavil:{file}"
     result = evaluate_task(make.HashedModel(), task, batch_size=8)
-    # The last game lacks the picture of "metal".
+    # The last game lacks the image of "metal".
     assert result["counts"]["games"] == 2 and result["counts"]["incomplete_games"] == 1
     assert result["counts"]["images"] == 4 and result["counts"]["dropped"] == {"no_image": 1}
     assert set(result["metrics"]) == {"jaccard", "jaccard_5_6"}

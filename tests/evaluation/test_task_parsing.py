@@ -1,4 +1,4 @@
-"""Tasks from texts and from sections of a config, and the words of their prompts."""
+"""Parsing of tasks from texts and config sections, and the words of their prompts."""
 
 import sys
 
@@ -30,7 +30,7 @@ from tests import make
                 source_options={"caption_feature": "captions/text", "data_dir": "/t"},
             ),
         ),
-        # A "?" of a glob starts no options, and a "=" in a path no name.
+        # A "?" of a glob does not start options, and a "=" in a path does not end a name.
         (
             "shape=classification:/d=1/0?-*.tar?label=shape&templates={}",
             Task(
@@ -81,7 +81,7 @@ def test_columns_are_named_as_they_are_typed(tmp_path):
         open_source(task)
 
 
-# Option -> (its text, the same as a value of a config), but for class names, which need a file.
+# Option -> (its text, its config value); without class names, which need a file.
 _VALUES = {
     "templates": ("a {};the {}, & more;{}", ["a {}", "the {}, & more", "{}"]),
     "label": ("shape", "shape"),
@@ -120,7 +120,7 @@ def test_every_option_of_every_kind_means_the_same_in_both_forms(kind, tmp_path)
         section = {name: pair[form] for name, pair in written.items()}
         section |= {"kind": kind, "source": "/data/0?.json", **source_options}
         assert parse_config_tasks(_sections(mine=section)) == [expected]
-    # None is a key that is not set.
+    # None means that the key is not set.
     assert parse_config_tasks({"mine": {**section, "data_dir": None}}) == parse_config_tasks(
         {"mine": {key: value for key, value in section.items() if key != "data_dir"}}
     )
@@ -144,7 +144,7 @@ def test_built_in_tasks_and_folders_need_no_kind(tmp_path):
             "winoground=/d/examples.jsonl",
         ]
     )
-    # A kind makes it another task than the built-in one.
+    # With a kind, it is a different task than the built-in one.
     (task,) = parse_config_tasks({"cifar10": {"kind": "retrieval", "source": "/d/a.tar"}})
     assert (task.kind, task.class_names) == ("retrieval", None)
 
@@ -196,7 +196,7 @@ def test_class_names_of_a_file(tmp_path):
 
 def test_imagenet_words_come_without_torch(monkeypatch):
     pytest.importorskip("clip_benchmark")
-    monkeypatch.setitem(sys.modules, "torch", None)  # its import fails
+    monkeypatch.setitem(sys.modules, "torch", None)  # makes its import fail
     monkeypatch.delitem(sys.modules, "clip_benchmark")
     names, templates = base.read_class_names("imagenet"), base.parse_templates("imagenet")
     assert (len(names), names[0], names[999]) == (1000, "tench", "toilet paper")

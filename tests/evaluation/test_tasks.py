@@ -1,4 +1,4 @@
-"""Whole evaluations of a real model on real data: on eight devices, and as a user runs them."""
+"""Whole evaluations of a real model on real data: on eight devices, and as commands."""
 
 import json
 import re
@@ -113,7 +113,7 @@ def test_several_captions_and_broken_images(tmp_path):
 
 
 class _TrainedModel(make.HashedModel):
-    """A model of a run that put a prompt around its captions; notes what it embeds."""
+    """A model of a run with a text template around its captions; records what it embeds."""
 
     def __init__(self, **data):
         self.config, self.texts = default_config(), []

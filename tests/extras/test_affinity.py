@@ -1,4 +1,4 @@
-"""The affinity loss against its formula in float64: meshes, missing pairs, memory."""
+"""The affinity loss against its float64 formula: meshes, missing pairs, memory."""
 
 import functools
 
@@ -12,7 +12,7 @@ from diht_jax.extras import affinity
 from diht_jax.extras.affinity import TeacherEmbeddings, affinity_loss, sharded_affinity_loss
 
 WIDTHS, TEMPERATURES = (12, 7), (0.01, 0.07)
-MISSING = (3, 17)  # of one teacher or the other
+MISSING = (3, 17)  # the pair that each teacher has not embedded
 NUM_PAIRS = 48
 SCALE = 60.0
 
@@ -23,7 +23,7 @@ def softmax(logits):
 
 
 def truth(image_emb, text_emb, scale, teachers):
-    """Value and gradients by the printed formula; pairs without embeddings are taken out first."""
+    """Returns the value and gradients by the printed formula, without the missing pairs."""
     counts = np.all([[r.any(1) for r in t[:2]] for t in teachers], axis=(0, 1))
     x, y = image_emb[counts], text_emb[counts]
     logits, slopes, value = scale * x @ y.T, 0, 0
@@ -35,7 +35,7 @@ def truth(image_emb, text_emb, scale, teachers):
         similar = u @ v.T / temperature
         for s, t, turn in ((logits, similar, np.asarray), (logits.T, similar.T, np.transpose)):
             p, q = softmax(t), softmax(s)
-            # Where p is tiny its share of the divergence is as well.
+            # Where p is tiny, so is its share of the divergence.
             value += np.sum(p * (np.log(p + 1e-300) - np.log(q + 1e-300)))
             slopes = slopes + turn(q - p)
     weight = 1 / (2 * len(teachers) * counts.sum())
@@ -55,7 +55,7 @@ def inputs():
 
     teachers = []
     for number, (width, temperature) in enumerate(zip(WIDTHS, TEMPERATURES, strict=True)):
-        teacher = embed(width, 0.3), 3 * embed(width, 0.5)  # of any length
+        teacher = embed(width, 0.3), 3 * embed(width, 0.5)  # lengths are arbitrary
         teacher[number][MISSING[number]] = 0
         teachers.append(TeacherEmbeddings(*teacher, temperature))
     return embed(16, 1.0), embed(16, 1.0), SCALE, teachers
@@ -76,7 +76,7 @@ def on_mesh(shape):
 
 @pytest.mark.parametrize("shape", [(8, 1), (2, 4)])
 def test_any_mesh_gives_the_formula_in_float64(shape, monkeypatch):
-    """Six rows of each device, in chunks of two."""
+    """Each device has six rows, in chunks of two."""
     monkeypatch.setattr(affinity, "_MOST_SIMILARITIES", 2 * NUM_PAIRS)
     with jax.enable_x64(True):
         value, grads = on_mesh(shape)

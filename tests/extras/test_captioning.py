@@ -22,7 +22,7 @@ START, END = 48, 49
 
 @pytest.fixture(scope="module")
 def params():
-    """Parameters whose biases are no zeros and whose logits are far apart."""
+    """Returns parameters with nonzero biases and logits that are far apart."""
     decoder = CaptionDecoder(ARCH, LAYERS, rngs=nnx.Rngs(params=jax.random.key(0)))
     rng = np.random.default_rng(0)
     return jax.tree.map(
@@ -42,7 +42,7 @@ def image_tokens():
 
 
 def torch_features(params, tokens, image_tokens):
-    """[b, t, width] of torch's decoder with the same parameters."""
+    """Returns [b, t, width] of torch's decoder with the same parameters."""
     torch = pytest.importorskip("torch")
     width, image_width, heads = ARCH.text_width, ARCH.vision_width, ARCH.text_heads
 
@@ -99,11 +99,11 @@ def test_features_equal_those_of_torch(params, decoder, image_tokens):
 
 @pytest.fixture(scope="module")
 def next_logits(decoder):
-    """Logits behind the tokens of one caption, without a cache."""
+    """Returns the logits after the tokens of one caption, computed without a cache."""
     features_of = jax.jit(decoder.__call__)
 
     def find(written, image_tokens):
-        tokens = np.zeros((1, 10), np.int32)  # what stands behind a token does not matter to it
+        tokens = np.zeros((1, 10), np.int32)  # a token does not depend on later ones
         tokens[0, : len(written)] = written
         features = np.asarray(features_of(tokens, image_tokens[None]), np.float64)
         logits = features[0, len(written) - 1] @ np.asarray(decoder.output_kernel(), np.float64)
@@ -138,7 +138,7 @@ def test_greedy_captions_are_those_of_whole_passes(decoder, image_tokens, next_l
 
 
 def test_draws_have_the_probabilities_of_the_logits(decoder, image_tokens, next_logits):
-    """The first token of 4,000 captions of one picture."""
+    """Draws the first token of 4,000 captions of one image."""
     count, picture = 4000, image_tokens[0]
     keys = jax.random.split(jax.random.key(0), count)
     written = decode_captions(

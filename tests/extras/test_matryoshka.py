@@ -1,4 +1,4 @@
-"""The losses of several sizes of the embeddings, against the float64 sum of their formulas."""
+"""Losses over several embedding sizes, against the float64 sum of their formulas."""
 
 import functools
 
@@ -25,7 +25,7 @@ def infonce_of_sizes(image_emb, text_emb, scale):
     total = 0
     for size, weight in SIZES.items():
         x, t = image_emb[..., :size], text_emb[..., :size]
-        if size < 16:  # the whole embeddings are taken as they are
+        if size < 16:  # the full embeddings are used as given
             x, t = (emb / np.sqrt(np.sum(emb**2, axis=-1, keepdims=True)) for emb in (x, t))
         for s in (scale * x @ np.swapaxes(t, -1, -2), scale * t @ np.swapaxes(x, -1, -2)):
             diagonal = np.diagonal(s, axis1=-2, axis2=-1)
@@ -46,7 +46,7 @@ def test_the_sum_and_its_gradients_are_the_formula():
         (value, metrics), (by_images, _) = step(jnp.asarray(image_emb), jnp.asarray(text_emb))
     np.testing.assert_allclose(value, infonce_of_sizes(image_emb, text_emb, 20.0), rtol=1e-12)
     assert metrics["loss"] == value and {"loss_3", "loss_8", "loss_16"} < metrics.keys()
-    step = 1e-30  # by the complex step, exact to rounding
+    step = 1e-30  # complex-step derivative, exact to rounding
     directions = 1j * step * np.eye(image_emb.size).reshape(-1, *image_emb.shape)
     expected = infonce_of_sizes(image_emb + directions, text_emb, 20.0).imag / step
     np.testing.assert_allclose(by_images, expected.reshape(image_emb.shape), rtol=0, atol=1e-12)

@@ -1,4 +1,4 @@
-"""How likely pairs are right, against Bayes' rule in float64; the ids of equal pairs."""
+"""The probability that a pair is right, against Bayes' rule in float64; ids of equal pairs."""
 
 import jax
 import numpy as np
@@ -33,7 +33,7 @@ def test_they_are_bayes_rule_on_any_mesh_and_in_any_order():
     order = np.random.default_rng(0).permutation(NUM_PAIRS)
     found = np.asarray(probabilities(*(np.float32(x[order]) for x in pairs())))
     np.testing.assert_allclose(found, expected[order], rtol=1e-4)
-    # Where right pairs do not stand out, all are alike: so the loss is what it is without weights.
+    # If right pairs do not stand out, all get the same probability: the loss without weights.
     opposed = probabilities(np.float32(image_emb), np.float32(-text_emb))
     np.testing.assert_allclose(opposed, 1 - NOISE_SHARE, rtol=1e-6)
 
@@ -49,7 +49,7 @@ def test_ids_are_equal_for_equal_tokens_or_equal_classes():
         assert found.dtype == np.uint32 and found.shape == (2,)
         return tuple(found)
 
-    # The tokens decide, which have no capitals and no space at the end.
+    # Ids depend on the tokens, which drop capitals and trailing spaces.
     assert pair_id("A dog ") == pair_id("a dog") != pair_id("a cat")
     assert pair_id("a dog", kind=3) == pair_id("a cat", kind=3) != pair_id("a dog", kind=4)
     assert pair_id("a dog", kind="3") != pair_id("a dog", kind=3) != pair_id("a dog")

@@ -1,4 +1,4 @@
-"""Training steps with the terms for captions and affinities: their formulas, on any mesh."""
+"""Training steps with caption and affinity terms: their formulas, on any mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ END = 63
 
 
 def batch():
-    """Captions of 1 to 6 tokens, with no zeros behind; one pair that no teacher has embedded."""
+    """Returns captions of 1 to 6 tokens without padding; no teacher has embedded one pair."""
     rng, found = np.random.default_rng(0), draw_batch()
     tokens = rng.integers(1, END, (BATCH_SIZE, 8)).astype(np.int32)
     tokens[:, 0] = 62
@@ -33,7 +33,7 @@ def batch():
 
 
 def captioning_formula(program, params, image_tokens):
-    """The mean negative log-likelihood of all tokens but the first, ends included."""
+    """Returns the mean negative log-likelihood of all tokens but the first, ends included."""
     decoder = merge_decoder(params[DECODER], program.arch, dtype=jnp.float32)
     tokens = batch()["tokens"]
     features = np.float64(jax.jit(decoder.__call__)(tokens[:, :-1], image_tokens))
@@ -59,7 +59,7 @@ def affinity_formula(image_emb, text_emb, scale):
 
 @pytest.fixture(scope="module")
 def alone():
-    """A step on one device."""
+    """Runs a step on one device."""
     one = {"mesh.data": 1, "mesh.fsdp": 1, "captioning.chunk_tokens": 7}
     return train_one_step(tiny_config(TERMS | one), batch(), jax.devices()[:1])
 
@@ -89,7 +89,7 @@ def test_a_step_is_the_formulas_and_trains_both_sides(alone):
 
 
 def test_a_step_is_the_same_on_any_mesh(alone):
-    """Also in micro-batches, with scanned layers and blocks that are computed again."""
+    """Also with micro-batches, scanned layers and rematerialisation."""
     _, _, expected, expected_metrics = alone
     split = {"mesh.data": 2, "mesh.fsdp": 4, "micro_batch": 8}
     remat = {"captioning.remat": "full", "model.scan_layers": True}

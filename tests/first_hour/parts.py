@@ -1,4 +1,4 @@
-"""Parts of a first hour that end in every way; a worker of a test imports this file."""
+"""Parts of a first hour for each way to end; the worker of a test imports this file."""
 
 import os
 import pathlib
@@ -13,15 +13,15 @@ def good(setting, **arguments):
 
 
 def raises(setting):
-    """Fails as Python does."""
+    """Raises a Python exception."""
     raise ValueError("no such thing")
 
 
 def crashes(setting):
-    """Ends its process as a fault in a library does."""
+    """Ends its process, as a fault in a library does."""
     os.abort()
 
 
 def hangs(setting):
-    """Takes longer than anybody waits."""
+    """Runs longer than any time limit."""
     time.sleep(600)

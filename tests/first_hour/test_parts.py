@@ -1,4 +1,4 @@
-"""What parts decide on an accelerator that is not there: batches, profiles, rows of the table."""
+"""What the parts choose on a simulated accelerator: batches, profiles, rows of the table."""
 
 import shlex
 import types
@@ -39,7 +39,7 @@ def test_the_runs_on_a_gpu_share_their_choice_of_kernels_in_any_folder(monkeypat
     seen = []
 
     def run(command, env, **_):
-        seen.extend(shlex.split(env["XLA_FLAGS"]))  # as XLA reads it
+        seen.extend(shlex.split(env["XLA_FLAGS"]))  # as XLA parses it
         raise InterruptedError
 
     monkeypatch.setattr(loop.subprocess, "run", run)

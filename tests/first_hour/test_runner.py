@@ -1,4 +1,4 @@
-"""The runner of the first hour: what ends badly costs one part, and what is done stays."""
+"""The runner of the first hour: a failure costs one part, and finished parts stay."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from diht_jax.hardware import compiler
 
 
 def part(name, **arguments):
-    options = {"starts_commands": True}  # else the worker looks for devices
+    options = {"starts_commands": True}  # otherwise the worker looks for devices
     if "packages" in arguments:
         options["packages"] = arguments.pop("packages")
     return Part(
@@ -23,7 +23,7 @@ def part(name, **arguments):
 def run(folder, parts, limit_secs=60.0, small=False):
     results = Results(folder, "cpu", small=small)
     run_parts(parts, Setting("cpu", small, str(folder)), results, limit_secs)
-    return Results(folder, "cpu", small=small).parts  # as the next start finds them
+    return Results(folder, "cpu", small=small).parts  # as the next start reads them
 
 
 @pytest.mark.parametrize("small", [False, True], ids=["a process each", "one process"])
@@ -58,13 +58,13 @@ def test_the_time_ends_a_part_that_hangs_and_leaves_the_rest_for_the_next_start(
 def test_what_is_left_of_the_time_goes_to_a_shorter_part(tmp_path):
     parts = [part("good1"), dataclasses.replace(part("good2"), expected_secs=90), part("good3")]
     assert list(run(tmp_path, parts)) == ["good1", "good3"]
-    # The first of a start is begun whatever it takes.
+    # The first part of a start runs even if it may exceed the time limit.
     assert list(run(tmp_path, parts)) == ["good1", "good3", "good2"]
 
 
 @pytest.mark.parametrize("name, sets_flags", [("machine", False), ("rates", True)])
 def test_flags_are_looked_up_without_being_set(monkeypatch, tmp_path, name, sets_flags):
-    """For an unknown one XLA ends a process in which it is set."""
+    """XLA ends a process that sets an unknown flag."""
     called = []
     monkeypatch.setattr(compiler, "set_flags", called.append)
     monkeypatch.setattr(compiler, "keep_programs", lambda folder: None)

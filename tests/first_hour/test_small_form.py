@@ -1,4 +1,4 @@
-"""The command of the first hour, in its small form: each kind of part leaves its numbers."""
+"""The first-hour command in its small form: each kind of part writes its numbers."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import pytest
 from benchmarks.first_hour.plan import parts_for
 from tests.docs.pages import REPOSITORY
 
-# What differs from one of the others in numbers alone, and what tests/test_step_benchmark.py runs.
+# Skips parts that differ only in numbers, and what tests/test_step_benchmark.py runs.
 ALIKE = ("step_b16", "step_l14", "kernels_b16", "kernels_l14", "kernels_l14_336")
 PARTS = [part.name for part in parts_for("cpu") if part.name not in (*ALIKE, "open_clip_b16")]
 PAGE = REPOSITORY / "docs" / "benchmarks" / "first_hour.md"
@@ -18,7 +18,7 @@ PAGE = REPOSITORY / "docs" / "benchmarks" / "first_hour.md"
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """The output folder of the command, and what it has printed."""
+    """Runs the command; returns its output folder and what it printed."""
     folder = tmp_path_factory.mktemp("first_hour")
     options = ["--device=cpu", "--small", f"--output={folder}", f"--bucket={folder / 'bucket'}"]
     options.append(f"--parts={','.join(PARTS)}")
@@ -44,7 +44,7 @@ def test_a_stopped_run_has_the_losses_of_an_undisturbed_one(parts):
     loop = parts["loop"]
     assert loop["exit_codes"] == [0, 75, 0]
     assert len(loop["losses"]) == 20 and loop["losses"] == loop["losses_when_resumed"]
-    assert len(set(loop["losses"])) > 10  # it trains
+    assert len(set(loop["losses"])) > 10  # the loss changes, so it trains
 
 
 def test_both_forms_of_the_loss_agree_on_eight_devices(parts):

@@ -1,6 +1,6 @@
-"""The command `python -m tests.fuzz`; see the package for what it does.
+"""The command `python -m tests.fuzz`; the package's docstring explains it.
 
-Exits with 1 where any case fails.
+Exits with 1 if any case fails.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tests.fuzz.judge import OUTCOMES
 
 
 def define_flags() -> None:
-    """The command line of `main`."""
+    """Defines the flags of `main`."""
     flags.DEFINE_integer("cases", 2000, "Cases, over all kinds.")
     flags.DEFINE_integer("seed", 0, "Of the cases; the same seed gives the same ones.")
     flags.DEFINE_list(
@@ -26,7 +26,7 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    """Runs the cases that the command line names and prints a table."""
+    """Runs the cases that the command line selects, and prints a table."""
     given = flags.FLAGS
     unknown = {job.partition(":")[0] for job in given.kinds} - runner.WEIGHTS.keys()
     if unknown:

@@ -13,15 +13,15 @@ from hypothesis.strategies import sampled_from as one
 
 Draw = Callable[[SearchStrategy[Any]], Any]
 
-# Bytes that are no UTF-8, each wrong in another way.
+# Bytes that are invalid UTF-8, each in a different way.
 NOT_UTF8 = (
     *(b"\xff\xfe", b"\xc3\x28", b"\xe2\x82", b"\xed\xa0\x80", b"\xf8\x88\x80\x80\x80", b"\x80"),
 )
-# A text with brackets enough to exhaust a parser's stack.
+# A text with enough brackets to exhaust a parser's stack.
 DEEP_JSON = b"[" * 200_000
-# Contents of a JSON file that hold no object.
+# Contents of a JSON file without an object.
 NO_OBJECT = (b"", b"{", b"[]", b"3", b"null", b'"x"', DEEP_JSON, *NOT_UTF8)
-# Values that stand where another kind of value, or one of another size, is expected.
+# Values of an unexpected type or size.
 ODD = [None, True, -1, 0, 3, 1.5, float("nan"), 10**9, 10**30, [], [None], {}, {"a": 1}, "", "text"]
 ODD += ["9" * 50, " ", "\ud800", "a\0b", "x" * 5000, "../x", "/etc/hostname", ".", "\u2028"]
 _WORDS = ("dog", "café", "犬", "a red car", "x", "größe", "🐕", "1 2", "é")
@@ -30,17 +30,17 @@ seeds = integers(0, 2**32 - 1)
 
 
 def noise(most: int, least: int = 0) -> SearchStrategy[bytes]:
-    """Random bytes; drawn as a seed and a length, so that long ones are cheap to draw."""
+    """Returns random bytes, drawn as a seed and a length so that long ones are cheap to draw."""
     return st.builds(lambda s, n: random.Random(s).randbytes(n), seeds, integers(least, most))
 
 
 def words(most: int = 12) -> SearchStrategy[str]:
-    """Printable words of several scripts, on one line, not blank."""
+    """Returns printable words of several scripts, on one line, not blank."""
     return st.lists(one(_WORDS), min_size=1, max_size=most).map(" ".join)
 
 
 def flipped(data: bytes, most: int = 8) -> SearchStrategy[bytes]:
-    """Some bits inverted, at least one."""
+    """Inverts one or more bits."""
 
     def flip(bits: set[int]) -> bytes:
         changed = bytearray(data)
@@ -52,12 +52,12 @@ def flipped(data: bytes, most: int = 8) -> SearchStrategy[bytes]:
 
 
 def cut(data: bytes) -> SearchStrategy[bytes]:
-    """The beginning, of any length that is shorter."""
+    """Returns a proper prefix of any length."""
     return integers(0, len(data) - 1).map(lambda size: data[:size])
 
 
 def damaged(data: bytes) -> SearchStrategy[bytes]:
-    """Any damage to a whole file; at times the bytes stay as they are."""
+    """Damages a whole file in any way, or leaves it unchanged."""
     position = integers(0, len(data) - 1)
 
     def overwrite(start: int, patch: bytes) -> bytes:
@@ -78,9 +78,9 @@ def damaged(data: bytes) -> SearchStrategy[bytes]:
 
 
 def damage_file(draw: Draw, path: pathlib.Path, others: Sequence[pathlib.Path]) -> None:
-    """Damages a file in its place, or removes it; at times the bytes stay as they are.
+    """Damages a file in place or removes it, or leaves it unchanged.
 
-    `others` are files of the same kind, one of which may be copied over it.
+    `others` are files of the same kind, one of which may be copied over the file.
     """
     data, rng = path.read_bytes(), random.Random(draw(seeds))
     form = draw(one(["bit", "bits", "cut", "zeros", "swap", "reverse", "gone", "copy"]))

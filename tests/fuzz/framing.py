@@ -1,4 +1,4 @@
-"""TFRecord shards, indices and `tf.train.Example`s, written byte by byte from their specifications.
+"""TFRecord shards, indices and `tf.train.Example`s, written by hand from their specifications.
 
 Independent of the code under test.
 """
@@ -14,19 +14,19 @@ import google_crc32c
 
 
 def _masked_crc(data: bytes) -> bytes:
-    """The four bytes that TFRecord keeps of a checksum."""
+    """Returns the four bytes of TFRecord's masked checksum."""
     crc = google_crc32c.value(data)
     return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
 def frame(data: bytes, length: int | None = None) -> bytes:
-    """One record with its length (or another, with a right checksum) and checksums."""
+    """Returns one framed record; another `length` has a valid checksum but is wrong."""
     header = struct.pack("<Q", len(data) if length is None else length)
     return header + _masked_crc(header) + data + _masked_crc(data)
 
 
 def index(frames: Sequence[bytes], shard_bytes: int | None = None) -> bytes:
-    """The index of a shard that is made of these frames."""
+    """Returns the index of a shard that consists of these frames."""
     offsets = [sum(map(len, frames[:number])) for number in range(len(frames))]
     size = sum(map(len, frames)) if shard_bytes is None else shard_bytes
     return struct.pack(f"<8sQQ{len(frames)}Q", b"DIHTIDX1", size, len(frames), *offsets)
@@ -35,9 +35,9 @@ def index(frames: Sequence[bytes], shard_bytes: int | None = None) -> bytes:
 def dataset_index(
     shards: Mapping[str, Sequence[bytes]], digests: Sequence[int] | None = None
 ) -> tuple[bytes, bytes]:
-    """Head and offsets of the `dataset.index` of shards that are made of these frames.
+    """Returns head and offsets of the `dataset.index` of shards that consist of these frames.
 
-    Without `digests` of their ends, which are told from no others, it has wrong ones.
+    Without `digests`, the digests of the shards' ends are wrong but distinct.
     """
     offsets = [
         [sum(map(len, frames[:n])) for n in range(len(frames))] for frames in shards.values()
@@ -57,12 +57,12 @@ def dataset_index(
 
 
 def with_preamble(head: bytes) -> bytes:
-    """The head of a `dataset.index`, with its length and checksum before it."""
+    """Prepends length and checksum to the head of a `dataset.index`."""
     return struct.pack("<8sQII", b"DIHTSET1", len(head), google_crc32c.value(head), 0) + head
 
 
 def example(fields: Mapping[str | bytes, Any]) -> bytes:
-    """A `tf.train.Example` of bytes, ints or floats, or of lists of one of them."""
+    """Returns a `tf.train.Example` of bytes, ints or floats, or of lists of one of them."""
     entries = b"".join(
         _field(1, _field(1, name if isinstance(name, bytes) else name.encode()) + _field(2, value))
         for name, value in ((name, feature(value)) for name, value in fields.items())
@@ -71,7 +71,7 @@ def example(fields: Mapping[str | bytes, Any]) -> bytes:
 
 
 def feature(value: Any) -> bytes:
-    """A `tf.train.Feature`."""
+    """Returns a `tf.train.Feature`."""
     values = value if isinstance(value, list) else [value]
     if all(isinstance(v, bytes) for v in values):
         return _field(1, b"".join(_field(1, v) for v in values))

@@ -1,4 +1,4 @@
-"""The rules by which a case is judged."""
+"""The rules that decide whether a case passes."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ OUTCOMES = (SUCCESS, ERROR, SKIP)
 
 
 class WrongError(AssertionError):
-    """The code under test did what it must not."""
+    """The code under test broke a rule."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Refused:
-    """The documented error that came instead of a value."""
+    """A documented error, in place of a value."""
 
     message: str
-    reason: str | None = None  # of those that have one
+    reason: str | None = None  # None if the error has no reason
 
 
 def require(condition: bool, message: str) -> None:
-    """Judges: raises `WrongError` where the condition does not hold."""
+    """Raises `WrongError` unless the condition holds."""
     if not condition:
         raise WrongError(message)
 
 
 def attempt(read: Callable[[], Any], *names: str | pathlib.Path) -> Any:
-    """What `read` returns, or `Refused` where it raises a ValueError that holds one of the names.
+    """Returns the result of `read`, or `Refused` if it raises a ValueError with one of the names.
 
     Raises:
-        WrongError: the message holds none of them.
-        Exception: any other class of error, as it came.
+        WrongError: the message has none of the names.
+        Exception: any other class of error, unchanged.
     """
     try:
         return read()
     except ValueError as error:
         message, module = str(error), type(error).__module__
         if module != "builtins" and not module.startswith(("diht_jax.", "data_prep.")):
-            raise  # some library's own error that happens to be a ValueError
+            raise  # another library's error that is a subclass of ValueError
         if not any(str(name) in message for name in names):
             text = f"the error names none of {list(map(str, names))}: {message!r}"
             raise WrongError(text) from error
@@ -55,7 +55,7 @@ def attempt(read: Callable[[], Any], *names: str | pathlib.Path) -> Any:
 
 
 def must_refuse(read: Callable[[], Any], *names: str | pathlib.Path) -> str:
-    """Judges input of which nothing may be accepted: the error must come."""
+    """Returns the message of the error that `read` must raise."""
     result = attempt(read, *names)
     require(isinstance(result, Refused), f"accepted: {result!r:.200}")
     return ERROR
@@ -68,14 +68,14 @@ def judge_entries(
     touched: Sequence[str] = (),
     may_rename: bool = False,
 ) -> str:
-    """Judges what a reader gave in the end, without an error.
+    """Judges the result of a reader that raised no error.
 
     Args:
-        found: (key, value) of every pair that came out, in order.
-        skipped: reason -> count of what did not.
-        intact: key -> value of every pair that was not damaged, in order.
-        touched: keys of damaged pairs: these may be missing, if they are counted, or differ.
-        may_rename: whether keys could be damaged, so that unknown ones are damaged pairs as well.
+        found: (key, value) of every pair that was read, in order.
+        skipped: reason -> number of skipped pairs.
+        intact: key -> value of every undamaged pair, in order.
+        touched: keys of damaged pairs, which may be missing if they are counted, or may differ.
+        may_rename: whether keys could be damaged; an unknown key is then a damaged pair.
 
     Returns:
         SUCCESS or SKIP.
@@ -110,19 +110,19 @@ def judge_source(
     must_fail: bool = False,
     may_rename: bool = False,
 ) -> str:
-    """Judges what the readers give of a source: all good pairs, or an error that names the path.
+    """Judges the readers' result for a source: all good pairs, or an error that names the path.
 
     Args:
-        source: as a user names it.
-        path: of its file or folder.
-        value_of: what a pair is compared by.
+        source: as a user writes it.
+        path: the source's file or folder.
+        value_of: the part of a pair that is compared.
         values: key -> value of every pair that was written, in order.
-        *touched: keys of those that were damaged.
+        *touched: keys of the damaged pairs.
         ignored: keys that do not count.
-        options: of the reader.
-        may_fail: whether the input may be refused as a whole.
-        must_fail: whether it must be.
-        may_rename: as of `judge_entries`.
+        options: options of the reader.
+        may_fail: whether the whole input may be refused.
+        must_fail: whether the whole input must be refused.
+        may_rename: see `judge_entries`.
     """
 
     def read() -> Any:

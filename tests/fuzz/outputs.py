@@ -1,4 +1,4 @@
-"""One of every kind of file that our commands write and read again, small, by the commands."""
+"""Writes one small file of every kind that our commands write and read again, by the commands."""
 
 from __future__ import annotations
 
@@ -43,41 +43,41 @@ from tests.data_prep.filtering.jobs import job_config
 from tests.data_prep.labelling.pictures import label_config
 from tests.records.labels import write_clip_embeddings
 
-PICTURES = ("abc", "xyz")  # hashes of pictures that text was read in, by the seed
+PICTURES = ("abc", "xyz")  # hashes of the images whose text was read, by seed
 EXPORTS = ("clip", "open_clip", "huggingface", "safetensors")
 KEYS = [f"k{number}" for number in range(8)]
 _CAPTIONS = ("a red dog runs", "a blue cat sits", "two green cars", "a man rides a horse")
 
 
 class Model(make.HashedModel):
-    """Stands for a model that embeds and captions, in no time."""
+    """Stands in for a model that embeds and captions."""
 
     embed_dim, image_size, context_length = 16, 2, 8
     config = types.SimpleNamespace(model=types.SimpleNamespace(dtype="float32"))
 
     def fingerprint(self, **_: Any) -> str:
-        """Of its weights."""
+        """Returns a hash of the weights."""
         return "0" * 16
 
     def caption(self, images: Sequence[np.ndarray], **_: Any) -> list[str]:
-        """Other texts for other pictures."""
+        """Returns different texts for different images."""
         return [f"of {int(image.sum())}" for image in images]
 
 
 class Position:
-    """Stands for the data of a run."""
+    """Stands in for the data iterator of a run."""
 
     def get_state(self) -> dict[str, int]:
-        """As `TrainIterator` gives it."""
+        """Returns the state in the form of `TrainIterator`."""
         return {"next_example": 7}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """As `TrainIterator` takes it."""
+        """Accepts the state in the form of `TrainIterator`."""
         assert state == self.get_state()
 
 
 def write_all(folder: pathlib.Path, seed: int) -> None:
-    """Writes all; another seed gives other pairs and weights in files of the same names."""
+    """Writes all files; another seed gives other pairs and weights under the same names."""
     _write_inputs(folder / "in", seed)
     for config in filter_configs(folder, folder).values():
         assert run_filter(config) == {}
@@ -105,7 +105,7 @@ def write_all(folder: pathlib.Path, seed: int) -> None:
 
 
 def _write_inputs(folder: pathlib.Path, seed: int) -> None:
-    """Two tars, where the last two pairs are copies of the first; two tables."""
+    """Writes two tars, where the last two pairs are copies of the first; and two tables."""
     for part in range(2):
         numbers = {f"k{number}": number % 6 for number in range(4 * part, 4 * part + 4)}
         pictures = {k: make.encoded(scene(n + 20 * seed, 9, (48, 40))) for k, n in numbers.items()}
@@ -122,13 +122,13 @@ def _tars(state: pathlib.Path) -> str:
     return str(state / "in" / "*.tar")
 
 
-# What follows is run again by the cases: `state` has the inputs, `output` what was made of them.
+# The cases run the following again: `state` has the inputs, `output` the outputs.
 
 
 def filter_configs(
     state: pathlib.Path, output: pathlib.Path
 ) -> dict[str, ml_collections.ConfigDict]:
-    """The filter jobs by the names of their outputs."""
+    """Returns the configs of the filter jobs by the names of their outputs."""
     tables, form = str(state / "in" / "tables" / "*.parquet"), {"examples_per_shard": 3}
     return {
         "array": job_config(_tars(state), output / "array", output_format="array_record", **form),
@@ -158,7 +158,7 @@ def caption(folder: pathlib.Path) -> None:
 def labels_config(
     state: pathlib.Path, output: pathlib.Path, **changes: Any
 ) -> ml_collections.ConfigDict:
-    """The labelling job of the kept records."""
+    """Returns the config of the labelling job for the kept records."""
     changes = {"merge": False, "vocabulary__min_count": 1, "heads__steps": 5, **changes}
     changes |= {"teacher__kind": "precomputed", "report_images": 0}
     changes["teacher__precomputed__files"] = str(state / "npz")
@@ -166,19 +166,19 @@ def labels_config(
 
 
 def train_state(step: int, params: Any) -> TrainState:
-    """A state of a run, in which only the step tells one checkpoint from another."""
+    """Returns a state in which only the step differs between checkpoints."""
     params = jax.tree.map(jax.numpy.asarray, params)
     key = jax.numpy.array([1, 2], jax.numpy.uint32)
     return TrainState(jax.numpy.int32(step), params, {"mu": params["text"]}, key)
 
 
 def stage(folder: pathlib.Path, name: str) -> StagedDirectory:
-    """The run in a store, and a folder of this name that stands for it."""
+    """Returns the run in a store, staged in a folder of this name."""
     return StagedDirectory(f"file://{folder}/stored", str(folder / name))
 
 
 def _write_models(folder: pathlib.Path, seed: int) -> None:
-    """Exports of a model with random weights, and a run with it as its checkpoints."""
+    """Writes exports of a model with random weights, and a run with it as its checkpoints."""
     arch = make.small_architecture(vocab_size=600, activation=("gelu", "quick_gelu")[seed])
     write_safetensors(folder / "weights.safetensors", make.clip_tensors(arch, seed))
     model = read_weights(folder / "weights.safetensors")
@@ -215,7 +215,7 @@ def _write_results(folder: pathlib.Path, seed: int) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Something that can be compared: arrays as digests, dataclasses and dicts as lists."""
+    """Converts a value for comparison: arrays to digests, dataclasses and dicts to lists."""
     if isinstance(value, np.ndarray | jax.Array):
         value = np.asarray(value)
         return str(value.dtype), value.shape, hashlib.sha256(value.tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Runs the properties of the kinds of input under hypothesis, in a process that may die."""
+"""Runs the properties of the kinds under hypothesis, in a process that may die."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ from tests.fuzz.judge import OUTCOMES, require
 # Kind (a module of `kinds/`) -> its share of the cases.
 WEIGHTS = {"tars": 18, "tables": 11, "records": 25, "images": 20, "weights": 16}
 WEIGHTS |= {"written": 10}
-LIMIT_SECS = 20  # of the processor's time for a case, so that a busy machine makes no difference
-# How much the resident memory may grow in one case. A picture of the largest allowed size takes
-# 200 MB as RGB, and copies of it are made where it is transparent.
+LIMIT_SECS = 20  # CPU time per case, so that a busy machine makes no difference
+# How much the resident memory may grow in one case. An image of the largest allowed size takes
+# 200 MB as RGB, and a transparent image is copied.
 LIMIT_BYTES = 700 * 2**20
-# What a case may reserve beyond what the libraries have; a request for more is a MemoryError.
+# Address space that a case may reserve beyond the libraries'; more is a MemoryError.
 _LIMIT_ADDRESSES = 4 * 2**30
 _ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", "XLA_FLAGS": xla_flags()}
 
-# No example is remembered between runs, and the seed is always given: runs repeat exactly.
+# No example is remembered between runs and the seed is always given, so runs repeat exactly.
 _COMMON = settings(database=None, deadline=None, suppress_health_check=list(HealthCheck))
 settings.register_profile("suite", _COMMON, phases=[Phase.generate])
 settings.register_profile("long", _COMMON, phases=[Phase.generate, Phase.shrink])
 
 
 class HangError(BaseException):
-    """A case takes too long; no `except Exception` may catch it, nor is it worth shrinking."""
+    """A case takes too long. No `except Exception` may catch it, and it is not worth shrinking."""
 
 
 @dataclasses.dataclass
 class Result:
-    """What came of one property.
+    """The result of one property.
 
     Attributes:
         outcomes: outcome -> cases.
-        failure: None, or the traceback of a case that fails, with what it drew.
+        failure: None, or the traceback of a failing case and its drawn values.
     """
 
     outcomes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
@@ -62,7 +62,7 @@ class Result:
 
 
 def share_out(cases: int, kinds: Mapping[str, int] = WEIGHTS) -> dict[str, int]:
-    """Kind -> number of cases, at least one each, `cases` together or (by rounding up) more."""
+    """Maps each kind to its number of cases, rounded up, so the sum may exceed `cases`."""
     total = sum(kinds.values())
     return {kind: -(-cases * weight // total) for kind, weight in kinds.items()}
 
@@ -73,16 +73,16 @@ def run(
     profile: str = "suite",
     on_cases: Callable[[int], Any] = lambda cases: None,
 ) -> dict[str, Result]:
-    """Runs properties; a process that dies or hangs costs the property that it was at.
+    """Runs properties; a process that dies or hangs costs only its current property.
 
     Args:
         jobs: kind or `KIND:PROPERTY` -> cases.
-        seed: of all of them.
-        profile: "suite", or "long", which shrinks the cases that fail.
-        on_cases: is called with the number of a property's cases when they are done.
+        seed: of all properties.
+        profile: "suite", or "long", which shrinks failing cases.
+        on_cases: called with a property's number of cases when they are done.
 
     Returns:
-        `KIND:PROPERTY` -> what came of it.
+        `KIND:PROPERTY` -> its result.
     """
     results = {}
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
@@ -100,7 +100,7 @@ def run(
                 for name in names:
                     count = -(-cases // len(names))
                     request = [module, name, base, count, seed, profile]
-                    longest = 600 + LIMIT_SECS * count  # only against what no signal ends
+                    longest = 600 + LIMIT_SECS * count  # only against hangs that no signal ends
                     try:
                         result = pool.schedule(_run, request, timeout=longest).result()
                     except (pebble.ProcessExpired, TimeoutError) as error:
@@ -112,7 +112,7 @@ def run(
 
 
 def _begin(base: pathlib.Path) -> None:
-    """Sends everything that a process prints into a log, and lets it end cases that hang."""
+    """Redirects the output of a process into a log, and installs the signal handler for hangs."""
     log = os.open(base / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -125,14 +125,14 @@ def _raise_hang(*_: Any) -> None:
 
 
 def _names(module_name: str, base: pathlib.Path) -> list[str]:
-    """The properties of a kind, in the order of the file."""
+    """Returns the names of a kind's properties, in the order of the file."""
     own = vars(_prepared(module_name, base))
     return [name.removeprefix("check_") for name in own if name.startswith("check_")]
 
 
 @functools.cache
 def _prepared(module_name: str, base: pathlib.Path) -> Any:
-    """The module of a kind, imported and warmed up."""
+    """Returns the module of a kind, imported and warmed up."""
     module = importlib.import_module(module_name)
     if hasattr(module, "prepare"):
         module.prepare(pathlib.Path(tempfile.mkdtemp(dir=base)))
@@ -167,7 +167,7 @@ def _run(
 
 
 def _run_within_limits(function: Callable, draw: Any, folder: pathlib.Path) -> str:
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # restarts the peak, VmHWM
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
     before = _status_bytes("VmRSS")
     limit = _status_bytes("VmSize") + _LIMIT_ADDRESSES
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))

@@ -1,4 +1,4 @@
-"""A short run over every kind of input; `python -m tests.fuzz` is the long one."""
+"""A short run over every kind of input; `python -m tests.fuzz` is the long run."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from tests.fuzz import runner
 from tests.fuzz.judge import OUTCOMES, SKIP, Refused, WrongError, attempt, judge_entries
 
 _CASES = 356
-# What a filter keeps has more kinds of files than any other output, and the others cost least.
+# A filter writes more kinds of files than any other command, and the others are the cheapest.
 _MORE = {"written:filter": 64, "written:others": 48}
 
 
@@ -19,7 +19,7 @@ def test_every_input_is_read_refused_or_skipped():
 
 
 def test_what_is_wrong_is_found():
-    """The judge itself: lost, changed, made-up, uncounted pairs; errors that name nothing."""
+    """Tests the judge: lost, changed, made-up and uncounted pairs; errors that name nothing."""
     good = {"a": 1, "b": 2}
     assert judge_entries([("a", 1), ("b", 2)], {"no_image": 1}, good, ["c"]) == SKIP
     wrong = [

@@ -1,4 +1,4 @@
-"""The table of device peaks by the names that JAX reports, and counted FLOPs against formulas."""
+"""Device peaks by the names that JAX reports, and counted FLOPs against formulas."""
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ def test_remat_counts_the_recomputation():
     def grads(layer):
         return count_flops(lambda x, w: jax.grad(loss, argnums=(0, 1))(x, w, layer), LEFT, SQUARE)
 
-    # Forward 2 products, backward 4; recomputed, both again, since the cosines need their values.
+    # 2 products forward, 4 backward; remat repeats both, since the cosines need their values.
     assert grads(layer) == 5 * 6 * one
     assert grads(jax.checkpoint(layer)) == 5 * 8 * one
     saved = jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_saveable)
@@ -69,7 +69,7 @@ def test_remat_counts_the_recomputation():
 
 @pytest.mark.parametrize("count", [1, 8])
 def test_shard_map_counts_every_device(count):
-    """Each device multiplies its rows by all columns: together one whole product."""
+    """Each device multiplies its rows by all columns: together one full product."""
     by_rows, whole = PartitionSpec("data"), PartitionSpec()
     rows = jax.ShapeDtypeStruct((16, K), jnp.float32)
 
@@ -107,7 +107,7 @@ def test_cond_counts_the_dearer_branch():
 
 
 def test_patch_convolution_and_its_gradients():
-    """Patches do not overlap, so each of the three is a product of a matrix of patches."""
+    """Patches do not overlap, so each of the three is one product with a matrix of patches."""
     examples, side, patch, channels = 4, 32, 8, 24
     images = jax.ShapeDtypeStruct((examples, side, side, 3), jnp.float32)
     kernel = jax.ShapeDtypeStruct((patch, patch, 3, channels), jnp.float32)

@@ -1,4 +1,4 @@
-"""Compiling for machines that are not here: reports, verdicts, errors, and the recipes' claims."""
+"""Ahead-of-time compilation for other machines: reports, verdicts, errors, recipes' claims."""
 
 import dataclasses
 import importlib.util
@@ -63,7 +63,7 @@ def recipes_can_be_imported():
 
 @pytest.fixture(scope="module")
 def local():
-    """A recipe compiled for the eight CPU devices: its config and its report."""
+    """Compiles a recipe for the eight CPU devices; returns its config and its report."""
     config = recipe("clip_vitb32", **{"data.batch_size": 4096, "mesh.fsdp": 1})
     return config, compile_step(config, get_topology("local"))
 
@@ -73,12 +73,12 @@ def test_debug_recipe_compiles_for_a_slice():
     config = recipe("diht_vitl14")
     report = compile_step(config, get_topology("v5e:2x4"))
     assert report.mesh == {"data": 1, "fsdp": 8} and report.fits
-    # The compiler of a v5e, and not of this machine, has seen it.
+    # The compiler of a v5e was used, not this machine's.
     assert report.topology.devices[0].device_kind == "TPU v5 lite"
     assert 0 < report.argument_bytes < report.peak_bytes < report.memory_limit_bytes == 16 * GIB
     assert report.needed_bytes == report.peak_bytes  # as the TPU compiler counts
     kinds = {row.kind: row for row in report.traffic.collectives}
-    # fsdp: parameters are gathered, gradients come back as parts; each at least once.
+    # fsdp gathers parameters and scatters gradients, each at least once.
     embedding = 49408 * 32 * 4
     assert kinds["all-gather"].group_size == kinds["reduce-scatter"].group_size == 8
     assert kinds["all-gather"].payload_bytes > embedding
@@ -120,7 +120,7 @@ def test_arguments_are_the_state_and_the_batch(local):
 def test_search_takes_the_largest_batch_and_the_cheapest_settings_that_fit(
     monkeypatch, local, share, batch_size, settings
 ):
-    """Of a share of the memory, with sizes that are functions of the settings."""
+    """Given a share of the memory, and sizes that are functions of the settings."""
     config, whole = local
     rest_bytes = whole.needed_bytes - whole.argument_bytes
     limit_bytes = whole.argument_bytes + int(share * rest_bytes)
@@ -204,7 +204,7 @@ def test_proposal_is_the_fastest_that_fits(monkeypatch, capsys, local):
     ],
 )
 def test_a_small_slice_takes_its_part_of_the_recipes_batch(num_devices, set_keys, batch_size, fsdp):
-    config = load_recipe(REPOSITORY / "configs" / "diht_vitb16.py")  # of 256 devices
+    config = load_recipe(REPOSITORY / "configs" / "diht_vitb16.py")  # for 256 devices
     scaled, _ = for_fewer_devices(config, num_devices, set_keys)
     assert (scaled.data.batch_size, scaled.mesh.fsdp) == (batch_size, fsdp)
 
@@ -221,7 +221,7 @@ def test_flags_of_a_small_slice_make_the_config_that_was_compiled():
 
 
 def test_a_warm_up_longer_than_any_epoch_is_no_error():
-    """The data set is not known; what is wrong with the micro-batch comes after the schedule."""
+    """The data set is unknown here; the micro-batch is checked after the schedule."""
     config = recipe("clip_vitb32", total_steps=None, total_epochs=1.0, micro_batch=3)
     config.mesh.fsdp = 1
     config.optimizer.update(warmup_steps=2000, schedule="wsd", decay_steps=3000)
@@ -232,7 +232,7 @@ def test_a_warm_up_longer_than_any_epoch_is_no_error():
 def test_command_says_out_of_memory_and_what_would_fit_and_exits_with_one(
     monkeypatch, capsys, local
 ):
-    """Half of the batch fits, or all of it where more is computed again."""
+    """Half of the batch fits, or the whole batch with more rematerialisation."""
 
     def pretended(candidate, topology):
         batch_size, remat = candidate.data.batch_size, candidate.model.remat
@@ -319,10 +319,10 @@ def test_the_reported_bound_is_that_of_the_program_in_order():
     "kind, size, span, gb_per_sec",
     [
         ("collective-permute", 2, 32, 50),  # one ring of all GPUs
-        ("collective-permute", 2, 8, 450),  # a ring of the GPUs of a host
-        ("all-reduce", 32, 32, 400),  # eight network cards a host for all eight GPUs
-        ("all-reduce", 4, 25, 50),  # along `data`, fsdp=8: one GPU of each host
-        ("all-reduce", 8, 29, 100),  # along `data`, fsdp=4: two GPUs of each host
+        ("collective-permute", 2, 8, 450),  # a ring of the GPUs of one host
+        ("all-reduce", 32, 32, 400),  # eight network cards for the eight GPUs of a host
+        ("all-reduce", 4, 25, 50),  # along `data` with fsdp=8: one GPU of each host
+        ("all-reduce", 8, 29, 100),  # along `data` with fsdp=4: two GPUs of each host
     ],
 )
 def test_links_inside_and_between_gpu_hosts(kind, size, span, gb_per_sec):

@@ -1,4 +1,4 @@
-"""XLA's flags and the compile cache: only where they belong, and the user's own settings win."""
+"""XLA flags and compile cache: set only where they apply, and overridden by the user's settings."""
 
 import importlib.util
 import os
@@ -14,7 +14,7 @@ from tests.make import REPOSITORY
 from tests.serving import free_address
 
 UNKNOWN_FLAG = "--xla_gpu_no_such_flag=true"
-# Compiles for a TPU that is not here; the compiler refuses flags that it does not know.
+# Compiles ahead of time for a TPU; its compiler refuses unknown flags.
 COMPILE_FOR_TPU = """
 import jax, jax.numpy as jnp
 from diht_jax.hardware.topologies import get_topology
@@ -23,7 +23,7 @@ x = jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=jax.sharding.SingleDevice
 jax.jit(lambda x: x @ x).lower(x).compile()
 """
 
-# One of two processes, as `diht_jax.train` starts them on GPUs.
+# One of two processes, started as `diht_jax.train` starts them on GPUs.
 OF_TWO = """
 import sys, jax, numpy as np
 from diht_jax import distributed
@@ -47,7 +47,7 @@ def run(script, **environment):
 
 
 def test_xla_knows_every_gpu_flag(tmp_path):
-    """XLA ends a process whose flags it does not know, on every platform."""
+    """XLA ends a process with unknown flags, on every platform."""
     more = compiler.deterministic_flags("gpu", str(tmp_path / "autotuned"))
     flags = " ".join((*compiler.GPU_FLAGS, *more))
     done = run("import jax; jax.devices()", XLA_FLAGS=flags)
@@ -77,7 +77,7 @@ def test_flags_are_added_unless_the_user_has_set_them(monkeypatch, name):
 
 
 def test_an_option_that_this_xla_lacks_is_left_out(monkeypatch):
-    """As jax 0.11 lacks some of those of jax 0.10."""
+    """For example, jax 0.11 lacks some options of jax 0.10."""
     known = "--xla_gpu_shard_autotuning=false"
     monkeypatch.setitem(compiler.FLAGS, "gpu", ("XLA_FLAGS", (UNKNOWN_FLAG, known)))
     monkeypatch.delenv("XLA_FLAGS", raising=False)
@@ -107,7 +107,7 @@ def test_hidden_gpus_are_not_taken(monkeypatch, visible, expected):
 
 
 def test_a_process_whose_programs_are_not_kept_waits_for_no_kernels_of_the_other(tmp_path):
-    """With homes of their own, the first process reads its programs and the second compiles."""
+    """With separate caches, the first process loads its programs and the second compiles."""
     homes = [tmp_path / "host_0", tmp_path / "host_1"]
     for _ in range(2):
         address, processes = free_address(), []

@@ -1,4 +1,4 @@
-"""Traffic counted from HLO: against programs written by hand, and against XLA's own count."""
+"""Traffic counted from HLO, against hand-written programs and XLA's own count."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import pytest
 
 from diht_jax.hardware.hlo_traffic import Collective, count_traffic
 
-# A ring of 3 trips round 4 devices around a sum over all, and a gather over pairs.
+# A ring of 3 trips over 4 devices, a sum over all, and a gather over pairs.
 RING = """\
 HloModule ring, is_scheduled=true, num_partitions=4
 
@@ -63,8 +63,8 @@ def test_collectives_run_as_often_as_their_loop(groups):
         Collective("all-gather", 2, 1, 800, 400, span=2),
     )
     assert traffic.sent_bytes == 3 * block + 1000
-    # Reads and writes the travelling block, and operand and result of the other two; the counter
-    # and its comparison, 4 + 4 + 4 and 4 + 4 + 1 bytes, come on top.
+    # Counts reads and writes of the travelling block, and operand and result of the other two; plus
+    # the counter and its comparison, 4 + 4 + 4 and 4 + 4 + 1 bytes.
     assert traffic.memory_bytes == 3 * (2 * block + 12) + 4 * 9 + 800 + 1200
 
 
@@ -90,7 +90,7 @@ def test_a_loop_of_unknown_length_is_reported():
 
 
 def test_slices_of_a_stack_count_as_slices():
-    """Scanned layers read one layer's slice of a stacked array on each trip, not the stack."""
+    """On each trip, scanned layers read one layer's slice of a stacked array, not the stack."""
     text = """\
 HloModule slices
 

@@ -1,4 +1,4 @@
-"""The least time of a program in order, and cycles of its kernels: against sums made by hand."""
+"""Lower bound on the time of a scheduled program, and kernel cycles, against hand-made sums."""
 
 import dataclasses
 import importlib.util
@@ -18,8 +18,8 @@ from diht_jax.hardware.schedule import (
 )
 from diht_jax.hardware.topologies import get_topology
 
-# One byte, one cycle and one float32 FLOP a second, ten FLOPs of others; a collective takes as long
-# as it sends bytes.
+# One byte, one cycle and one float32 FLOP a second; ten FLOPs a second of other types. The seconds
+# of a collective equal its sent bytes.
 GPU = Chip("gpu", "", 10.0, 0, 1.0, 0.0, float32_flops=1.0)
 TPU = dataclasses.replace(GPU, clock_hz=1.0)
 
@@ -43,8 +43,8 @@ def test_float32_products_have_a_rate_of_their_own():
 @pytest.mark.parametrize(
     "between, exposed",
     [
-        (Work("products", memory_bytes=1, cycles=9), 0),  # memory is free for 8 of the 9 seconds
-        (Work("products", memory_bytes=9, cycles=9), 6),  # it is never free
+        (Work("products", memory_bytes=1, cycles=9), 0),  # memory is free for 8 of 9 seconds
+        (Work("products", memory_bytes=9, cycles=9), 6),  # memory is never free
         (Work("products", memory_bytes=5, cycles=9), 2),
         (Work("loop", body=(Work("kernels", 1, 2),), trips=4), 2),
     ],
@@ -68,7 +68,7 @@ def test_a_collective_goes_on_under_memory_traffic():
     assert total(Work("collectives", collective=transfer(7)), Work("element-wise", 5)) == 12
 
 
-# A product of 40 cycles under which 30 bytes come from memory, then a kernel, three times.
+# Three layers: a product of 40 cycles overlapping a read of 30 bytes, then a kernel.
 PROGRAM = """\
 HloModule layers, is_scheduled=true, num_partitions=1
 
@@ -107,8 +107,8 @@ backend_config={"known_trip_count":{"n":"3"}}
 def test_work_is_read_from_a_program():
     assert tpu_kernels(PROGRAM) == ["z"]
     traffic = count_traffic(PROGRAM, {"z": 11})
-    # Half of the array of 160 bytes is read, all the rest stays in fast memory: 40 of the 80
-    # seconds go by under the product.
+    # Half of the 160-byte array is read and the rest stays in fast memory: 40 of the 80 seconds
+    # overlap with the product.
     assert traffic.memory_bytes == 3 * 80
     secs = seconds(traffic.work)
     assert secs == {"products": 3 * 40, "copies": 3 * 40, "kernels": 3 * 11}
@@ -162,8 +162,8 @@ def test_products_of_a_compiled_program_are_those_of_its_jaxpr():
     assert rest == 5 * 3 * 2 * 64 * 32 * 32
 
 
-# Three bundles; a pipelined loop of seven windows, hence nine trips, of five bundles and an inner
-# loop of four trips with three bundles, the last one after its branch; one bundle.
+# Three bundles; a pipelined loop of seven windows, hence nine trips, with five bundles and an inner
+# loop of four trips with three bundles, the last of them after the branch; one bundle.
 KERNEL = """\
 LB: loop body
 
@@ -236,7 +236,7 @@ def test_cycles_of_a_compiled_kernel_grow_with_its_loops():
         return found
 
     few, many, long = cycles(20, 100), cycles(40, 100), cycles(20, 200)
-    # Of 100 trips more, each of 20 steps: the trips alone.
+    # 100 more trips of 20 steps each: the cost of the trips alone.
     inner = (long - few) / 20 / 100
     assert 2 <= inner < 20 and inner == int(inner)
     assert many - few > 20 * 100 * inner

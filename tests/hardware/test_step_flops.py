@@ -1,4 +1,4 @@
-"""What the concept heads cost in the train step of a real recipe, in matrix products."""
+"""Matrix-product FLOPs of the concept heads in the train step of a real recipe."""
 
 from diht_jax.config import load_recipe
 from diht_jax.hardware.chips import count_flops
@@ -6,9 +6,9 @@ from diht_jax.training.program import TrainProgram
 
 
 def work(concept_weight):
-    """Of one step at the recipe's global batch, on the eight devices of the tests."""
+    """Returns the FLOPs of one step at the recipe's global batch, on the tests' eight devices."""
     config = load_recipe("configs/diht_vitb16.py")
-    config.model.scan_layers = True  # is traced sooner
+    config.model.scan_layers = True  # traces faster
     config.concepts.object_weight = config.concepts.attribute_weight = concept_weight
     program = TrainProgram(config, total_steps=10_000)
     state = program.abstract_state()

@@ -1,4 +1,4 @@
-"""Bad records in the training input: skipped, counted, named; the same with workers."""
+"""Bad records in the training input are skipped, counted and named, also by workers."""
 
 import errno
 import os
@@ -27,7 +27,7 @@ BAD = {3: b"no picture", 11: b"", 17: b"\xff\xd8\xff"}
 
 @pytest.fixture(scope="module")
 def shard(tmp_path_factory) -> pathlib.Path:
-    """24 records whose picture number i has the grey value i; three are bad, each in its way."""
+    """24 records; image i has grey value i, and three records are bad in different ways."""
     path = tmp_path_factory.mktemp("records") / "pairs-train-00000.tfrecord"
     with TFRecordWriter(path) as writer:
         for number in range(24):
@@ -67,7 +67,7 @@ def test_skipping_is_counted_and_the_same_with_worker_processes(shard, monkeypat
         assert any(f"{shard}: record {number}: " in text for text in said)
     assert any("'key3'" in text for text in said)
     if order == "blocks":
-        return  # workers take the rows from the same function
+        return  # workers use the same function for the rows
     in_workers, counted = read(shard, "skip", num_workers=2)
     np.testing.assert_array_equal(in_workers, values)
     assert counted == skipped_records
@@ -100,7 +100,7 @@ def test_a_disk_that_fails_for_a_moment_changes_no_batch(shard, monkeypatch):
     failing_at = {}
 
     def failing(descriptor, size, offset):
-        # Several threads read at once: one record fails three times, and not three records once.
+        # Threads read concurrently: one record must fail three times, not three records once.
         if offset == failing_at.setdefault("offset", offset) and len(failures) < 3:
             failures.append(descriptor)
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
@@ -112,7 +112,7 @@ def test_a_disk_that_fails_for_a_moment_changes_no_batch(shard, monkeypatch):
     np.testing.assert_array_equal(values, undisturbed[0])
     assert skipped_records == undisturbed[1]
     assert slept == list(stores.DELAYS_SECS[:3])
-    # The file was opened again for each attempt: a stale descriptor stays stale.
+    # The file was reopened for each attempt, since a stale descriptor stays stale.
     assert len(set(failures)) > 1
 
 

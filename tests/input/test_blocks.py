@@ -1,4 +1,4 @@
-"""Training from an object store gives the batches of local files, and asks for each block once."""
+"""Training from an object store gives the batches of local files and requests each block once."""
 
 import itertools
 import pathlib
@@ -30,7 +30,7 @@ DECODE = DecodeExample(8, 16, (0.9, 1.0), "{caption}")
 
 
 def write_store(tmp_path, num_records=RECORDS) -> pathlib.Path:
-    """A folder of pictures that all look different; one cannot be decoded."""
+    """Writes a folder of distinct images, one of which cannot be decoded."""
     images = [encoded(plain((n % 256, n // 256, 0), (9, 7))) for n in range(num_records)]
     images[BAD] = b"no picture"
     records = [Record(str(number), image, "grey") for number, image in enumerate(images)]
@@ -57,7 +57,7 @@ def cache(tmp_path) -> pathlib.Path:
 
 
 def open_source(folder, cache) -> TFRecordSource:
-    """The store where there is a folder for its blocks, else the local files."""
+    """Opens the store if there is a cache folder for its blocks, else the local files."""
     return TFRecordSource(folder) if cache is None else slow_store.SlowRecords(f"slow://{folder}")
 
 
@@ -107,7 +107,7 @@ def folders_in(cache) -> list[pathlib.Path]:
 def test_batches_of_a_store_are_those_of_local_files_and_no_block_in_use_is_deleted(
     tmp_path, cache, count_requests, num_blocks, room, num_workers
 ):
-    """At the end of an epoch, records of the next one are on their way."""
+    """At the end of an epoch, records of the next epoch are prefetched."""
     store = write_store(tmp_path, num_blocks * BLOCK)
     block_bytes = sum(path.stat().st_size for path in store.glob("*.tfrecord")) / num_blocks
     options = {"num_workers": num_workers, "read_ahead_gib": room * block_bytes / 2**30}
@@ -119,8 +119,8 @@ def test_batches_of_a_store_are_those_of_local_files_and_no_block_in_use_is_dele
     batches.close()
     local.close()
     assert not folders_in(cache)
-    # Two threads of each worker may both read the index of each of two shards, and in each epoch
-    # what replaces the bad record may be read alone, with its own index.
+    # Two threads of each worker may both read the index of each of two shards, and the replacement
+    # of the bad record may be read alone in each epoch, with its index.
     asked = requests_for_bytes(store) - before
     most = num_blocks if room > num_blocks else 3 * num_blocks + room
     assert min(num_blocks, 3 * room) <= asked <= most + 4 * num_workers + 4 * 2
@@ -146,7 +146,7 @@ def test_it_goes_on_at_another_position_on_other_hosts(store, cache):
 
 def test_each_source_of_a_mixture_has_blocks_of_its_own(store, cache):
     def mixed(cache=None):
-        """Two thirds in one order of the records, a third in another one."""
+        """Two thirds in one order of the records, one third in another."""
         source = open_source(store, cache)
         sources = [Source(str(n), source, block_order(source, seed=n), DECODE) for n in range(2)]
         weights = MixtureWeights([(0, [Fraction(2), Fraction(1)])], num_streams=4, batch_size=BATCH)
@@ -171,7 +171,7 @@ def test_each_source_of_a_mixture_has_blocks_of_its_own(store, cache):
 
 @pytest.fixture
 def no_waiting(monkeypatch):
-    """Pauses cost no time, and are on the clock."""
+    """Makes pauses take no real time, but advance the clock."""
     now = [0.0]
 
     def sleep(secs):
@@ -192,7 +192,7 @@ def test_failing_requests_are_sent_again(store, cache, monkeypatch, no_waiting):
 
 @pytest.mark.parametrize("late", ["an error", "an answer"])
 def test_of_a_request_that_was_overtaken_an_error_changes_nothing(store, cache, monkeypatch, late):
-    """The first request answers once the second one waits; its error must bring no third one."""
+    """The first request answers while the second waits; its error must cause no third request."""
     source, requests, read = open_source(store, cache), [], blocks.read_extent
 
     def read_extent(*extent):
@@ -205,14 +205,14 @@ def test_of_a_request_that_was_overtaken_an_error_changes_nothing(store, cache, 
         if late == "an error":
             requests[0].join()
             return read(*extent)
-        closed.wait()  # for ever
+        closed.wait()  # forever
         return b""
 
     closed = threading.Event()
     calls = itertools.count()
 
     def clock():
-        """Patience with the first request, asked by the second call, ends when it has begun."""
+        """The second call's patience with the first request ends once that has begun."""
         return blocks._PATIENCE_SECS if next(calls) > 1 and requests else 0.0
 
     monkeypatch.setattr(blocks, "clock", clock)
@@ -246,14 +246,14 @@ def test_a_closed_input_no_longer_asks_a_store_that_fails(store, cache, monkeypa
 def test_a_store_that_goes_on_failing_is_an_error(store, cache, monkeypatch, no_waiting):
     monkeypatch.setattr(blocks, "clock", lambda: no_waiting[0])
     batches = train_iterator(store, cache)
-    monkeypatch.setenv(slow_store.FAIL_EVERY, "1")  # of all requests
+    monkeypatch.setenv(slow_store.FAIL_EVERY, "1")  # every request
     with pytest.raises(StorageError, match=r"slow:///.*tfrecord.*503 Service") as error:
         next(batches)
     assert "config.data.read_timeout_secs=600" in str(error.value)
     assert no_waiting[0] >= 600
     batches.close()
     assert not folders_in(cache)
-    # The store is there again.
+    # The store is available again.
     monkeypatch.delenv(slow_store.FAIL_EVERY)
     check_same(batches, train_iterator(store), 1)
     batches.close()
@@ -264,7 +264,7 @@ def test_a_damaged_record_is_named_and_those_around_it_are_read(tmp_path, cache)
     make.write_shard(path, (b"record %d" % number for number in range(BLOCK)))
     data = bytearray(path.read_bytes())
     second = TFRecordSource(tmp_path).extent(0, 1)[2]
-    for damaged_byte in (second + 13, second + 2):  # of the contents, of the length
+    for damaged_byte in (second + 13, second + 2):  # in the contents, in the length
         path.write_bytes(data[:damaged_byte] + b"\xff" + data[damaged_byte + 1 :])
         source = TFRecordSource(tmp_path)
         blocks_of = BlockStore(source, block_order(source), section(cache))
@@ -285,12 +285,12 @@ def test_a_full_disk_is_an_error_that_names_the_keys(store, cache, monkeypatch):
     with pytest.raises(StorageError, match=r"No space left on device.*config.data.cache_dir"):
         next(batches)
     batches.close()
-    # What was written of a block does not keep the disk full.
+    # A partly written block does not keep the disk full.
     (blocks_of,) = batches.block_stores
     blocks_of.start()
     with pytest.raises(StorageError):
         blocks_of.read(0, fetch=True)
-    # Threads that fetch other blocks may still be at it.
+    # Threads that fetch other blocks may still be running.
     wait_until(lambda: not list(blocks_of.folder.glob("*.part")))
     blocks_of.stop()
 

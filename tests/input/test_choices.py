@@ -1,4 +1,4 @@
-"""Which caption of a record, and which of its sentences, an example has."""
+"""The choice of a record's caption, and of the caption's sentences, for an example."""
 
 import collections
 import json
@@ -28,7 +28,7 @@ from tests.make import png
 from tests.readers.inputs import JPEG
 
 _CONVERT = pathlib.Path(__file__).resolve().parents[2] / "configs" / "prep" / "convert.py"
-# One usual caption, two synthetic ones, and one of a third kind.
+# One original caption, two synthetic ones, and one of a third kind.
 PAIR = Record(
     key="k",
     image=JPEG,
@@ -47,7 +47,7 @@ def settings(**values):
 
 
 def counts(choice, position=0, size=4000):
-    numbers = (np.arange(size) + 0.5) / size  # every draw there is, in equal steps
+    numbers = (np.arange(size) + 0.5) / size  # every possible draw, in equal steps
     return collections.Counter(choice.choose(PAIR, number, position) for number in numbers)
 
 
@@ -57,7 +57,7 @@ def test_captions_come_by_the_weights_of_their_kinds():
     found = counts(open_caption_choice(settings(caption_weights="alt=3,synthetic=1,title=0")))
     assert found == {"usual": 3000, "first drawn": 500, "second drawn": 500}
     assert set(counts(open_caption_choice(settings())).values()) == {1000}
-    # A kind that a record lacks leaves its share to the others; without any, the first it is.
+    # A missing kind leaves its share to the others; without any, the record's caption is used.
     only = Record("k", JPEG, "a", {"caption_kinds": ["synthetic"]})
     choice = open_caption_choice(settings(caption_weights="alt=1,synthetic=0"))
     assert choice.choose(only, 0.9, 0) == "a"
@@ -70,7 +70,7 @@ def test_every_format_gives_the_same_captions_and_the_filter_keeps_their_kinds(t
         members[f"{i}.json"] = json.dumps({"re_caption": f"drawn {i}", "width": 8}).encode()
     make.write_tar(tmp_path / "in" / "a.tar", members)
     columns = "synthetic=re_caption"
-    # Of two batches the usual one alone: a schedule goes by the position of an example.
+    # The first two batches have the original alone: a schedule depends on an example's position.
     weights = {"alt": ((0, 1),), "synthetic": ((0, 0), (2, 1))}
 
     def tokens(path, **values):
@@ -102,7 +102,7 @@ def test_every_format_gives_the_same_captions_and_the_filter_keeps_their_kinds(t
 
 
 def test_kinds_stay_with_their_captions():
-    # Texts of a table are cleaned, and repeated ones are left out.
+    # Texts of a table are cleaned, and duplicates are removed.
     stated = ["  usual ", None, "usual", "drawn\n"]
     kinds = {"caption_kinds": ["alt", "x", "y", "synthetic"]}
     merged = merge_captions(kinds, pick_captions(stated), stated)
@@ -145,7 +145,7 @@ def test_texts_are_split_where_their_sentences_end(sentences):
 
 
 def sentences_of(index):
-    """One to four sentences in each caption of a record; every second record has two captions."""
+    """One to four sentences in each caption; every second record has two captions."""
     captions = [[f"Part {part} of {index}." for part in range(1 + index % 4)]]
     if index % 2:
         captions.append([f"Piece {piece} of {index}." for piece in range(1 + (index + 2) % 4)])
@@ -153,7 +153,7 @@ def sentences_of(index):
 
 
 class Records(make.InMemory):
-    """Records of these captions."""
+    """Records with these captions."""
 
     def __len__(self):
         return 20
@@ -165,9 +165,9 @@ class Records(make.InMemory):
 
 @pytest.mark.parametrize("words", [0, 4])
 def test_an_example_has_the_part_of_its_caption_that_seed_and_position_say(words):
-    """Philox at the position draws the crop, then a number for the caption, sentences, and words.
+    """Philox at the position draws the crop, then numbers for caption, sentences, and words.
 
-    The formula is written here anew.
+    The formula is reimplemented here.
     """
     decode = DecodeExample(
         8, LENGTH, SCALE, "{caption}", caption_sentences=2, caption_words=words,
@@ -190,7 +190,7 @@ def test_an_example_has_the_part_of_its_caption_that_seed_and_position_say(words
             sentences = captions[int(rng.random() * len(captions))]
             drawn_number = rng.random()
             first = int(drawn_number * (len(sentences) - 1)) if len(sentences) > 2 else 0
-            drawn = " ".join(sentences[first : first + 2]).split(" ")  # four words, or eight
+            drawn = " ".join(sentences[first : first + 2]).split(" ")  # four or eight words
             if words:
                 drawn_number = rng.random()
                 start = int(drawn_number * (len(drawn) - 3)) if len(drawn) > 4 else 0

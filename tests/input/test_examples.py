@@ -1,4 +1,4 @@
-"""The fast crops of training: how near to exact they are, and what they leave to the exact way."""
+"""The fast crops of training: their accuracy, and the images left to exact decoding."""
 
 import functools
 import random
@@ -19,7 +19,7 @@ encoded = functools.partial(make.encoded, format="JPEG")
 
 
 def textured(width, height, seed=0):
-    """Smooth waves and a little noise: something of every frequency, as photos have it."""
+    """Smooth waves and a little noise: all frequencies, as in photos."""
     rng = np.random.default_rng(seed)
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     pixels = rng.normal(0, 6, (height, width, 3))
@@ -54,9 +54,9 @@ def photos(shared_data):
 
 
 def compare_with_exact(photos, size):
-    """PSNR (dB) and mean absolute difference (grey levels), one of each per photo.
+    """Returns the PSNR (dB) and mean absolute difference (grey levels) of each photo.
 
-    Truth is Pillow's antialiased bicubic on the whole decoded photo, cropped at the same place.
+    Ground truth is Pillow's antialiased bicubic on the full decoded photo, with the same crop.
     """
     qualities, differences, reductions = [], [], set()
     for seed, data in enumerate(photos):
@@ -114,7 +114,7 @@ def test_ordinary_jpegs_are_decoded_fast_and_look_the_same(name, monkeypatch):
     for size, scale in ((160, (0.9, 1.0)), (64, (0.3, 0.5))):
         exact = exact_crop(data, size, 1, scale)
         with monkeypatch.context() as patch:
-            patch.setattr(transforms, "load_rgb", None)  # the exact way would stop here
+            patch.setattr(transforms, "load_rgb", None)  # exact decoding would fail here
             ours = fast_crop(data, size, 1, scale)
         assert ours.dtype == np.uint8 and ours.shape == (size, size, 3)
         assert psnr(ours, exact) > 36
@@ -143,7 +143,7 @@ XMP = (
 
 
 def insert_zeros(data):
-    """Bytes between two segments, which libjpeg skips with a warning."""
+    """Inserts bytes between two segments, which libjpeg skips with a warning."""
     scan = data.index(b"\xff\xda")
     return data[:scan] + bytes(3) + data[scan:]
 
@@ -158,7 +158,7 @@ def test_all_else_goes_the_exact_way(name):
 
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_jpegs_are_refused_or_read_as_exact_decoding_does():
-    """Damage that only spoils pixels must give the same pixels, whoever decodes them."""
+    """Damage that only corrupts pixels must give the same pixels in both decoders."""
     rng = random.Random(0)
     files = [encoded(textured(64, 48)), encoded(textured(64, 48), progressive=True)]
     readable = refused = 0

@@ -1,4 +1,4 @@
-"""Memory of the input: counted and bounded; joined batches, and whose memory is used again."""
+"""Memory of the input: counted and bounded; joined batches, and reuse of their buffers."""
 
 import gc
 import os
@@ -18,7 +18,7 @@ ROWS, PARTS = 4, 3
 
 
 def part(number):
-    """A sub-batch that no other one is like, large enough for an alias of JAX on the CPU."""
+    """A distinct sub-batch, large enough that JAX aliases it on the CPU."""
     rng = np.random.default_rng(number)
     return {
         "images": rng.integers(0, 256, (ROWS, 8, 8, 3), np.uint8),
@@ -29,7 +29,7 @@ def part(number):
 
 
 def batch(number):
-    """What a batch has to be: its parts, one behind the other."""
+    """The expected batch: its parts, concatenated."""
     parts = [part(PARTS * number + i) for i in range(PARTS)]
     return {name: np.concatenate([each[name] for each in parts]) for name in parts[0]}
 
@@ -43,7 +43,7 @@ def assert_is(found, number):
 
 
 class Source:
-    """Parts in their order; the number of those that were taken."""
+    """Parts in order; counts how many were taken."""
 
     def __init__(self, failing=None):
         self.taken, self.failing = 0, failing
@@ -86,7 +86,7 @@ def test_no_batch_is_joined_ahead_of_two_that_are_in_use(joiner, source):
     first, second = joiner.take(), joiner.take()
     assert joiner.memory.is_short() and source.taken == 2 * PARTS
     ahead = joiner._ahead
-    assert not ahead.batch.done()  # it waits for room
+    assert not ahead.batch.done()  # waits for room
     del first
     wait_until(lambda: source.taken == 3 * PARTS)
     assert_is(second, 1)
@@ -114,7 +114,7 @@ def test_arrays_of_jax_stay_as_they_are(joiner, num_devices):
         aliases += shard.unsafe_buffer_pointer() == start
         del found, shard
         gc.collect(0)
-    assert aliases  # else this test shows nothing
+    assert aliases  # otherwise this test shows nothing
     for number, found in enumerate(kept):
         assert_is(found, number)
 
@@ -166,7 +166,7 @@ def test_a_large_batch_is_in_flight_four_times():
     large = InFlight(**_LARGE)
     batch_bytes = 65_536 * _LARGE["example_bytes"]
     assert batch_bytes / 1e9 == pytest.approx(9.9, abs=0.05)
-    # Two batches ahead, in sub-batches that 8 workers share, and two that are joined.
+    # Two batches ahead, in sub-batches shared by 8 workers, and two joined batches.
     assert large.shared_bytes == 2 * batch_bytes + 4 * large.part_bytes
     assert large.process_bytes == 2 * batch_bytes + 8 * large.part_bytes
     assert (large.shared_bytes + large.process_bytes) / 1e9 == pytest.approx(40, abs=0.5)
@@ -174,7 +174,7 @@ def test_a_large_batch_is_in_flight_four_times():
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """Sets the free bytes of shared memory, and those of the machine."""
+    """Sets the free bytes of shared memory and of the machine."""
 
     def set_them(shared: int, memory: int) -> None:
         stats = types.SimpleNamespace(f_bavail=shared, f_frsize=1)
@@ -197,7 +197,7 @@ def test_more_than_what_is_free_or_allowed_is_an_error_that_names_the_keys(machi
     with pytest.raises(ValueError, match="may take 35.0 GB more memory, but .* need 40.0") as error:
         planned.check(None)
     assert "config.data.num_workers=8" in str(error.value)
-    planned.check(40.0)  # given, it replaces what is measured
+    planned.check(40.0)  # an explicit value replaces the measured one
     machine(shared=10 * 10**9, memory=50 * 10**9)
     with pytest.raises(ValueError, match="/dev/shm has 10.0 GB free, but .* need 19.9 GB"):
         planned.check(40.0)

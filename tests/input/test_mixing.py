@@ -1,4 +1,4 @@
-"""Mixtures of sources in a run: exact shares, epochs, captions, hosts, resume and read-ahead."""
+"""Mixtures of sources: exact shares, epochs, captions, hosts, resume and read-ahead."""
 
 import collections
 from fractions import Fraction
@@ -20,7 +20,7 @@ from tests.make import InMemory, encoded, plain
 
 
 class Grey(InMemory):
-    """Records of one flat grey, from `first` on, so that a batch shows where it comes from."""
+    """Records of one grey level each, from `first` on, so that a batch shows their source."""
 
     def __init__(self, first, size, bad=()):
         self._first = first
@@ -77,8 +77,8 @@ def test_every_source_has_its_share_and_its_own_epochs(order):
     greys = [int(g) for b in batches(mixed, 60) for g in b["images"][:, 0, 0, 0]]
     is_few = np.array(greys) >= 100
     windows = np.convolve(is_few, np.ones(5, int), "valid")
-    assert set(windows.tolist()) == {1}  # batches have 8 rows, and 8 and 5 have no common factor
-    # Positions of a source are epochs of it, up to the rows by which streams are ahead.
+    assert set(windows.tolist()) == {1}  # batches have 8 rows, and 8 and 5 are coprime
+    # A source's positions form epochs, up to the rows by which streams run ahead.
     few = np.array(greys)[is_few]
     for start in range(0, len(few) - 17, 17):
         seen = collections.Counter(few[max(0, start - 8) : start + 17 + 8].tolist())

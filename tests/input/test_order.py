@@ -1,4 +1,4 @@
-"""The orders of examples: whole epochs, one order on any number of hosts, and how well they mix."""
+"""Example orders: whole epochs, the same order on any number of hosts, and mixing quality."""
 
 import pickle
 
@@ -21,7 +21,7 @@ SHAPES = [
 
 
 def block_order(records, block, streams, window, seed=0, **held_out):
-    # A rest of less than half a block joins the block before it, as in `ShardedRecords`.
+    # A remainder below half a block joins the block before it, as in `ShardedRecords`.
     starts = [*range(0, max(1, records - (block - 1) // 2), block), records]
     return BlockOrder(np.array(starts), seed, num_streams=streams, window_blocks=window, **held_out)
 
@@ -51,7 +51,7 @@ def test_every_epoch_holds_each_record_once_that_is_not_held_out(held_out):
 
 
 def test_blocks_without_a_record_to_train_on_are_never_waited_for():
-    # Blocks of 8 records, of which the second is held out.
+    # Blocks of 8 records, the second of which is held out.
     order = block_order(64, 8, 4, 2, held_out=np.arange(8, 16))
     assert order.blocks_between(np.arange(4), np.full(4, 56)) == {0, *range(2, 8)}
     assert {order.block_at(position) for position in range(56)} == {0, *range(2, 8)}
@@ -73,7 +73,7 @@ def test_the_order_is_a_function_of_seed_and_position():
     again = pickle.loads(pickle.dumps(order))
     assert [again[position] for position in reversed(range(3000))] == expected[::-1]
     assert [other[position] for position in range(3000)] != expected
-    # Another result here would mean that no run in this order can be resumed.
+    # If this changes, runs in this order can no longer be resumed.
     order = block_order(40, 4, 4, 2, seed=7)
     assert [order[p] for p in range(12)] == [33, 36, 31, 16, 32, 37, 28, 19, 34, 2, 30, 17]
 
@@ -88,7 +88,7 @@ def test_a_stream_reads_one_window_of_blocks_after_the_other():
         assert [span for span in spans if len(span) != block] == []
         assert max(span[-1] - span[0] for span in spans) < window * block
         assert np.mean([span[-1] - span[0] for span in spans]) > window * block / 2
-    # Which blocks meet in a window is another one every epoch.
+    # Each epoch combines different blocks in a window.
     first = [{order[e * n + 4 * row] // block for row in range(16)} for e in range(2)]
     assert first[0] != first[1]
 
@@ -106,7 +106,7 @@ def test_more_than_four_billion_records():
     n, block, streams = 2**32 + 77, 2**14, 16
     order = block_order(n, block, streams, 1)
     assert order[0] != order[2**32] and 0 <= order[2**32] < n
-    # A window in the midst of a stream holds each record of a block once, also beyond 2^32.
+    # A window inside a stream has each record of a block once, also beyond 2^32.
     for stream in (0, streams - 1):
         rows = range(stream, n, streams)[-3 * block :]
         number = order[rows[len(rows) // 2]] // block

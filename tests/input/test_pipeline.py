@@ -17,7 +17,7 @@ from tests.make import InMemory, encoded, noise, one_source, plain, train_iterat
 
 
 def numbered(size=23):
-    """Records whose images are one flat grey of the record's number."""
+    """Records whose images are one grey level, the record's number."""
     images = [encoded(plain((number,) * 3, (9, 7))) for number in range(size)]
     return InMemory(
         encode_record(Record(key=str(number), image=image, caption=f"number {number}"))
@@ -44,7 +44,7 @@ def take(batches, count):
 
 
 def test_the_global_order_and_its_crops_are_those_of_grains_own_graph():
-    """What all runs have had so far; one of them may go on at any time."""
+    """Existing runs used this order, and any of them may be resumed."""
     source = textured()
     graph = grain.MapDataset.source(source).seed(17).shuffle().repeat()
     graph = graph.random_map(lambda data, rng: DECODE.plan(decode_record(data), rng)())
@@ -57,7 +57,7 @@ def test_the_global_order_and_its_crops_are_those_of_grains_own_graph():
 
 
 def in_blocks(size, streams=4):
-    """An order in blocks of three, with one record left in a block of its own where it must be."""
+    """An order in blocks of three records; the remainder forms a shorter block."""
     starts = np.array([*range(0, size, 3), size])
     return BlockOrder(starts, 0, num_streams=streams, window_blocks=2)
 
@@ -75,7 +75,7 @@ def test_any_number_of_hosts_reads_the_same_rows_and_resumes_them(process_count,
         )
 
     whole = take(batches(0, 1), 2)
-    monkeypatch.setattr(sub_batches, "MAX_ROWS", 5)  # several parts a batch
+    monkeypatch.setattr(sub_batches, "MAX_ROWS", 5)  # several parts per batch
     state = {"next_example": 64}
     for process in range(0, process_count, max(1, process_count // 4)):
         part = batches(process, process_count)
@@ -106,7 +106,7 @@ def test_a_batch_that_is_joined_ahead_is_not_taken_yet(monkeypatch):
 
 @pytest.mark.parametrize("fast_decode", [True, False])
 def test_fast_decoding_can_be_switched_off(fast_decode):
-    """The same crop of the same picture; Pillow's own pixels where it is off."""
+    """The same crop of the same image, with Pillow's exact pixels if it is off."""
     decode = DecodeExample(48, 16, (0.3, 0.9), "{caption}", fast_decode=fast_decode)
     record = decode_record(textured()[0])
     rngs = [np.random.default_rng(3) for _ in range(3)]
@@ -118,7 +118,7 @@ def test_fast_decoding_can_be_switched_off(fast_decode):
 
 
 class Deadly(DecodeExample):
-    """Kills its own process at picture 5, as often as there are files to take away."""
+    """Kills its own process at image 5, as long as there are files to remove."""
 
     def __init__(self, lives):
         super().__init__(8, 8, (1.0, 1.0), "{caption}", fast_decode=False)
@@ -132,7 +132,7 @@ class Deadly(DecodeExample):
 
 
 def read(decode, num_workers, count, **options):
-    """The images of some batches, and the number of bad records."""
+    """Returns the images of some batches, and the number of bad records."""
     batches = train_iterator(
         one_source(numbered(), decode, 3),
         batch_size=4,
@@ -158,7 +158,7 @@ def test_a_worker_that_dies_costs_no_example(tmp_path, monkeypatch):
 
 
 class Crashing(DecodeExample):
-    """Picture 5 crashes the codec."""
+    """Image 5 crashes the codec."""
 
     def plan(self, record, *args):
         if record.key == "5":
@@ -167,7 +167,7 @@ class Crashing(DecodeExample):
 
 
 class Unreadable(DecodeExample):
-    """Picture 5 is a bad one."""
+    """Image 5 is a bad record."""
 
     def plan(self, record, *args):
         if record.key == "5":
@@ -179,7 +179,7 @@ def test_a_picture_that_crashes_its_decoder_is_skipped_as_a_bad_one(monkeypatch)
     said = []
     monkeypatch.setattr(logging, "warning", lambda text, *args: said.append(text % args))
 
-    count = 2 * -(-len(numbered()) // 4)  # two epochs: the second one knows the record
+    count = 2 * -(-len(numbered()) // 4)  # two epochs: the second one already knows the record
     arguments = (8, 8, (1.0, 1.0), "{caption}")
     expected, num_bad = read(Unreadable(*arguments), 0, count, on_bad_record="skip")
     monkeypatch.setattr(sub_batches, "MAX_ROWS", 2)

@@ -1,4 +1,4 @@
-"""Pictures: decoded against hand-made files, scaled against torchvision; `ImageError` else."""
+"""Images: decoding against hand-made files, scaling against torchvision, and `ImageError`."""
 
 import struct
 import zlib
@@ -22,7 +22,7 @@ def _decode(data: bytes) -> np.ndarray:
 
 
 def _png(width, height, depth, colour_type, samples, *chunks) -> bytes:
-    """A PNG written by the specification; `samples` is an array of the file's integers."""
+    """Encodes a PNG by its specification; `samples` is an array of the file's integers."""
 
     def chunk(name, data):
         body = name + data
@@ -43,7 +43,7 @@ def _png(width, height, depth, colour_type, samples, *chunks) -> bytes:
 
 
 def _on_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """`colour` and `alpha` in [0, 1]; float64 grey levels."""
+    """Composites `colour` with `alpha`, both in [0, 1], on white; float64 grey levels."""
     return 255.0 * (colour * alpha[..., None] + 1.0 - alpha[..., None])
 
 
@@ -69,18 +69,18 @@ def _key(*values) -> tuple[bytes, bytes]:
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
-        # Grey with alpha; a palette with an alpha for each entry, and without.
+        # Grey with alpha; a palette with and without an alpha for each entry.
         (_png(3, 1, 8, 4, [0, 0, 0, 128, 200, 255]), [[255] * 3, [127] * 3, [200] * 3]),
         (
             _png(3, 1, 8, 3, [0, 1, 2], _PALETTE, (b"tRNS", bytes([255, 0, 128]))),
             [[255, 0, 0], [255, 255, 255], [132, 137, 142]],
         ),
         (_png(3, 1, 8, 3, [0, 1, 2], _PALETTE), [[255, 0, 0], [0, 0, 255], [10, 20, 30]]),
-        # Colours that stand for transparency, of 8 and 16 bits.
+        # A colour that means transparent, with 8 and 16 bits.
         (_png(2, 1, 8, 2, [10, 20, 30, 10, 20, 31], _key(10, 20, 30)), [[255] * 3, [10, 20, 31]]),
         (_png(2, 1, 8, 0, [7, 8], _key(7)), [[255] * 3, [8] * 3]),
         (_png(2, 1, 16, 0, [513, 514], _key(513)), [[255] * 3, [2] * 3]),
-        # 16 bits in colour, and with alpha.
+        # 16 bits per channel, with and without alpha.
         (_png(2, 1, 16, 2, [0, 65535, 32768, 256, 65279, 100]), [[0, 255, 127.5], [1, 254, 0.4]]),
         (_png(2, 1, 16, 6, [0, 0, 0, 0, 0, 0, 0, 65535]), [[255] * 3, [0] * 3]),
     ],
@@ -123,7 +123,7 @@ def test_cmyk(name):
     assert np.abs(_decode(data) - expected).max() <= 3
 
 
-# What brings the stored picture upright, by the EXIF standard.
+# The transform that turns the stored image upright, by the EXIF standard.
 _UPRIGHT = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -161,7 +161,7 @@ def _bomb(width, height) -> bytes:
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "unreadable"),
         (encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "unreadable"),
         (_bomb(9000, 9000), "too_large"),
-        (_bomb(8192, 8192), "unreadable"),  # the header is allowed, the pixels are not there
+        (_bomb(8192, 8192), "unreadable"),  # a valid header without the pixels
     ],
 )
 @pytest.mark.parametrize("function", [decode_rgb, check_readable])
@@ -228,7 +228,7 @@ def test_eval_transform_equals_torchvision(width, height, size):
 
 
 def test_only_the_centre_of_a_thread_like_picture_is_scaled():
-    """2 x 2000 at 224 pixels would be 224 x 224,000 on the way: 150 MB, and more for worse."""
+    """2 x 2000 at 224 pixels would need 224 x 224,000 in between: 150 MB, or more."""
     for image in (noise(0, (2, 2000)), noise(0, (2000, 2))):
         ours = transforms.eval_transform(image, 224)
         assert largest_difference(ours, torchvision_eval(image, 224)) <= 1
@@ -257,7 +257,7 @@ def test_train_transform_equals_torchvision_on_the_same_box(width, height, size)
 
 
 def describe_boxes(boxes, width, height):
-    """Shares of area, log aspect ratios, and places in [0, 1], of boxes [n, 4]."""
+    """Returns area fractions, log aspect ratios, and positions in [0, 1], of boxes [n, 4]."""
     left, top, right, bottom = np.asarray(boxes, float).T
     box_width, box_height = right - left, bottom - top
     return {
@@ -291,7 +291,7 @@ def test_crops_are_distributed_as_torchvision_draws_them(width, height, scale):
 def test_fallback_crop_equals_torchvision(width, height):
     from torchvision.transforms import RandomResizedCrop
 
-    scale, ratio = (0.9, 1.0), (0.99, 1.01)  # never fits in these pictures
+    scale, ratio = (0.9, 1.0), (0.99, 1.01)  # never fits in these images
     rng = np.random.default_rng(0)
     left, top, right, bottom = transforms.sample_crop_box(width, height, rng, scale, ratio)
     expected = RandomResizedCrop.get_params(Image.new("RGB", (width, height)), scale, ratio)

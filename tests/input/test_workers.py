@@ -1,4 +1,4 @@
-"""Decoding workers: nothing of them outlives a killed parent; how many a machine gets."""
+"""Decoding workers: a killed parent leaves nothing behind; the default number of workers."""
 
 import fcntl
 import os
@@ -15,7 +15,7 @@ from diht_jax.records.schema import Record
 from tests.make import REPOSITORY, encoded, plain, write_records
 from tests.waiting import wait_until
 
-# Takes one batch from two workers, which read blocks from a store; then waits to be killed.
+# Takes one batch from two workers, which read blocks from a store, and waits to be killed.
 PARENT = """
 import multiprocessing, sys, time
 from benchmarks import slow_store
@@ -45,13 +45,13 @@ def grey_square(number: int) -> Record:
 
 
 def segments_of(pid: int) -> set[pathlib.Path]:
-    """Shared memory that a process has mapped."""
+    """Returns the shared memory segments that a process has mapped."""
     maps = pathlib.Path(f"/proc/{pid}/maps").read_text().splitlines()
     return {pathlib.Path(line.split()[5]) for line in maps if "/dev/shm/diht_jax_" in line}
 
 
 def is_running(pid: int) -> bool:
-    """False also for one that has ended and that nobody has waited for."""
+    """Whether a process runs; False also for a zombie."""
     try:
         return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -80,7 +80,7 @@ def test_a_killed_parent_leaves_no_worker_no_shared_memory_and_no_blocks(tmp_pat
 
 @pytest.fixture
 def segment_folder(monkeypatch, tmp_path):
-    """Stands in for /dev/shm; no mark is given yet."""
+    """Replaces /dev/shm; no mark is claimed yet."""
     monkeypatch.setattr(workers, "SHARED_MEMORY", str(tmp_path))
     workers.claim_mark.cache_clear()
     yield tmp_path
@@ -99,7 +99,7 @@ def test_a_start_removes_shared_memory_of_runs_that_were_killed(segment_folder):
         mark = workers.claim_mark(workers.SHARED_MEMORY)
     assert {path.name for path in segment_folder.iterdir()} == kept | {f"{mark}.lock"}
     assert workers.claim_mark(workers.SHARED_MEMORY) == mark
-    # Its own lock keeps others off.
+    # Its own lock protects it from others.
     (segment_folder / f"{mark}_1").touch()
     workers.claim_mark.cache_clear()
     workers.claim_mark(workers.SHARED_MEMORY)
@@ -146,7 +146,7 @@ def test_a_container_has_the_cores_of_its_quota_and_a_worker_for_each_up_to_64(
     assert cores(48, cpu_max="150000 100000\n") == 2
     assert cores(48, cpu_max="max 100000\n") == 48
     (tmp_path / "cpu.max").unlink()
-    (tmp_path / "cpu").mkdir()  # version 1
+    (tmp_path / "cpu").mkdir()  # cgroup version 1
     (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
     for quota, expected in (("800000\n", 8), ("-1\n", 48)):
         (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(quota)

@@ -1,4 +1,4 @@
-"""The laboratory's data: exchanged captions, subsets, and what was made by other rules."""
+"""The laboratory's data: exchanged captions, subsets, and data made by outdated rules."""
 
 import collections
 import json
@@ -37,7 +37,7 @@ def empty(tmp_path):
 
 
 def place(lab, name, records):
-    """Writes a variant as if it had been made."""
+    """Writes a variant as if the laboratory had made it."""
     folder = lab.workdir / "data" / name
     folder.mkdir(parents=True)
     variants.write(folder, records)
@@ -46,7 +46,7 @@ def place(lab, name, records):
 
 @pytest.fixture
 def lab(empty):
-    """Data whose raw and CAT variants are there already: 20 and 6 records, every other clean."""
+    """Data with raw and CAT variants: 20 and 6 records, every other one clean."""
     unseen, seen = variants.UNSEEN[0], ("circle", "blue")
     shown = {0: [unseen], 3: [seen], 6: [seen, unseen]}
     records = [
@@ -73,7 +73,7 @@ def test_subsets_of_the_raw_and_of_the_kept_pairs(lab):
     assert len(some) == 6 and [key for key in raw if key in some] == some
     assert keys(lab.make("random_1")) != some
     assert keys(lab.make("oracle")) == raw[::2]
-    # No pair is left that shows a combination kept for few-shot.
+    # No remaining pair shows a combination reserved for few-shot.
     assert keys(lab.make("unseen")) == ["k3", "k9", "k12", "k15"]
     with pytest.raises(ValueError, match="data 'nothing': no variant has such a name"):
         lab.make("nothing")
@@ -99,11 +99,11 @@ def test_a_variant_is_made_once_and_anew_when_its_rules_change(lab):
     folder = lab.make("oracle")
     (folder / "leftover").touch()
     assert lab.make("oracle") == folder and (folder / "leftover").exists()
-    (folder / "complete.json").unlink()  # broken off: what is there is kept
+    (folder / "complete.json").unlink()  # interrupted: finished files are kept
     assert keys(lab.make("oracle")) == [f"k{i}" for i in range(0, 20, 2)]
     assert (folder / "leftover").exists()
     for marker in (folder / "complete.json", folder.with_name("oracle.begun.json")):
-        marker.write_text("{}")  # by other rules
+        marker.write_text("{}")  # made by other rules
     assert keys(lab.make("oracle")) == [f"k{i}" for i in range(0, 20, 2)]
     assert not (folder / "leftover").exists()
 
@@ -130,7 +130,7 @@ def test_shuffled_labels_are_those_of_other_records(lab):
     assert [record.key for record in records] == keys(lab.make("raw"))
     labels = [int(record.object_ids[0]) for record in records]
     assert sorted(labels) == list(range(20)) and sum(i == j for i, j in enumerate(labels)) < 5
-    # Training finds what the labels mean.
+    # Training finds the vocabulary of the labels.
     assert find_vocabulary(folder).objects.names == ("sun", "moon")
 
 
@@ -208,7 +208,7 @@ def test_neighbours_vote_without_the_row_itself():
     rows = np.array([[1, 0], [2, 0.1], [1, -0.1], [0, 1], [0.1, 3], [-0.1, 1]], np.float32)
     texts = ["wrong", "left", "left", "up", "wrong too", "up"]
     some = variants.vote(rows, texts)
-    # Ten neighbours are all the others here: "left" and "up" are twice as frequent as the rest.
+    # The ten nearest are all other rows here: "left" and "up" are twice as frequent as the rest.
     assert some[0] == "left" and some[4] == "up"
 
 
@@ -224,7 +224,7 @@ def test_the_arms_of_a_drawn_web_are_chosen_from_its_pairs(empty, monkeypatch):
         for record in variants.read(empty.make("drawn_unseen_3"))
     ]
     assert 0 < len(shown) < 8 and not set().union(*shown) & set(variants.UNSEEN)
-    # Another student of the first web scores each.
+    # A different student of the first web scores each drawn web.
     assert data.identity("drawn_clip_score_3")["model"] == data.identity("clip_score_3")["model"]
 
 

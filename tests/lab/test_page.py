@@ -1,4 +1,4 @@
-"""The laboratory's published pages, from the result files."""
+"""The laboratory's published pages, checked against the result files."""
 
 import base64
 import json
@@ -31,7 +31,7 @@ def test_the_published_pages_are_those_of_the_result_files():
 
 
 def read_items(results, metric):
-    """The results of the test items of each run from the bits in its file: float [items]."""
+    """Returns each run's results on the test items, from the bits in its file: float [items]."""
     runs = []
     for result in results:
         lists = [
@@ -48,7 +48,7 @@ def read_items(results, metric):
 
 
 def resample(treated, control, paired, own_items):
-    """Differences of means over runs and items drawn anew, in a plain loop."""
+    """Bootstraps differences of means over runs and items, in a plain loop."""
     rng = np.random.default_rng(20)
     means = []
     for _ in range(400):
@@ -70,7 +70,7 @@ def resample(treated, control, paired, own_items):
 
 
 def judge(low, high, margin):
-    """The label of an interval that does not end at 0."""
+    """Returns the label of an interval that does not end at 0."""
     if low <= 0 <= high:
         return "none within the margin" if max(-low, high) < margin else "undecided"
     near, far, word = (low, high, "gain") if low > 0 else (-high, -low, "harm")
@@ -81,7 +81,7 @@ def judge(low, high, margin):
 
 @pytest.mark.parametrize("contrast", CLAIMS, ids=lambda contrast: "-".join(key_of(contrast)))
 def test_a_claim_is_recomputed_from_the_files(contrast):
-    """By numpy and scipy, from the bits in the files: nothing of the laboratory's statistics."""
+    """Uses numpy, scipy and the bits in the files, and none of the laboratory's statistics."""
     metrics = metrics_of(contrast)
     arms = [
         {
@@ -113,7 +113,7 @@ def test_a_claim_is_recomputed_from_the_files(contrast):
     ]
     difference, low, high = map(float, re.findall(r"[+-]\d+\.\d", row)[:3])
     assert difference == pytest.approx(100 * (np.mean(means[0]) - np.mean(means[1])), abs=0.051)
-    # Resamples are others than the laboratory's: their ends differ by some percent of the width.
+    # The resamples differ from the laboratory's: their ends differ by a few percent of the width.
     slack = 0.051 + 0.1 * (high - low)
     assert low == pytest.approx(100 * ends[0], abs=slack) and low <= 100 * t.low + 0.051
     assert high == pytest.approx(100 * ends[1], abs=slack) and high >= 100 * t.high - 0.051

@@ -1,4 +1,4 @@
-"""Commands in processes of their own: their errors, their logs, and locks that they keep."""
+"""Commands in subprocesses: their errors, logs, and locks."""
 
 import fcntl
 import subprocess
@@ -26,7 +26,7 @@ def test_a_lock_lasts_as_long_as_a_command_that_was_started_under_it(tmp_path):
         child = subprocess.Popen(
             [sys.executable, "-c", "import time; time.sleep(600)"], pass_fds=processes._held
         )
-    # The lock's owner is gone, as after kill -9, and its command is not.
+    # The lock's owner is gone, as after kill -9, but its command still runs.
     with open(path) as file:
         with pytest.raises(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""The experiments have keys that exist, and the runner makes what is missing and no more."""
+"""The experiments use existing keys, and the runner makes only what is missing."""
 
 import dataclasses
 import json
@@ -47,7 +47,7 @@ def test_a_definition_changes_with_all_that_decides_a_run(monkeypatch):
     others += [tuned, Run(dataclasses.replace(experiment, init_from="random"), 0)]
     assert len({definition(each) for each in (one, *others)}) == 7
     assert definition(one) == definition(Run(experiment, 0))
-    # Data that a student made follow from how that student was trained.
+    # Data made by a student depend on how that student was trained.
     each = Run(EXPERIMENTS["clip_score"], 0)
     before = definition(each)
     with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""The laboratory's statistics against scipy, tables made by hand, and simulated runs."""
+"""The laboratory's statistics against scipy, hand-made tables, and simulated runs."""
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def test_one_run_of_an_arm_says_nothing():
 
 @pytest.mark.parametrize("paired", [True, False])
 def test_the_interval_is_the_wider_of_both(paired):
-    """Runs that agree on the mean, of items that do not: only the bootstrap knows."""
+    """Runs agree on the mean but items do not, so only the bootstrap sees the variance."""
     rng = np.random.default_rng(0)
     control = np.tile(rng.normal(0, 1, 100), (4, 1))
     gains = rng.normal(0.05, 1, 100)
@@ -90,7 +90,7 @@ def test_the_bootstrap_covers_a_known_difference_of_crossed_factors(paired):
     rng = np.random.default_rng(2)
     covered = []
     for _ in range(150):
-        # Items that differ in how much they gain, and runs that do.
+        # Items that differ in their gain, and runs that do.
         gains = 0.05 + rng.normal(0, 0.02, (12, 1)) + rng.normal(0, 0.3, (1, 150))
         treated = gains + rng.normal(0, 0.3, (12, 150))
         control = rng.normal(0, 0.02, (12, 1)) + rng.normal(0, 0.3, (12, 150))

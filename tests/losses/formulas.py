@@ -1,4 +1,4 @@
-"""The truth of the loss tests: the defining formula in float64, and one checker for all."""
+"""Ground truth of the loss tests: the defining formula in float64, and a common checker."""
 
 import functools
 import itertools
@@ -22,15 +22,15 @@ def defining_loss(
     image_emb, text_emb, scale, alpha, beta, *,
     constant_weights=False, equal_pairs="negative", is_equal=None, row_weights=None,
 ):  # fmt: skip
-    """DiHT's formula as it is printed, with its weights and its ratio, not the identity.
+    """DiHT's formula as printed, with the weights and the ratio instead of the identity.
 
-    Leading axes are batched, and arguments may be complex.
+    Leading axes are batch axes, and arguments may be complex.
 
     Args:
-        constant_weights: the weights of the negatives have no derivative.
-        equal_pairs: what equal pairs are to one another.
-        is_equal: [N, N], which pairs are equal; None: only those that are the same.
-        row_weights: [N], factors of both directions; None: those of the mean.
+        constant_weights: whether the weights of the negatives have no derivative.
+        equal_pairs: the role of equal pairs, as in the loss.
+        is_equal: [N, N], which pairs are equal; None: each pair equals only itself.
+        row_weights: [N], weights of both directions; None: those of the mean.
     """
     logits = np.asarray(scale)[..., None, None] * (image_emb @ np.swapaxes(text_emb, -1, -2))
     alpha, beta = np.asarray(alpha)[..., None], np.asarray(beta)[..., None, None]
@@ -54,7 +54,7 @@ def defining_loss(
 
 
 def complex_step(formula, *arguments):
-    """Value, and gradients by all arguments, exact to rounding; no autodiff involved."""
+    """Returns the value and the gradients by all arguments, exact to rounding, without autodiff."""
     step, sizes = 1e-30, [np.size(x) for x in arguments]
     directions = np.split(np.eye(sum(sizes)) * 1j * step, np.cumsum(sizes)[:-1], axis=1)
     moved = [x + d.reshape(-1, *np.shape(x)) for x, d in zip(arguments, directions, strict=True)]
@@ -65,7 +65,7 @@ def complex_step(formula, *arguments):
 
 @functools.cache
 def embeddings(kind):
-    """float64 pairs [N, d] that are exact in float32; neither file order nor kind is special."""
+    """Returns float64 pairs [N, d] that are exact in float32."""
     rng = np.random.default_rng(7)
 
     def unit(rows):
@@ -78,10 +78,10 @@ def embeddings(kind):
         text_emb = unit(axes + 0.05 * rng.normal(size=axes.shape))
     elif kind == "random":
         text_emb = unit(rng.normal(size=(NUM_PAIRS, WIDTH)))
-    elif kind == "adversarial":  # the neighbour is a perfect match, the own partner is opposite
+    elif kind == "adversarial":  # the neighbour matches perfectly, the partner is opposite
         text_emb = np.roll(image_emb, 1, axis=0)
         text_emb[::2] = -image_emb[::2]
-    else:  # all images nearly one point, all texts nearly the same ("opposed": its antipode)
+    else:  # all images near one point, all texts near the same ("opposed": its antipode)
         image_emb = unit(image_emb[:1] + 1e-3 * rng.normal(size=image_emb.shape))
         text_emb = unit(image_emb[:1] + 1e-3 * rng.normal(size=image_emb.shape))
         text_emb *= -1 if kind == "opposed" else 1
@@ -90,7 +90,7 @@ def embeddings(kind):
 
 @functools.cache
 def truth(kind, scale, alpha, beta, constant_weights=False):
-    """Value, and gradients by embeddings and scale."""
+    """Returns the value, and the gradients by embeddings and scale."""
     formula = functools.partial(
         defining_loss, alpha=alpha, beta=beta, constant_weights=constant_weights
     )
@@ -98,13 +98,13 @@ def truth(kind, scale, alpha, beta, constant_weights=False):
 
 
 def find_errors(value_and_grads, cases=CASES, dtype=np.float32, constant_weights=False):
-    """The cases that `value_and_grads(image_emb, text_emb, scale, alpha, beta)` gets wrong."""
+    """Returns the cases that `value_and_grads(image_emb, text_emb, scale, alpha, beta)` fails."""
     value_tolerance, grad_tolerance = TOLERANCES[dtype]
     errors = []
     for case in cases:
         kind, scale, alpha, beta = case
-        # Rounding a logit near `scale` moves a gradient made of terms of size scale/N by this
-        # much; it matters where these terms cancel (collapsed embeddings).
+        # Rounding a logit near `scale` moves a gradient, a sum of terms of size scale/N, by this
+        # much. It matters where these terms cancel (collapsed embeddings).
         floor = np.finfo(dtype).eps * scale * scale / NUM_PAIRS
         arrays = (*embeddings(kind), scale, alpha, beta)
         value, grads = value_and_grads(*(np.asarray(array, dtype) for array in arrays))
@@ -124,7 +124,7 @@ def mesh_of(num_devices):
 
 
 def differentiate_on_mesh(local_loss, mesh, axis_name="data", check_vma=True):
-    """Value and gradients, from outside of shard_map, of `local_loss(x, t, scale, alpha, beta)`."""
+    """Value and gradients of `local_loss(x, t, scale, alpha, beta)`, taken outside of shard_map."""
     rows, whole = PartitionSpec(axis_name), PartitionSpec()
     mapped = jax.shard_map(
         local_loss,
@@ -137,9 +137,9 @@ def differentiate_on_mesh(local_loss, mesh, axis_name="data", check_vma=True):
 
 
 def differentiate(loss_fn, objective, mesh_shape):
-    """Value and all gradients of a loss of each device, summed over the mesh.
+    """Returns the value and all gradients of a per-device loss, summed over the mesh.
 
-    The last argument, a dict, has further arrays with a row for each pair.
+    The last argument is a dict of further arrays with a row for each pair.
     """
     devices = np.asarray(jax.devices()[: np.prod(mesh_shape)]).reshape(mesh_shape)
     axes = ("data", "fsdp")

@@ -1,4 +1,4 @@
-"""The concept loss against the dense cross-entropy in float64, and its gradient by hand."""
+"""The concept loss against the dense float64 cross-entropy, and its gradient by hand."""
 
 import functools
 
@@ -14,7 +14,7 @@ NUM_ROWS, VOCABULARY, K = 12, 50, 5
 
 @pytest.fixture(scope="module")
 def labels():
-    """Logits up to 40, ids without repetition, probabilities; rows 3 and 7 are unlabelled."""
+    """Logits up to 40, distinct ids, probabilities; rows 3 and 7 are unlabelled."""
     rng = np.random.default_rng(0)
     logits = 20 * rng.normal(size=(NUM_ROWS, VOCABULARY))
     ids = np.stack([rng.permutation(VOCABULARY)[:K] for _ in range(NUM_ROWS)]).astype(np.int32)
@@ -79,7 +79,7 @@ def test_chunks_change_neither_value_nor_gradient(labels, chunk_rows):
 
 
 def test_chunks_bound_the_memory():
-    """At 512 rows of 10,000 concepts the logits are 20 MB."""
+    """The logits of 512 rows and 10,000 concepts take 20 MB."""
     shapes = ((512, 64), (64, 10_000), (10_000,), (512, 10), (512, 10))
     dtypes = (np.float32, np.float32, np.float32, np.int32, np.float32)
     arguments = [jax.ShapeDtypeStruct(*pair) for pair in zip(shapes, dtypes, strict=True)]

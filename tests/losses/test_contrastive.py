@@ -19,7 +19,7 @@ def impl(request):
 
 
 def loss_over(axis_name, **fixed):
-    """`contrastive_loss` with positional (maybe traced) alpha and beta."""
+    """Returns `contrastive_loss` with positional (possibly traced) alpha and beta."""
 
     def loss(image_emb, text_emb, scale, alpha, beta):
         return contrastive_loss(
@@ -54,7 +54,7 @@ def test_weighting_known_at_trace_time_equals_the_defining_formula(impl, alpha, 
 
 @pytest.mark.parametrize("order, check_vma", [(("data", "fsdp"), False), (("fsdp", "data"), True)])
 def test_batch_split_over_two_axes_in_either_order(impl, order, check_vma):
-    """From outside of `shard_map`, gradients do not depend on `check_vma`."""
+    """Taken outside of `shard_map`, gradients do not depend on `check_vma`."""
     mesh = Mesh(np.asarray(jax.devices()).reshape(2, 4), ("data", "fsdp"))
     value_and_grads = formulas.differentiate_on_mesh(
         loss_over(order, impl=impl), mesh, order, check_vma
@@ -110,7 +110,7 @@ def test_bfloat16_embeddings_are_multiplied_and_summed_in_float32(impl):
     np.testing.assert_allclose(value, truth, rtol=1e-5)
     _, exact = step(*(np.float32(emb) for emb in rounded), 100.0, 1.0, 0.25)
     for grad, wide in zip(grads, exact, strict=True):
-        tolerance = 8e-3 * np.abs(wide).max()  # of rounding the result
+        tolerance = 8e-3 * np.abs(wide).max()  # from rounding the result
         np.testing.assert_allclose(np.float32(grad), wide, rtol=0, atol=tolerance)
 
 

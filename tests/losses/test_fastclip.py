@@ -15,7 +15,7 @@ RHO, EPSILON, RECORDS, BATCH = 6.5, 1e-3, 20, 8
 
 
 def by_hand(image_emb, text_emb, scale, u, ids, gamma):
-    """Loss and gradients as the paper has them; changes u, [2, records] and not as logarithms."""
+    """Returns the paper's loss and gradients; updates u [2, records], which are not logarithms."""
     cosines, grads, logs = image_emb @ text_emb.T, [], []
     for direction, sims in enumerate((cosines, cosines.T)):
         ratios = np.exp(scale * (sims - np.diag(sims)[:, None]))

@@ -1,6 +1,6 @@
-"""Equal pairs masked or as positives, and weights of pairs: the formulas in float64.
+"""Equal pairs as masked or positive pairs, and pair weights, against float64 formulas.
 
-On groups, rings and gathered, with gradients; and what a batch without any negative does.
+All forms of the loss with gradients, and batches without any negative.
 """
 
 import functools
@@ -29,7 +29,7 @@ OF_ROWS = {"pair_ids": IDS, "row_weights": ROW_WEIGHTS}
 
 @functools.cache
 def pairs():
-    """float64 [N, d]: noisy pairs, some with a wrong text."""
+    """Returns float64 [N, d]: noisy pairs, some with a wrong text."""
     rng = np.random.default_rng(0)
     image_emb = rng.normal(size=(NUM_PAIRS, WIDTH))
     text_emb = image_emb + 0.3 * rng.normal(size=(NUM_PAIRS, WIDTH))
@@ -60,7 +60,7 @@ def sigmoid_formula(image_emb, text_emb, scale, bias, equal_pairs):
     return ((ROW_WEIGHTS + ROW_WEIGHTS[:, None]) * losses).sum((-2, -1))
 
 
-# Of 5 rows on a device and 20 in a group, in padded tiles of 3; the others have one of the two.
+# "groups": 5 rows per device and 20 per group, in padded tiles of 3. The others have one level.
 FORMS = {
     "groups": (functools.partial(streaming_loss, tile=3), (2, 4)),
     "group": (functools.partial(streaming_loss, tile=3), (1, 8)),
@@ -70,7 +70,7 @@ FORMS = {
 
 
 def rows_for(equal_pairs):
-    """What a loss has for each row."""
+    """Returns the row arrays of a loss."""
     return {"row_weights": ROW_WEIGHTS} if equal_pairs == "negative" else OF_ROWS
 
 
@@ -138,7 +138,7 @@ def test_sigmoid_is_the_formula(equal_pairs, form):
 @pytest.mark.parametrize("mesh_shape", [(1, 1), (2, 4)])
 @pytest.mark.parametrize("impl", ["streaming", "gathered"])
 def test_without_any_negative_nothing_is_lost_and_nothing_is_learnt(impl, mesh_shape):
-    """And a batch of equal pairs is no reason to skip the update."""
+    """Nor is a batch of equal pairs a reason to skip the update."""
     devices = jax.devices()[: np.prod(mesh_shape)]
     mesh = Mesh(np.asarray(devices).reshape(mesh_shape), AXES)
     image_emb, text_emb = (np.float32(x) for x in pairs())
@@ -156,7 +156,7 @@ def test_equal_texts_are_no_wrong_partners_in_the_metrics():
     image_emb = np.float32(np.eye(4)[[0, 0, 1, 2]])
     objective = jax.jit(functools.partial(contrastive_objective, mesh=mesh))
     metrics = objective(image_emb, image_emb, 20.0, pair_ids=np.int32([7, 7, 1, 2]))[1]
-    # Of the four, the first two would each be a tie.
+    # Of the four pairs, the first two would tie.
     assert metrics["i2t_accuracy"] == 1 and metrics["equal_pairs"] == 0.5
 
 

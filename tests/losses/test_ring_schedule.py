@@ -1,4 +1,4 @@
-"""The streaming loss's transfers: rounds, transfers of a round, and products that hide them."""
+"""The streaming loss's transfers: rounds, transfers per round, and products that hide them."""
 
 import functools
 import importlib.util
@@ -37,7 +37,7 @@ def abstract_arguments(mesh, num_pairs, width):
 
 
 def loops_and_permutes(jaxpr):
-    """(rounds, permutes of a round) of every loop that permutes, and how many are outside."""
+    """Returns (rounds, permutes per round) of each loop with permutes, and the permutes outside."""
     in_loops, outside = [], 0
     for equation in jaxpr.eqns:
         outside += equation.primitive.name == "ppermute"
@@ -61,9 +61,9 @@ def traced(shape, beta=0.25, num_pairs=64):
     "shape, rounds, beta", [((8, 1), 8, 0.25), ((4, 2), 4, 0.25), ((2, 4), 2, 0.0)]
 )
 def test_two_permutes_a_round_forward_and_three_backward(shape, rounds, beta):
-    """As many rounds as there are groups along fsdp: 64 and not 512 on 64 hosts of 8."""
+    """There are as many rounds as groups along fsdp: 64 and not 512 on 64 hosts of 8."""
     jaxpr = traced(shape, beta)
-    # After the loops, the texts' statistics and then their gradients come home.
+    # After the loops, the texts' statistics and then their gradients return to their devices.
     assert loops_and_permutes(jaxpr.jaxpr) == ([(rounds, 2), (rounds, 3)], 2)
 
 
@@ -72,7 +72,7 @@ def test_a_group_of_all_devices_sends_nothing_round():
 
 
 def test_groups_of_some_of_the_neighbours_equal_the_defining_formula(monkeypatch):
-    """Blocks of 2 x 8 float32 where 128 bytes may be gathered: 2 of the 4 along fsdp."""
+    """With blocks of 2 x 8 float32 and a limit of 128 bytes: 2 of the 4 along fsdp are gathered."""
     monkeypatch.setattr(ring, "_GATHERED_BYTES", 128)
     assert loops_and_permutes(traced((2, 4), num_pairs=16).jaxpr) == ([(4, 2), (4, 3)], 2)
 
@@ -86,9 +86,9 @@ def test_groups_of_some_of_the_neighbours_equal_the_defining_formula(monkeypatch
 
 
 def round_bodies(hlo):
-    """The opcodes of every loop that permutes, in the order in which they are scheduled.
+    """Returns the scheduled opcodes of every loop with permutes.
 
-    What makes products, in a loop or a fusion of its own, is called "products".
+    A loop or fusion that computes products is called "products".
     """
     assert "is_scheduled=true" in hlo.partition("\n")[0]
     computations = {}

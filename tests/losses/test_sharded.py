@@ -1,4 +1,4 @@
-"""The contrastive objective on a mesh: its form, metrics of the global batch, ties."""
+"""The contrastive objective on a mesh: its choice of form, global metrics, ties."""
 
 import functools
 
@@ -52,7 +52,7 @@ def test_metrics_of_the_global_batch_equal_a_table_made_with_numpy(mesh):
 def test_ties_count_as_a_fair_draw(impl):
     image_emb = np.float32([[1, 0], [1, 0], [0, 1]])
     text_emb = np.float32([[1, 0], [1, 0], [-1, 0]])
-    # Rows 0 and 1 tie with each other; the last image is 0 from all texts; the last text is
+    # Rows 0 and 1 tie with each other; the last image has cosine 0 to all texts; the last text is
     # closest to the last image.
     one_device = Mesh(np.asarray(jax.devices()[:1]), ("data",))
     _, metrics = jit_objective(one_device, axis_names="data", impl=impl)(image_emb, text_emb, 10.0)
@@ -61,7 +61,7 @@ def test_ties_count_as_a_fair_draw(impl):
 
 
 def mesh_of(device_kind, data, fsdp):
-    """What is looked at of a mesh, of devices that are not here."""
+    """Returns a mesh of stand-in devices with the attributes that the choice reads."""
     device = type("Device", (), {"device_kind": device_kind})()
     return Mesh(np.full((data, fsdp), device, object), ("data", "fsdp"))
 
@@ -85,6 +85,6 @@ def test_the_choice(kind, data, fsdp, num_pairs, impl):
 
 
 def test_what_does_not_fit_is_not_gathered():
-    """Many slow devices: 8,192 transfers of 22 us would ask for it, 18 GB of arrays forbid it."""
+    """Many slow devices: 8,192 transfers of 22 us favour gathering, 18 GB of arrays forbid it."""
     choice = choose("NVIDIA H100", 4096, 1, 1_048_576, width=1024)
     assert choice.impl == "streaming" and "it needs 18.25 GB, of 4.29 GB" in choice.reason

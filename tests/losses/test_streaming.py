@@ -1,4 +1,4 @@
-"""The sigmoid loss of a library's users against its formula; memory and work of both forms."""
+"""The sigmoid loss as users call it against its formula; memory and work of both forms."""
 
 import functools
 
@@ -32,7 +32,7 @@ def test_sigmoid_loss_equals_its_formula_in_float64(impl):
 
 
 def compiled(impl, num_pairs, width, mesh_shape=(2, 4), **settings):
-    """The value-and-gradient of the objective on eight devices, and its arguments."""
+    """Compiles the objective's value-and-gradient on eight devices; returns it and its inputs."""
     mesh = Mesh(np.asarray(jax.devices()).reshape(mesh_shape), ("data", "fsdp"))
     by_example = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     rows = jax.ShapeDtypeStruct((num_pairs, width), np.float32, sharding=by_example)
@@ -62,7 +62,7 @@ def test_memory_grows_with_the_local_batch_and_not_with_the_global_one():
 
 @pytest.mark.parametrize("beta", [0.0, 0.25])
 def test_work_is_two_thirds_of_the_dense_form_also_of_hard_negatives(beta):
-    """Four products of N x N x d against six."""
+    """Four products of N x N x d instead of six."""
     for impl, num_products in (("streaming", 4), ("gathered", 6)):
         step, arguments = compiled(impl, 512, 768, beta=beta)
         work = count_flops(step, *arguments)

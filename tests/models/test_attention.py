@@ -1,4 +1,4 @@
-"""Attention: the kernel follows the target, and the padded path gives XLA's numbers."""
+"""Attention: the kernel follows the target device, and the padded path gives XLA's values."""
 
 import dataclasses
 import functools
@@ -78,7 +78,7 @@ def test_the_step_asks_the_mesh_and_not_this_machine():
 
 
 def formula(q, k, v, causal):
-    """softmax(q k^T / sqrt(d)) v, by the book."""
+    """Computes softmax(q k^T / sqrt(d)) v directly."""
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision="highest") / np.sqrt(q.shape[-1])
     if causal:
         scores = jnp.where(jnp.tri(q.shape[1], dtype=bool), scores, -jnp.inf)
@@ -117,12 +117,12 @@ def without_change(x):
 
 
 def larger_gradients(x):
-    """The same values; the gradients of whatever comes before are a tenth larger."""
+    """Keeps the values, but makes the incoming gradients a tenth larger."""
     return x + 0.1 * (x - jax.lax.stop_gradient(x))
 
 
 def no_compiler(x):
-    raise KeyError("no such instruction")  # as no library of JAX's would raise it
+    raise KeyError("no such instruction")  # an error that JAX's libraries would not raise
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The dual encoder against open_clip's: sizes and initialisation; and its parts."""
+"""The dual encoder against open_clip's: sizes and initialisation; and its components."""
 
 import dataclasses
 
@@ -59,7 +59,7 @@ def test_parameters_are_drawn_by_the_keys_of_flax():
 
 
 def test_initialisation_has_the_spread_of_open_clips():
-    # Wide enough that a standard deviation is known to a few percent.
+    # Wide enough to estimate a standard deviation to a few percent.
     arch = dataclasses.replace(SMALL, vision_layers=3, text_layers=3)
     init_params = ModelDefinition(arch, jnp.float32, jnp.float32).init_params
     ours = jax.jit(init_params, compiler_options=QUICK_COMPILE)(jax.random.key(1))
@@ -99,7 +99,7 @@ def test_patch_dropout_keeps_a_random_subset_of_each_image():
     images = np.random.default_rng(0).standard_normal((3, 32, 32, 3)).astype(np.float32)
     features_of = jax.jit(model.vision.features)
     features = features_of(images, kept_patches=kept)
-    # Attention has no order of its own, and what is not looked at has no influence.
+    # Attention is independent of the order, and patches that are left out have no influence.
     backwards = features_of(images, kept_patches=kept[:, ::-1])
     np.testing.assert_allclose(features, backwards, atol=1e-5)
     blanked = images.reshape(3, 4, 8, 4, 8, 3).copy()
@@ -112,7 +112,7 @@ def test_patch_dropout_keeps_a_random_subset_of_each_image():
 
 
 def _normalized_and_gradient(rows: np.ndarray, cotangents: np.ndarray) -> tuple:
-    """Of x / |x| in float64; both 0 for a row without a direction."""
+    """Returns x / |x| in float64 and its gradient; both are 0 for a zero row."""
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     unit = np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 1e-12)
     tangential = cotangents - unit * (unit * cotangents).sum(1, keepdims=True)

@@ -1,4 +1,4 @@
-"""How a model computes: what is kept for the gradients, and layer norms in one pass."""
+"""How a model computes: rematerialisation policies, and layer norm in one pass."""
 
 import dataclasses
 
@@ -31,7 +31,7 @@ INIT = DEFINITION.init_params
 
 
 def temporary_bytes(remat):
-    """Of the gradient of a function of the image embeddings; memory is that of its blocks."""
+    """Temporary bytes of the gradient of a function of the image embeddings, mostly the blocks'."""
     execution = Execution(scan_layers=True, remat=remat)
     definition = dataclasses.replace(DEFINITION, execution=execution)
 
@@ -45,7 +45,7 @@ def temporary_bytes(remat):
 
 
 def test_remat_policies_are_ordered_by_memory():
-    """That they keep the gradients, those of the whole step show."""
+    """The tests of the whole step check that the policies keep the gradients."""
     memory = {name: temporary_bytes(name) for name in POLICIES}
     assert memory["full"] < memory["minimal"] < memory["dots"] < memory["none"]
     assert memory["none"] > 1.5 * memory["full"]
@@ -53,7 +53,7 @@ def test_remat_policies_are_ordered_by_memory():
 
 @pytest.mark.parametrize("ratio, tolerance", [(1, 2e-6), (10, 1e-4)])
 def test_layer_norm_in_one_pass_is_the_formulas(ratio, tolerance):
-    """`ratio` of the mean to the deviation, which is where one pass loses digits."""
+    """`ratio` is the mean over the deviation: one pass loses digits where it is large."""
     x = np.random.default_rng(0).standard_normal((64, 768)).astype(np.float32) + np.float32(ratio)
     wide = x.astype(np.float64)
     deviation = np.sqrt(wide.var(axis=1, keepdims=True) + 1e-5)

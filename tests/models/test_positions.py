@@ -1,4 +1,4 @@
-"""Positions for longer texts, against Long-CLIP's code and against other libraries."""
+"""Positions for longer texts, against Long-CLIP's code and other libraries."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from tests.weights.conftest import SMALL, open_clip_config, open_clip_model
 
 
 def long_clip_table(table):
-    """As Long-CLIP's released code stretches positions (model/longclip.py, `load_from_clip`)."""
+    """Stretches positions like Long-CLIP's released code (model/longclip.py, `load_from_clip`)."""
     length, width = table.shape
     keep = 20
     new = np.zeros((4 * length - 3 * keep, width))
@@ -40,7 +40,7 @@ def test_positions_are_stretched_as_long_clip_does():
     np.testing.assert_array_equal(
         stretch_positions(table, 100), stretch_positions(table, 248)[:100]
     )
-    # Beyond 248 the factor is 236 / 57, so that the last position is no farther out than theirs.
+    # Beyond 248 the factor is 236 / 57, so the last position is extrapolated no farther than there.
     longest = np.asarray(stretch_positions(table, 256))
     np.testing.assert_array_equal(longest[:20], table[:20])
     source = 20 + 235 * 57 / 236
@@ -79,7 +79,7 @@ def test_a_stretched_model_embeds_as_open_clip_with_its_table(tmp_path, monkeypa
     with torch.no_grad():
         expected = stretched.encode_text(torch.from_numpy(tokens), normalize=True).numpy()
     np.testing.assert_allclose(model.encode_text(tokens), expected, atol=2e-6)
-    # A text of up to 20 tokens is embedded as before.
+    # Texts of up to 20 tokens have the same embedding as before.
     short = load_model(tmp_path / "a.pt").encode_text("a photo")
     np.testing.assert_allclose(model.encode_text("a photo"), short, atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""The program of CLIP's architecture is the one that it was before the architecture had options."""
+"""CLIP's architecture compiles to the same program as before the architecture had options."""
 
 import hashlib
 
@@ -21,7 +21,7 @@ ARCH = make.small_architecture(
     embed_dim=40,
     vocab_size=100,
 )
-# SHA-256 of the StableHLO that this version of JAX lowers, of commit 9f2925b6.
+# SHA-256 of the StableHLO of commit 9f2925b6, lowered by this version of JAX.
 JAX_VERSION = "0.10.2"
 DIGESTS = {
     "scanned": "e5b8fc16e26c5946d1230ffd088f57478be94efd700da0899cc57d1d541c74e5",
@@ -30,7 +30,7 @@ DIGESTS = {
 
 
 def lowered(execution: Execution, kept: bool) -> str:
-    """The text of the program of a loss on the embeddings, and of its gradient."""
+    """Returns the program text of a loss on the embeddings and its gradient."""
     definition = ModelDefinition(ARCH, jnp.bfloat16, jnp.float32, execution)
     init = definition.init_params
     params = jax.eval_shape(init, jax.random.key(0))

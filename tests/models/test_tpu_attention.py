@@ -1,4 +1,4 @@
-"""The TPU kernel for short sequences: the formula's numbers, in every setting of a block."""
+"""The TPU kernel for short sequences gives the formula's values in every setting of a block."""
 
 import functools
 import importlib.util
@@ -27,7 +27,7 @@ needs_libtpu = pytest.mark.skipif(
 
 
 def formula_and_gradients(qkv, bias, cotangent, num_heads, causal):
-    """softmax(q k^T / sqrt(d)) v and its gradients, in float64 and without a compiler."""
+    """softmax(q k^T / sqrt(d)) v and its gradients, in float64 without a compiler."""
     b, t, width = qkv.shape
     q, k, v = np.moveaxis((qkv + bias).reshape(b, t, 3, num_heads, -1), (2, 3), (0, 2))
     g = np.moveaxis(cotangent.reshape(b, t, num_heads, -1), 2, 1)
@@ -83,7 +83,7 @@ def test_values_and_gradients_are_those_of_the_formula(
 
 
 def tower(attention, *, scan_layers):
-    """Two blocks of width 16 with two heads: definition, and the same numbers in either form."""
+    """Two blocks of width 16 with two heads: definition, and the same values in either form."""
 
     def build():
         return make_blocks(
@@ -114,7 +114,7 @@ def tower(attention, *, scan_layers):
 
 
 def sharded_gradients(attention, remat, *, scan_layers, pooled=(9, 3, 0, 5)):
-    """Two devices, two rows each -> the loss's jitted gradients, and their arguments."""
+    """Returns the loss's jitted gradients and their arguments, on two devices of two rows each."""
     graphdef, params = tower(attention, scan_layers=scan_layers)
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((4, 10, 16)), jnp.float32)
@@ -140,7 +140,7 @@ def sharded_gradients(attention, remat, *, scan_layers, pooled=(9, 3, 0, 5)):
 
 @pytest.fixture(scope="module")
 def gradients_of_xla():
-    """Loss, gradients of the two blocks' parameters, and that of their input, as arrays."""
+    """Returns the loss, and the gradients of the two blocks' parameters and input, as arrays."""
     run, arguments = sharded_gradients("xla", "none", scan_layers=False)
     loss, (by_params, by_x) = run(*arguments)
     return loss, jax.tree.leaves(by_params), by_x
@@ -148,7 +148,7 @@ def gradients_of_xla():
 
 @pytest.mark.parametrize("remat, scan_layers", [("dots", False), ("minimal", True)])
 def test_blocks_give_the_same_numbers(monkeypatch, gradients_of_xla, remat, scan_layers):
-    """The kernel's formula in its stead, which the test above compares with the kernel."""
+    """The kernel is replaced by its formula, which the test above compares with the kernel."""
     calls = []
 
     def dense(qkv, bias, *, num_heads, causal):
@@ -172,7 +172,7 @@ def test_blocks_give_the_same_numbers(monkeypatch, gradients_of_xla, remat, scan
 
 
 def kernels_read(jaxpr):
-    """How many Pallas kernels give what something in a jaxpr reads."""
+    """Counts the Pallas kernels whose outputs are used in a jaxpr."""
     read = {id(variable) for eqn in jaxpr.eqns for variable in eqn.invars}
     here = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "pallas_call"]
     inner = [
@@ -185,7 +185,7 @@ def kernels_read(jaxpr):
 
 @pytest.mark.parametrize("remat, kernels", [("minimal", 2), ("full", 3)])
 def test_minimal_keeps_what_the_kernel_gives(remat, kernels):
-    """For each of two blocks one kernel forward and one backward, and no second one forward."""
+    """Each of two blocks runs one kernel forward and one backward, and repeats none."""
     run, arguments = sharded_gradients("pallas", remat, scan_layers=False, pooled=None)
     assert kernels_read(run.trace(*arguments).jaxpr.jaxpr) == 2 * kernels
 
@@ -233,7 +233,7 @@ def test_turned_queries_and_keys_go_through_the_kernel():
 
 
 def test_outside_of_shard_map_no_kernel_is_used():
-    """Where the compiler splits the program over devices, it cannot split a kernel."""
+    """If the compiler partitions the program over devices, it cannot partition a kernel."""
     graphdef, params = tower("pallas", scan_layers=False)
     encode = jax.jit(lambda params, x: run_blocks(nnx.merge(graphdef, params), x))
     assert "pallas_call" not in str(encode.trace(params, jnp.ones((2, 10, 16))).jaxpr)

@@ -1,4 +1,4 @@
-"""Fields of an architecture: what a command line and a config may say of them."""
+"""Architecture fields: the values that a command line and a config may set."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Pages: escaped texts, in files of folders that did not exist."""
+"""Pages: text is escaped, and missing folders are created."""
 
 import jinja2
 import pytest
@@ -8,7 +8,7 @@ from diht_jax.pages import render as pages
 
 @pytest.fixture
 def templates(tmp_path, monkeypatch):
-    """A folder with the common template, and what a test adds."""
+    """Returns a folder with the common template, to which a test adds others."""
     (tmp_path / "base.html").write_text((pages.TEMPLATES / "base.html").read_text())
     monkeypatch.setattr(pages, "TEMPLATES", tmp_path)
     pages._environment.cache_clear()
@@ -17,7 +17,7 @@ def templates(tmp_path, monkeypatch):
 
 
 def test_texts_of_a_page_are_escaped_and_missing_ones_are_an_error(templates):
-    """Markup of a caption stays text, in cells, captions and attributes; bars are markup."""
+    """Markup in a caption stays text, in cells, captions and attributes; bars are markup."""
     (templates / "x.html").write_text(
         '{% extends "base.html" %}{% import "base.html" as parts %}{% block body %}'
         '{{ parts.table(["<b>", "n", ""], [["<u>", 7, bar(0.5, 40)]], bars=1) }}'

@@ -1,4 +1,4 @@
-"""A disk whose reads fail for a while, and the time that a program then waits."""
+"""A simulated disk whose reads fail for a while, and the time that a program then waits."""
 
 import builtins
 import contextlib
@@ -11,13 +11,13 @@ from diht_jax.storage import stores
 
 
 class FailingDisk:
-    """Files under a folder whose reads raise while `failures` are left.
+    """Makes reads of files in a folder raise while `failures` are left.
 
     Attributes:
         failures: how many more reads fail.
-        spared: reads that succeed before.
-        error: number of the error.
-        slept: seconds that were waited in all; no time passes.
+        spared: how many reads succeed first.
+        error: errno of the error.
+        slept: total seconds of (simulated) waiting.
     """
 
     def __init__(self, folder, failures: int, spared: int = 0, error: int = errno.EIO):
@@ -26,7 +26,7 @@ class FailingDisk:
 
     @contextlib.contextmanager
     def mounted(self):
-        """Files are opened through this disk meanwhile."""
+        """Opens files through this disk within the context."""
         real_open, real_pread, disk = builtins.open, os.pread, self
 
         def pread(descriptor, *args):
@@ -66,7 +66,7 @@ class FailingDisk:
             yield self
 
     def read(self):
-        """One read: raises, or does nothing."""
+        """Simulates one read: raises or does nothing."""
         if self.spared:
             self.spared -= 1
         elif self.failures:

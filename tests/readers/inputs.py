@@ -1,4 +1,4 @@
-"""Small inputs of the readers' tests, and what is read of them."""
+"""Small inputs for the readers' tests, and functions that read them."""
 
 import json
 import pathlib
@@ -24,13 +24,13 @@ PNG, JPEG = encoded_image(), encoded_image("JPEG")
 def write_source(
     folder: pathlib.Path, form: str, images: Mapping[str, bytes], rows_per_group: int = 1000
 ) -> pathlib.Path:
-    """Writes pairs in a form, and returns the path of the file, or of the folder of one class.
+    """Writes pairs in a form; returns the path of the file, or of the folder with one class.
 
     Args:
-        folder: is there.
-        form: the ending of a file, or "classes".
-        images: by their keys.
-        rows_per_group: of parquet.
+        folder: an existing folder.
+        form: a file's suffix, or "classes".
+        images: key -> image.
+        rows_per_group: rows per row group of parquet.
     """
     path, captions = folder / f"a.{form}", {key: f"caption {key}" for key in images}
     if form == "classes":

@@ -1,4 +1,4 @@
-"""Layouts of people's own pairs, through every command that reads a source."""
+"""Users' own layouts of pairs, through every command that reads a source."""
 
 import json
 import pathlib
@@ -41,7 +41,7 @@ def test_every_command_reads_the_same_pairs_by_a_relative_path(tmp_path, monkeyp
     images = [png(number) for number in range(len(_CAPTIONS))]
     for number, image in enumerate(images):
         (folder / f"{number}.png").write_bytes(image)
-    # Captions in files are read of the sub-folders, too.
+    # Captions in files are also read from sub-folders.
     source = write(folder) if write is not _files else write(folder) and str(folder.parent)
     expected = list(zip(images, _CAPTIONS, strict=True))
     monkeypatch.chdir(tmp_path)

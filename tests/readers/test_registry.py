@@ -1,4 +1,4 @@
-"""Readers of pairs: the right one for every source, and a counted reason for what is no pair."""
+"""The registry picks a reader for every source, and counts a reason for each skipped entry."""
 
 import fsspec
 import pyarrow
@@ -85,15 +85,15 @@ def test_parquet_with_images(tmp_path):
     ]
     for spec in (str(path), str(tmp_path), str(tmp_path / "*.parquet")):
         assert read_entries(spec) == expected
-        source = open_source(spec)  # what evaluation, embed, search and users see
+        source = open_source(spec)  # as evaluation, embed, search and users read it
         assert list(source) == expected[:1]
         assert source.skipped == {"no_image": 1, "no_caption": 1, "duplicate": 1}
     assert FORMATS["parquet"].count(list_shards(str(path))[0]) == 4
-    # Beside tars, such files hold the metadata of the tars' pairs.
+    # Next to tars, such files hold the metadata of the tars' pairs.
     tar = write_tar(tmp_path / "00000.tar", [("k.png", PNG), ("k.txt", b"text")])
     for spec in (str(tmp_path), str(tmp_path / "0*")):
         assert [shard.path for shard in list_shards(spec)] == [tar]
-    # Nor is a table what the filter keeps next to a shard.
+    # The filter's file next to a shard is not a table either.
     (tmp_path / "00000.tar.samples.tsv").write_text("kept\t0\t{}\n")
     assert [shard.path for shard in list_shards(str(tmp_path))] == [tar]
 
@@ -121,7 +121,7 @@ def test_each_source_may_have_options_of_its_own(tmp_path):
     assert [shard.options["rows_per_shard"] for shard in shards] == [1, 1, 10_000]
     source = open_source([first, f"{tmp_path}/b.csv?key_column=id"])
     assert [(p.key, p.caption) for p in source][1:] == [("a-00000001", "two"), ("k", "three")]
-    # The options of all sources hold where a source has none of its own.
+    # An option for all sources applies unless a source overrides it.
     source = open_source([f"{tmp_path}/a.csv?caption_column=title"], image_column="file")
     assert [p.caption for p in source] == ["one", "two"]
     tar = write_tar(tmp_path / "x1=a.tar", [("k.png", PNG), ("k.txt", b"text")])
@@ -184,7 +184,7 @@ def test_captions_in_files_give_the_pairs_of_the_packed_tar(tmp_path):
     }
     for name, data in members.items():
         _write(tmp_path / "files", name, data=data)
-    # img2dataset's description of a folder, and what it counted there.
+    # img2dataset's description of a folder, and its counts.
     _write(tmp_path / "files", "0_stats.json", data=b'{"count": 2}')
     pyarrow.parquet.write_table(pyarrow.table({"key": ["a"]}), tmp_path / "files" / "0.parquet")
     entries = read_entries(str(tmp_path / "files"))

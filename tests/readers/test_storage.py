@@ -1,4 +1,4 @@
-"""Disks that fail, files that unpack to giants, and pipes and links where files are expected."""
+"""Failing disks, decompression bombs, and pipes and links in place of files."""
 
 import errno
 import gzip
@@ -24,7 +24,7 @@ from tests.readers.inputs import PNG, read_entries, skip_reasons, write_source, 
 _KEYS = [f"k{number}" for number in range(6)]
 
 
-# Each with numbers of reads that succeed before the disk fails.
+# Form -> numbers of reads that succeed before the disk fails.
 _SOURCES = {
     "jsonl": (0, 1, 2, 4),
     "tar": (0, 1, 2, 4),
@@ -37,7 +37,7 @@ _CASES = [(form, spared) for form, counts in _SOURCES.items() for spared in coun
 
 
 def _write(folder, form):
-    # Tars of pictures of many blocks, so that the disk is asked again and again.
+    # Tars of images of many blocks, so that the disk is read repeatedly.
     image = PNG * 5000 if form.startswith("tar") else PNG
     return str(write_source(folder, form, dict.fromkeys(_KEYS, image)))
 
@@ -66,7 +66,7 @@ def test_an_outage_is_an_error_that_does_not_speak_of_damage(tmp_path, form, spa
     assert not disk.spared
     for wrong in ("damaged", "write it again", "cut off"):
         assert wrong not in str(caught.value)
-    assert isinstance(caught.value, OSError)  # so that an engine tries the task again
+    assert isinstance(caught.value, OSError)  # so that an engine retries the task
 
 
 def test_only_a_missing_picture_is_no_image(tmp_path):
@@ -130,7 +130,7 @@ def test_a_small_tar_of_giant_members_is_refused(tmp_path, monkeypatch):
     assert path.stat().st_size < 2**17
     with pytest.raises(ValueError, match=r"bomb\.tar\.gz: unpacks to over \d+ MiB"):
         read_entries(str(path))
-    # What a gzip file of captions reaches is no reason to refuse it.
+    # A gzip file with the compression ratio of captions is not refused.
     members = [(f"{key}.txt", b"the same words again " * 50) for key in range(1000)]
     write_tar(tmp_path / "text.tar", members)
     (tmp_path / "text.tar.gz").write_bytes(gzip.compress((tmp_path / "text.tar").read_bytes()))

@@ -1,4 +1,4 @@
-"""Pairs from object stores: the same as from a disk, and by few requests."""
+"""Pairs from object stores: the same as from a disk, with few requests."""
 
 import errno
 import json
@@ -17,7 +17,7 @@ from tests.records.stores import MeteredStore
 
 _KEYS = [f"k{number:03d}" for number in range(40)]
 _RANDOM = np.random.default_rng(0)
-# Random bytes behind a picture, so that nothing can be compressed; 400 kB in all.
+# Random bytes after an image make it incompressible; 400 kB in total.
 _IMAGES = {key: PNG + _RANDOM.bytes(int(_RANDOM.integers(1_000, 20_000))) for key in _KEYS}
 
 
@@ -42,14 +42,14 @@ def _upload(local, url):
 
 @pytest.fixture
 def store():
-    """The store, which is empty again after the test."""
+    """Returns the store; empties it after the test."""
     yield fsspec.filesystem("metered")
     MeteredStore.reset()
 
 
 @pytest.fixture
 def metered(local, store, monkeypatch):
-    """The folder in a store; blocks are small, so that a file has many."""
+    """Uploads the folder to a store; blocks are small, so that a file has many."""
     monkeypatch.setattr(stores, "BLOCK_BYTES", 2**16)
     monkeypatch.setattr(parquet, "BLOCK_BYTES", 2**16)
     _upload(local, "metered://folder")
@@ -68,14 +68,14 @@ def test_pairs_of_a_store_are_those_of_a_disk_and_fetched_once(local, metered):
     pictures = list(local.glob("i/*"))
     total = size + sum(path.stat().st_size for path in pictures)
     requests = MeteredStore.requests
-    # More than the blocks: the footer of parquet; the head of a table, and each of its pictures.
+    # In addition to the blocks: the footer of parquet; the head and the images of a table.
     is_parquet = (local / "a.parquet").exists()
     most = 1.01 * total + 2**16 * is_parquet
     assert total - len(b"PAR1") <= requests["bytes read"] <= most
     most = math.ceil(size / 2**16) + 3 * is_parquet + bool(pictures) + len(pictures)
     assert requests["get"] <= most
     assert requests["list"] + requests["info"] <= 4
-    # The end of a progress bar does not cost a reading.
+    # Counting the pairs for a progress bar does not read the whole file.
     MeteredStore.requests.clear()
     (shard,) = list_shards(f"{metered}/a.*")
     assert FORMATS[shard.kind].count(shard) in (None, len(_KEYS))
@@ -130,7 +130,7 @@ def test_paths_of_a_table_do_not_lead_out_of_its_folder(store):
     reasons = skip_reasons(entries)
     assert reasons.pop("half") in ("refused_path", "no_image")
     assert reasons == refused | {"gone": "no_image"}
-    # The folder may lie elsewhere.
+    # The folder may be elsewhere.
     rows = '{"image": "secret.png", "caption": "c"}\n'
     store.pipe_file("/box/in/t.jsonl", rows.encode())
     (pair,) = open_source("metered:///box/in/t.jsonl", image_root="metered:///box")

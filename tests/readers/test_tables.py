@@ -1,4 +1,4 @@
-"""Tables beside a folder of images: whole, in parts, and wrong ones."""
+"""Tables next to a folder of images: whole, in parts, and invalid ones."""
 
 import csv
 import json
@@ -157,7 +157,7 @@ def test_other_encodings_are_named(tmp_path, suffix, encoding):
 
 
 def test_rows_of_a_table_may_share_a_key(tmp_path):
-    """Several captions of one picture, as in COCO: none of them is a duplicate."""
+    """A picture may have several captions, as in COCO: none of them is a duplicate."""
     _image_folder(tmp_path)
     (tmp_path / "t.csv").write_text("id,image,caption\n7,images/a.png,one\n7,images/a.png,two\n")
     entries = read_entries(str(tmp_path / "t.csv"), key_column="id")
@@ -168,9 +168,9 @@ _NAMES = [("image", "caption"), ("filepath", "title"), ("File_Name", "TEXT"), ("
 
 
 def write_table(path, form, row):
-    """A table of one row in a form."""
+    """Writes a table of one row in a form."""
     if form == "parquet":
-        with path.open("wb") as file:  # pyarrow takes paths in UTF-8 alone
+        with path.open("wb") as file:  # pyarrow only takes paths in UTF-8
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), file)
     elif form in ("csv", "tsv"):
         lines = ({"csv": ",", "tsv": "\t"}[form].join(part) for part in (row, row.values()))
@@ -184,7 +184,7 @@ def write_table(path, form, row):
 def test_columns_of_all_tables_are_found_by_the_same_names(tmp_path, form, image, caption):
     (tmp_path / "a.png").write_bytes(PNG)
     row = {image: "a.png", caption: "one", "year": "1999"}
-    for name in (f"t.{form}", f"T.{form.upper()}", f"\udce9.{form}"):  # the last is no UTF-8
+    for name in (f"t.{form}", f"T.{form.upper()}", f"\udce9.{form}"):  # the last is not UTF-8
         write_table(tmp_path / name, form, row)
         expected = Pair(f"{clean_text(name[0])}-00000000", PNG, "one", {"year": "1999"})
         assert read_entries(str(tmp_path / name)) == [expected]
@@ -234,7 +234,7 @@ def test_a_list_in_json_is_read_where_it_is_named_alone(tmp_path):
     pair, skipped = read_entries(str(path))
     assert (pair.caption, pair.metadata) == ("one", {"size": None})
     assert skipped.reason == "bad_row"
-    # In a folder such a file may be anything.
+    # In a folder such a file may have any contents.
     assert [pair.caption for pair in read_entries(str(tmp_path))] == ["dog"]
     path.write_text('{"images": []}')
     with pytest.raises(ValueError, match=r"t\.json: .*list of objects"):
@@ -265,7 +265,7 @@ def test_a_jsonl_in_latin_1_names_the_file_and_how_to_convert_it(tmp_path):
 
 
 def _not_utf8():
-    # Arrow does not look at the bytes of a column that is made of buffers.
+    # Arrow does not validate the bytes of a column that is built from buffers.
     offsets = pyarrow.array([0, 1, 2, 3], pyarrow.int32()).buffers()[1]
     return pyarrow.Array.from_buffers(
         pyarrow.string(), 3, [None, offsets, pyarrow.py_buffer(b"a\xe9b")]

@@ -1,7 +1,7 @@
-"""TensorFlow and TFDS read what we write, and we read what they write.
+"""TensorFlow and TFDS read our files, and we read theirs.
 
-TensorFlow runs in one subprocess, which writes and reads everything that the tests then compare:
-it must never come into the process that tests the training path.
+TensorFlow runs in one subprocess, which writes and reads everything that the tests then compare.
+It must never be imported in the process that tests the training path.
 """
 
 import json
@@ -142,11 +142,11 @@ def _write_folder(folder: pathlib.Path, image_formats: list[str], shard_lengths:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> pathlib.Path:
-    """A folder in which TensorFlow has done its part; see the script."""
+    """Runs the TensorFlow script, and returns its folder."""
     folder = tmp_path_factory.mktemp("tensorflow")
     _write_folder(folder / "ours", ["PNG"], [3, 0, 2])
     _write_folder(folder / "webp", ["PNG", "WEBP"], [2])
-    # In a module of its own: TFDS looks for files beside the source of a builder.
+    # The script is a separate module, since TFDS looks for files next to a builder's source.
     (folder / "script").mkdir()
     (folder / "script" / "write_and_read.py").write_text(_TENSORFLOW_SCRIPT)
     script = subprocess.run(
@@ -168,7 +168,7 @@ def test_tfds_opens_our_folder(result):
     ours = result["ours"]
     assert (ours["name"], ours["count"]) == ("pairs", 5)
     assert ours["keys"] == [f"k{i}" for i in range(5)]
-    sums = [(4 + i) * 3 * (i + 2 * i + 250) for i in range(5)]  # pixels times colours
+    sums = [(4 + i) * 3 * (i + 2 * i + 250) for i in range(5)]  # pixels times channels
     assert ours["images"] == [[sums[i], [3, 4 + i, 3]] for i in range(5)]
     assert ours["num_objects"] == list(range(5))
 

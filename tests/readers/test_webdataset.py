@@ -1,4 +1,4 @@
-"""Tars of pairs: every layout, and a counted reason for whatever is no pair."""
+"""Tars of pairs: every layout, and a counted reason for everything that is not a pair."""
 
 import json
 import pathlib
@@ -41,7 +41,7 @@ def test_tar_as_img2dataset_writes_it(tmp_path):
     assert pairs[1].metadata == {"label": 4}
     assert pairs[3].metadata == {"captions": ["a", "b"], "similarity": None, "x": None}
     for pair in pairs:
-        encode_record(pair)  # whatever a reader gives can be written
+        encode_record(pair)  # whatever a reader returns can be written
 
 
 @pytest.mark.parametrize("with_json", [True, False])
@@ -56,7 +56,7 @@ def test_of_a_tar_that_is_cut_off_all_pairs_before_the_cut_come_first(tmp_path, 
         starts = {m.name: m.offset_data for m in tar}
     last = "json" if with_json else "txt"
     path = tmp_path / "cut.tar"
-    marker = -(-ends[f"k3.{last}"] // 512) * 512  # of whose zeros one block is enough
+    marker = -(-ends[f"k3.{last}"] // 512) * 512  # end marker, of which one zero block is enough
     for cut in range(600, marker + 512, 56):
         path.write_bytes(whole.read_bytes()[:cut])
         found = []
@@ -64,7 +64,7 @@ def test_of_a_tar_that_is_cut_off_all_pairs_before_the_cut_come_first(tmp_path, 
             found.extend(read_tar(str(path)))
         expected = [f"k{i}" for i in range(4) if ends[f"k{i}.{last}"] <= cut]
         if expected == ["k0"] and cut < starts["k1.png"]:
-            continue  # nothing shows that the first one is whole
+            continue  # nothing shows that the first pair is complete
         assert [pair.key for pair in found] == expected, cut
 
 

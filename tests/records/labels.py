@@ -1,4 +1,4 @@
-"""Folders of labels for tests, without a teacher."""
+"""Writes folders of labels for tests, without a teacher."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def write_labels(
     """Writes a folder as `data_prep.label` does, and returns it.
 
     Args:
-        folder: is made.
+        folder: is created.
         records: folder of the record shards.
-        labels: of each record, the objects and the attributes.
-        vocabulary: what the ids mean.
+        labels: the objects and the attributes of each record.
+        vocabulary: the meaning of the ids.
     """
     described = vocabulary.describe()
 
@@ -54,7 +54,7 @@ def write_labels(
 def write_clip_embeddings(
     folder: pathlib.Path, records: pathlib.Path, facts: ClipFacts, vectors: np.ndarray
 ) -> None:
-    """Adds embeddings of CLIP teachers to a folder: of n records, [n, views + 1, D]."""
+    """Adds CLIP teachers' embeddings to a folder: for n records, [n, views + 1, D]."""
 
     def encode(index: int, key: str, sealed: int) -> bytes:
         return facts.encode(key, sealed, vectors[index])
@@ -70,7 +70,7 @@ def _write_shards(
     vocabulary: dict[str, Any] | None = None,
     facts: dict[str, Any] | None = None,
 ) -> None:
-    """Writes shards of what `encode` makes of the number, key and seal of each record."""
+    """Writes shards of the results of `encode` for the number, key and seal of each record."""
     (folder / kind).mkdir(parents=True)
     source = open_source(str(records))
     shards, index = [], 0

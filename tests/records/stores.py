@@ -1,4 +1,4 @@
-"""Object stores of tests, which count requests or fail."""
+"""Simulated object stores that count requests or fail."""
 
 import collections
 import errno
@@ -12,12 +12,12 @@ from fsspec.spec import AbstractFileSystem
 
 
 class MeteredStore(MemoryFileSystem):
-    """`metered://`: counts the requests and the bytes that move, and may fail, or end a run.
+    """`metered://`: counts requests and bytes, and may fail or end a run.
 
     Attributes:
-        requests: number of "get", "put", "list", "info" and "remove"; "bytes read" and "written".
-        failing_every: of so many requests one fails; 0 for none.
-        ends_before: the number of the "put" or "remove" that does not come, as if the run were
+        requests: numbers of "get", "put", "list", "info", "remove", "bytes read", "bytes written".
+        failing_every: every n-th request fails; 0 for none.
+        ends_before: number of the "put" or "remove" before which the run ends as if it were
             killed; 0 for none.
     """
 
@@ -29,7 +29,7 @@ class MeteredStore(MemoryFileSystem):
 
     @classmethod
     def reset(cls):
-        """Empties the store, and counts from zero."""
+        """Empties the store, and resets the counts."""
         cls.store.clear()
         cls.pseudo_dirs[:] = [""]
         cls.requests.clear()
@@ -37,7 +37,7 @@ class MeteredStore(MemoryFileSystem):
 
     @classmethod
     def counts(cls):
-        """Requests by kind, of those that there were."""
+        """Returns the counted requests by kind."""
         return {kind: n for kind, n in cls.requests.items() if n and "bytes" not in kind}
 
     @classmethod
@@ -83,9 +83,9 @@ class MeteredStore(MemoryFileSystem):
 
 
 class BucketStore(MemoryFileSystem):
-    """Google's store as gcsfs has it; the fixture `bucket` puts it behind `gs://`.
+    """Google Cloud Storage as in gcsfs; the fixture `bucket` registers it for `gs://`.
 
-    An object is there once it is closed, and a folder as long as there is an object in it.
+    An object exists once it is closed, and a folder exists while it has an object.
 
     Attributes:
         failures: how many more objects are refused.
@@ -97,7 +97,7 @@ class BucketStore(MemoryFileSystem):
 
     @classmethod
     def reset(cls):
-        """Empties the store; nothing fails."""
+        """Empties the store and resets the failures."""
         cls.store.clear()
         cls.failures = 0
 
@@ -142,11 +142,11 @@ class _Upload(io.BytesIO):
 
 
 class HttpError(Exception):
-    """As that of gcsfs: no OSError."""
+    """The error class of gcsfs, which is not an OSError."""
 
 
 class Killed(BaseException):
-    """Stands for the end of a process: nothing catches it."""
+    """Simulates the end of a process: nothing catches it."""
 
 
 fsspec.register_implementation(MeteredStore.protocol, MeteredStore, clobber=True)

@@ -1,4 +1,4 @@
-"""Blocks of shards; what a start from a `dataset.index` looks at, and notices of a new folder."""
+"""Blocks of shards; the checks of a `dataset.index` at a start, and messages about a new folder."""
 
 import os
 import pathlib
@@ -47,7 +47,7 @@ def url(folder):
 
 
 def without_index(folder: pathlib.Path) -> TFRecordSource:
-    """The same shards as they are read without a `dataset.index`."""
+    """Returns a source of the same shards without a `dataset.index`."""
     other = folder.parent / "other"
     shutil.copytree(folder, other, ignore=shutil.ignore_patterns("dataset.index"))
     return TFRecordSource(other)
@@ -83,11 +83,11 @@ def test_a_block_is_one_request_and_a_record_too_once_the_offsets_are_there(url,
         path, start, end = source.extent(first, last)
         assert list(source.split(first, last, read_range(path, start, end))) == RECORDS[first:last]
     assert MeteredStore.counts() == {"get": len(starts) - 1}
-    # Single records, by offsets that are read 64 at a time.
+    # Single records, with offsets that are read 64 at a time.
     MeteredStore.requests.clear()
     assert [source[number] for number in range(500)] == RECORDS
     assert 500 <= sum(MeteredStore.counts().values()) <= 500 + 4 * 2
-    # With the offsets on this host, which two processes of it share.
+    # With the offsets in a cache on this host, which two readers share.
     MeteredStore.requests.clear()
     for reader in (source, TFRecordSource(url)):
         MeteredStore.requests.clear()
@@ -130,7 +130,7 @@ def test_shards_that_changed_are_named_with_what_to_do(folder, url):
 
 @pytest.mark.parametrize("suffix", [".tfrecord", ".tar", ".array_record"])
 def test_a_shard_that_became_a_copy_of_its_sibling_is_named(tmp_path, suffix):
-    """Its records have the lengths that the index states, and their own checksums are right."""
+    """Record lengths equal those in the index, and the records' own checksums are valid."""
     folder = tmp_path / "kept"
     folder.mkdir()
     pairs = [Pair(f"{i:03d}", JPEG, f"picture {i:03d}") for i in range(6)]
@@ -141,7 +141,7 @@ def test_a_shard_that_became_a_copy_of_its_sibling_is_named(tmp_path, suffix):
     assert source.decode(source[5]).caption == "picture 005"
     shutil.copy(folder / f"part-0{suffix}", folder / f"part-1{suffix}")
     reads = [lambda source: source[5]]
-    if suffix != ".array_record":  # which has no blocks
+    if suffix != ".array_record":  # ArrayRecord shards have no blocks
         assert (folder / f"part-0{suffix}").stat().st_size == source.extent(3, 6)[2]
         reads.append(lambda source: source.extent(3, 6))
     for read in reads:
@@ -170,10 +170,10 @@ def test_tars_are_found_by_names_in_capitals(tmp_path):
 
 
 class Counted(ShardedRecords):
-    """Shards of some lengths, without contents."""
+    """Shards of given lengths, without contents."""
 
     def __init__(self, lengths):
-        """Of these numbers of records."""
+        """Takes the number of records of each shard."""
         self._starts = np.cumsum([0, *lengths])
 
     def __getitem__(self, index):
@@ -181,7 +181,7 @@ class Counted(ShardedRecords):
 
 
 def divide(lengths: list[int], block_records: int) -> list[int]:
-    """The limits of the blocks, shard by shard."""
+    """Returns the limits of the blocks, shard by shard."""
     starts, first = [], 0
     for length in lengths:
         mine = list(range(0, length, block_records))

@@ -1,4 +1,4 @@
-"""The bytes of `dataset.index`, against those written from its description."""
+"""The bytes of `dataset.index`, against bytes assembled from its specification."""
 
 import numpy as np
 
@@ -17,7 +17,7 @@ def test_the_file_is_as_its_format_is_described(tmp_path):
         records = [random.bytes(int(random.integers(0, 90))) for _ in range(count)]
         path = make.write_shard(tmp_path / f"part-{number}.tfrecord", records)
         frames[path.name] = list(map(framing.frame, records))
-    rows = fingerprint_records(TFRecordSource(tmp_path)).shards  # by the shards themselves
+    rows = fingerprint_records(TFRecordSource(tmp_path)).shards  # from the shards themselves
     update_index(tmp_path)
     head, offsets = framing.dataset_index(frames, [int(digest, 16) for *_, digest in rows])
     assert (tmp_path / "dataset.index").read_bytes() == framing.with_preamble(head) + offsets

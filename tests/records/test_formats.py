@@ -1,4 +1,4 @@
-"""Shards: TFRecord's framing against the specification, ArrayRecord against grain, all damage."""
+"""Shards: TFRecord framing against the specification, ArrayRecord against grain, and damage."""
 
 import concurrent.futures
 import os
@@ -111,7 +111,7 @@ def test_nothing_found(tmp_path, where):
 
 
 def test_pickled_and_read_by_threads(tmp_path, monkeypatch):
-    monkeypatch.setattr(sharded, "_MAX_OPEN_SHARDS", 2)  # so that shards open and close all along
+    monkeypatch.setattr(sharded, "_MAX_OPEN_SHARDS", 2)  # shards open and close all along
     expected = _many_shards(tmp_path)
     source = pickle.loads(pickle.dumps(TFRecordSource(tmp_path)))
     order = random.Random(0).choices(range(13), k=2000)
@@ -119,7 +119,7 @@ def test_pickled_and_read_by_threads(tmp_path, monkeypatch):
         assert list(pool.map(source.__getitem__, order)) == [expected[i] for i in order]
 
 
-# Of a disk, and of a web server, whose client has errors of its own.
+# Errors of a disk, and of a web server, whose client has its own error classes.
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), RuntimeError("405")])
 def test_missing_index_stays_in_memory_where_it_cannot_be_written(tmp_path, monkeypatch, error):
     path = make.write_shard(tmp_path / "a.tfrecord", _RECORDS)
@@ -128,7 +128,7 @@ def test_missing_index_stays_in_memory_where_it_cannot_be_written(tmp_path, monk
     def refuse(*_):
         raise error
 
-    # Tests may run as root, whom no permission stops.
+    # Tests may run as root, to whom permissions do not apply.
     monkeypatch.setattr(ShardIndex, "write", refuse)
     source = pickle.loads(pickle.dumps(TFRecordSource(path)))
     assert list(source) == _RECORDS
@@ -183,7 +183,7 @@ def test_folders_globs_and_lists(tmp_path):
         (tmp_path / name).touch()
     assert find_kind(tmp_path / "tar") == find_kind(f"{tmp_path}/t*/*") == "webdataset"
     assert find_kind([f"{tmp_path}/tar", f"{tmp_path}/both/*.tar"]) == "webdataset"
-    assert find_kind(str(tmp_path / "both")) == "tfrecord"  # as before there were others
+    assert find_kind(str(tmp_path / "both")) == "tfrecord"  # the default format
     assert find_kind(str(tmp_path / "odd" / "a.bin")) == "tfrecord"
     assert find_shards(tmp_path / "tar") == [str(tmp_path / "tar" / "00000.tar")]
     with pytest.raises(ValueError, match=r"no record shard at '.*/odd'"):
@@ -254,7 +254,7 @@ def test_a_reader_whose_descriptor_is_stale_is_opened_again(tmp_path):
     records = _write(tmp_path, (4,))
     source = ArrayRecordSource(tmp_path)
     assert source[0] == records[0]
-    # As after a restart of a file server: no read by the reader's descriptor succeeds.
+    # After a restart of a file server, every read by the reader's descriptor fails.
     folder = pathlib.Path("/proc/self/fd")
     stale = [int(fd) for fd in os.listdir(folder) if _leads_to(folder / fd, tmp_path)]
     assert stale
@@ -280,7 +280,7 @@ def test_damage_is_named(tmp_path):
         source[2]
     with pytest.raises(DamagedRecordError, match="00000.array_record: record 2 cannot be read"):
         list(read_array_records(str(path)))
-    # Its reader has the same error where the disk fails, which is looked at before damage is named.
+    # A failing disk raises the same error in its reader, so the disk is checked first.
     with FailingDisk(tmp_path, 10**9).mounted():
         with pytest.raises(StorageError):
             list(read_array_records(str(path)))

@@ -1,6 +1,6 @@
-"""Labels in shards of their own: batches are those of merged records, to the bit, or an error.
+"""Labels in separate shards give the batches of merged records, bit for bit, or an error.
 
-The truth is the same labels written into the records themselves.
+The ground truth is the same labels merged into the records.
 """
 
 import collections
@@ -67,7 +67,7 @@ NAMES = [name for names in CONCEPT_FIELDS for name in names]
 
 
 def draw_labels(seed):
-    """Objects and attributes of each record; two of each longer shard have none."""
+    """Returns objects and attributes of each record; two records of each longer shard have none."""
     rng = np.random.default_rng(seed)
     labels = []
     for length in LENGTHS:
@@ -81,7 +81,7 @@ def draw_labels(seed):
 
 
 def write_folders(folder, suffix=".tfrecord", seed=0):
-    """`plain`, `labels` of it, and where the format can hold them `merged`."""
+    """Writes `plain`, its `labels` and, if the format can hold labels, `merged`."""
     labels, first = draw_labels(seed), 0
     for name in ("plain", "merged"):
         (folder / name).mkdir(parents=True)
@@ -180,7 +180,7 @@ def test_a_mixture_partly_in_a_store(folders, tmp_path):
     expected, _ = batches(mixture(sources("merged"), **options))
     joined = mixture(sources("plain", labels=str(other / "labels")), url, **options)
     assert_same(batches(joined)[0], expected)
-    # Copied once, under names that stand for their contents.
+    # Each shard was copied once, under a name that identifies its contents.
     assert len(list((tmp_path / "cache").glob("*-squares-*.tfrecord"))) == len(LENGTHS)
     assert find_train_vocabulary(sources("plain", labels=str(other / "labels")), url) == VOCABULARY
     in_worker = pickle.loads(pickle.dumps(joined))
@@ -205,7 +205,7 @@ def test_records_with_labels_but_no_vocabulary_are_no_source_of_a_mixture(folder
         "other": {"path": str(folders / "plain"), "weight": 1},
     }
     assert find_train_vocabulary(sources) == VOCABULARY
-    # Records alone, as somebody copies them; their ids could mean anything.
+    # Copied records alone: their ids could mean anything.
     for path in (tmp_path / "copied").iterdir():
         if path.suffix != ".tfrecord":
             path.unlink()
@@ -215,7 +215,7 @@ def test_records_with_labels_but_no_vocabulary_are_no_source_of_a_mixture(folder
 
 
 def test_labels_are_messages_of_tensorflow(folders):
-    """As for the frames around them, tests/readers/test_tfds.py lets TensorFlow read shards."""
+    """Decoded by protobuf; tests/readers/test_tfds.py has TensorFlow read the framing."""
     expected = [label for label in draw_labels(0) if len(label[0][0])]
     paths = sorted(map(str, (folders / "labels/labels").glob("*.tfrecord")))
     found = []
@@ -249,7 +249,7 @@ def test_ten_of_each_kind_take_120_bytes(tmp_path, size, num_bytes):
 
 
 def read_all(folder):
-    """The labels of all records that can be read, and the errors of the others."""
+    """Returns the labels of all readable records, and the errors of the others."""
     records = open_records(str(folder / "plain"))
     labels, found, errors = open_labels(str(folder / "labels"), records, "labels"), {}, []
     for index in range(len(records)):
@@ -261,7 +261,7 @@ def read_all(folder):
     return found, errors
 
 
-_FLIPPED_EACH = 3  # bytes, so that all fields of a record are met
+_FLIPPED_EACH = 3  # bytes, enough to hit all fields of a record
 
 
 def test_no_flipped_byte_gives_another_label(folders, tmp_path):
@@ -294,19 +294,19 @@ def test_no_flipped_byte_gives_another_label(folders, tmp_path):
 
 def test_a_damaged_label_is_an_error_or_a_record_that_is_skipped(folders, tmp_path):
     folder = shutil.copytree(folders / "labels", tmp_path / "labels")
-    path = folder / "labels/squares-00001.tfrecord"  # of one record
+    path = folder / "labels/squares-00001.tfrecord"  # a shard of one record
     data = path.read_bytes()
     path.write_bytes(data[:-6] + bytes([data[-6] ^ 1]) + data[-5:])
     source = mixture(str(folders / "plain"), str(folder))
     with pytest.raises(ValueError, match=r"squares-00001.tfrecord: record 0 is damaged"):
         batches(source)
     found, skipped = batches(source, count=sum(LENGTHS), on_bad_record="skip")
-    assert skipped == 8  # once in each epoch
+    assert skipped == 8  # once per epoch
 
 
 @pytest.fixture(scope="module")
 def equal_keys(tmp_path_factory):
-    """Two shards of records that all have one key; labels, and embeddings of a CLIP, of these."""
+    """Two shards whose records all have the same key, with their labels and CLIP embeddings."""
     folder = tmp_path_factory.mktemp("equal_keys")
     records = [dataclasses.replace(colored_square(i), key="same") for i in range(8)]
     write_records(folder / "plain", records, (4, 4))
@@ -318,7 +318,7 @@ def equal_keys(tmp_path_factory):
 
 
 def read_both(folder):
-    """Concepts and embeddings of all records."""
+    """Yields each record with its concepts, then with its embeddings."""
     records = open_records(str(folder / "plain"))
     labels = open_labels(str(folder / "labels"), records, "labels")
     clips = ClipEmbeddings.open(str(folder / "labels"), records)
@@ -331,7 +331,7 @@ def read_both(folder):
 @pytest.mark.parametrize("kind", ["labels", "clip_embeddings"])
 @pytest.mark.parametrize("change", ["exchange shards", "exchange records"])
 def test_labels_of_other_records_are_noticed(equal_keys, tmp_path, kind, change):
-    """Sizes, checksums and keys are right, and the index is that of the shards that are there."""
+    """Sizes, checksums and keys are valid, and the index is that of the changed shards."""
     folder = shutil.copytree(equal_keys, tmp_path / "changed")
     assert len(list(read_both(folder))) == 16
     first, last = (folder / f"labels/{kind}/train-0000{n}.tfrecord" for n in (0, 1))
@@ -355,7 +355,7 @@ def test_wrong_labels_are_an_error_at_the_start(folders, tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"config.data.labels=.*1 changed \(squares-00002.tf"):
         mixture(plain, str(folder))
-    # Whole, but shorter than the shard; the index was brought up to date.
+    # A valid shard that is shorter than the record shard, with an updated index.
     make.write_shard(path, [b""])
     update_index(str(folder / "labels"))
     with pytest.raises(ValueError, match=r"00002.tfrecord has 1 records, and the shard .* has 9"):
@@ -366,7 +366,7 @@ def test_wrong_labels_are_an_error_at_the_start(folders, tmp_path):
 
 
 def test_labels_of_other_records_are_an_error_at_the_start(folders, tmp_path):
-    """As many records of the same names, but others."""
+    """The same names and numbers of records, but other records."""
     other = tmp_path / "other"
     other.mkdir()
     for number, count in enumerate(LENGTHS):

@@ -1,4 +1,4 @@
-"""Records in object stores: S3 as a server in this process (moto), and those of fsspec."""
+"""Records in object stores: S3 on a server in this process (moto), and those of fsspec."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The record against the protobuf classes that TFDS ships; records in img2dataset's layout."""
+"""The record against TFDS's protobuf classes, and records in img2dataset's layout."""
 
 import math
 
@@ -31,12 +31,12 @@ def test_bytes_are_those_of_tensorflows_message():
     assert feature["key"].bytes_list.value == [b"00012"]
     assert feature["image"].bytes_list.value == [_IMAGE]
     assert feature["caption"].bytes_list.value == ["un café noir ☕".encode()]
-    # By hand: 3 objects, ids of three bytes, halves of two (0.5 is 0x3800); then 1 attribute.
+    # By hand: 3 objects, ids of three bytes, float16 values (0.5 is 0x3800); then 1 attribute.
     ids = "070000000000ffffff"
     probs = "003800340034"
     assert feature["concepts"].bytes_list.value[0].hex() == f"03{ids}{probs}01010000003c"
     assert set(feature) == {"key", "image", "caption", "metadata", "concepts"}
-    # The other class writes the very same bytes: field numbers and packing agree.
+    # The other class writes the same bytes: field numbers and packing agree.
     assert example.SerializeToString(deterministic=True) == encode_record(_make_record())
 
 
@@ -76,7 +76,7 @@ def test_refuses_to_encode(changes, message):
 
 
 def write_sample(sample: dict) -> bytes:
-    """What img2dataset's `TFRecordSampleWriter` makes of a sample, by the types of the values."""
+    """Returns what img2dataset's `TFRecordSampleWriter` writes for a sample, by value type."""
     example = tf_example_pb2.Example()
     for name, value in sample.items():
         feature = example.features.feature[name]
@@ -120,7 +120,7 @@ def test_a_sample_of_img2dataset_becomes_a_record():
         "exif": "\ufffd\ufffd",
     }
     assert record.object_ids is None
-    # It can be written in our layout, and is the same then.
+    # The record survives a round trip through our layout.
     assert decode_record(encode_record(record)) == record
 
 
@@ -130,7 +130,7 @@ def test_columns_with_the_names_of_our_fields_are_metadata():
     assert decode_record(write_sample(sample)) == Record("1", b"J", "a cat", columns)
     sample["image"] = b"bytes, too"
     assert decode_record(write_sample(sample)).image == b"J"
-    # Ours goes on to be ours, whatever else other writers put beside it.
+    # Our layout is recognised even with fields that other writers add.
     ours = {"key": "1", "image": b"I", "caption": "a cat", "jpg": b"J"}
     assert decode_record(write_sample(ours)).image == b"I"
     assert decode_record(encode_record(Pair("1", b"I", "a cat"))).image == b"I"

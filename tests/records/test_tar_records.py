@@ -1,4 +1,4 @@
-"""Tars as record shards: against the reader of tars, webdataset and Python's `tarfile`."""
+"""Tars as record shards, against the tar reader, webdataset and Python's `tarfile`."""
 
 import bz2
 import gzip
@@ -22,7 +22,7 @@ from diht_jax.records.train_data import fingerprint_records, open_records
 from tests import make
 from tests.readers.inputs import JPEG, PNG, encoded_image, write_tar
 
-# Whatever a tar may hold: names that need extended headers, members of other kinds, no pairs.
+# Everything a tar may hold: names with extended headers, other kinds of members, no pairs.
 MEMBERS = [
     ("__index__.npy", b"not a part of any sample"),
     ("0.jpg", JPEG),
@@ -77,7 +77,7 @@ def test_records_are_what_the_reader_of_tars_gives(tmp_path, tar_format, caplog)
         (p.key, p.image, p.caption, p.metadata) for p in pairs
     ]
     assert source.locate(3) == (path, 3)
-    # The index lies there now, and says the same; nothing is scanned or logged again.
+    # The index now exists and agrees; nothing is scanned or logged again.
     caplog.clear()
     again = pickle.loads(pickle.dumps(TarRecordSource(tmp_path)))
     assert [again[number] for number in range(4)] == [source[number] for number in range(4)]
@@ -86,7 +86,7 @@ def test_records_are_what_the_reader_of_tars_gives(tmp_path, tar_format, caplog)
     with tarfile.open(path) as tar:
         offsets = {member.name: member.offset for member in tar}
         found = scan_tar(path).tolist()
-        # The first header of a sample, and the last one of a key that is there twice.
+        # The first header of a sample, and the last header of a repeated key.
         assert found[1:] == [
             offsets[name] for name in (MEMBERS[5][0], "caf\u00e9.webp", "last.JPEG")
         ]
@@ -110,7 +110,7 @@ def test_an_extent_is_cut_into_its_elements(tmp_path):
             data = file.read()[start:end]
         elements = [source[n] for n in range(first, last)]
         assert list(source.split(first, last, data)) == elements
-        # As the read-ahead does it: pieces are cut by one process, and unpacked by another.
+        # As in the read-ahead, one process cuts the pieces and another unpacks them.
         starts = source.cut(first, last, data)
         pieces = [data[i:j] for i, j in zip(starts[:-1], starts[1:], strict=True)]
         assert [source.unpack(first + n, piece) for n, piece in enumerate(pieces)] == elements
@@ -121,7 +121,7 @@ def test_an_extent_is_cut_into_its_elements(tmp_path):
 
 
 def write_kept(path):
-    """A tar of two records by our writer; the bytes of it, and both records."""
+    """Writes a tar of two records; returns its bytes and both records."""
     records = [Record("a", JPEG, "a red fox", {"n": 1}), Record("b", PNG, "a blue cup", {"n": 2})]
     make.write_shard(path, records)
     return path.read_bytes(), records

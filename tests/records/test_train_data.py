@@ -1,4 +1,4 @@
-"""Which records are held out; what a data set's fingerprint notices, and what it costs to keep."""
+"""Held-out records; changes that a data set's fingerprint detects, and the cost of keeping it."""
 
 import os
 import shutil
@@ -62,12 +62,12 @@ def test_a_shard_that_was_copied_over_another_is_named(tmp_path, suffix, caplog)
 @pytest.mark.parametrize(
     "change, expected",
     [
-        # Of equal lengths, but the ends are others.
+        # Equal lengths with different ends.
         (
             lambda f: write(f / "part-1.tfrecord", (9000, 11, 9000), b"b"),
             ["1 changed (part-1.tfrecord)"],
         ),
-        # Two records exchanged: the same size, and the same ends.
+        # Two records swapped: same size, same ends.
         (lambda f: write(f / "part-1.tfrecord", (9000, 9000, 11)), ["1 changed (part-1.tfrecord)"]),
         (
             lambda f: (f / "part-3.tfrecord").rename(f / "part-4.tfrecord"),
@@ -95,7 +95,7 @@ def test_another_order_and_equal_names_are_reported(folder, tmp_path_factory):
 
 
 def held_out(shards, share=0.1, seed=0):
-    """Names of shards and places there, of shards `name -> length`."""
+    """Returns the names and indices of held-out records for shards `name -> length`."""
     records = types.SimpleNamespace(paths=list(shards), shard_lengths=np.array([*shards.values()]))
     data = tiny_config(data__validation_share=share).data
     numbers = held_out_records(records, data, seed)

@@ -1,4 +1,4 @@
-"""Vocabulary files and their hashes: what is read back, and which mismatch is named."""
+"""Vocabulary files and their hashes: round trips, and errors that name the mismatch."""
 
 import hashlib
 import json

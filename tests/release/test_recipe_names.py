@@ -1,4 +1,4 @@
-"""Recipes by name: from any folder, with arguments and overrides."""
+"""Recipes are found by name from any folder, with arguments and overrides."""
 
 import collections
 

@@ -1,4 +1,4 @@
-"""One version everywhere, the extras that are documented, and what is contained of others."""
+"""Version numbers agree, all extras are documented, and third-party notices are complete."""
 
 import re
 import tomllib

@@ -1,4 +1,4 @@
-"""The packages that are published: built, installed into an empty environment, and used there."""
+"""The published packages can be built, installed into an empty environment, and used."""
 
 import email
 import os
@@ -19,7 +19,7 @@ from tests.make import REPOSITORY, write_pair_tar
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 FOLDERS = ("diht_jax", "data_prep", "configs")
 INSTALLED_AS = {"configs": "diht_jax/recipes/configs"}
-# Every process of the environment writes down which files of the project it has imported.
+# Every Python process of the environment records which project files it has imported.
 RECORDER = """
 import atexit, os, sys
 
@@ -30,7 +30,7 @@ def write():
 
 atexit.register(write)
 """
-# A recipe in the folder `configs` of a user, which starts from one of ours.
+# A recipe in a user's folder `configs`, derived from one of this project.
 OWN_RECIPE = """
 from configs import common, demo
 
@@ -52,7 +52,7 @@ COMMANDS = (
 
 
 def sources() -> set[str]:
-    """Files that belong into the packages, by their paths in the repository."""
+    """Returns the files that belong in the packages, by their paths in the repository."""
     return {
         path.relative_to(REPOSITORY).as_posix()
         for folder in FOLDERS
@@ -62,7 +62,7 @@ def sources() -> set[str]:
 
 
 def build(folder: pathlib.Path, target: str, output: pathlib.Path) -> pathlib.Path:
-    """Builds in a folder, as `python -m build --no-isolation` does; the one file it makes."""
+    """Builds like `python -m build --no-isolation`; returns the one file that it makes."""
     command = [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(output)]
     subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=120)
     (path,) = output.iterdir()
@@ -84,7 +84,7 @@ def sdist(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory):
-    """Built from the sdist, so that nothing is missing there either."""
+    """Built from the sdist, to show that the sdist is complete as well."""
     folder = tmp_path_factory.mktemp("unpacked")
     with tarfile.open(sdist) as tar:
         tar.extractall(folder, filter="data")
@@ -94,15 +94,15 @@ def wheel(sdist, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def environment(wheel, tmp_path_factory):
-    """The Python of an environment with the wheel, and with the packages that this one has."""
+    """The Python of an environment with the wheel and with this environment's other packages."""
     folder = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     python = folder / "bin" / "python"
     install = ("install", "--quiet", "--no-deps", "--no-index", "--no-compile", str(wheel))
     subprocess.run([sys.executable, "-m", "pip", "--python", str(python), *install], check=True)
     (site_packages,) = folder.glob("lib/python*/site-packages")
-    # Of a folder that a .pth file names the .pth files are not read: this checkout, which may be
-    # installed there as a link, is not found by it.
+    # A .pth file adds a folder but does not process that folder's own .pth files. Python therefore
+    # does not find this checkout, which may be installed there as a link.
     (site_packages / "packages.pth").write_text(sysconfig.get_path("purelib"))
     (site_packages / "sitecustomize.py").write_text(RECORDER.format(names=(*FOLDERS, "__main__")))
     return python
@@ -110,7 +110,7 @@ def environment(wheel, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(environment, tmp_path_factory):
-    """Starts a module of the installed package in an empty folder; gives what it prints."""
+    """Starts a module of the installed package in an empty folder; returns its output."""
     folder = tmp_path_factory.mktemp("elsewhere")
     imported = folder / "imported.txt"
     variables = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}

@@ -1,4 +1,4 @@
-"""A stand-in of the Hugging Face hub's API, which keeps files in memory."""
+"""A stand-in for the API of the Hugging Face hub, which keeps files in memory."""
 
 import base64
 import contextlib
@@ -13,7 +13,7 @@ TOKEN = "hf_" + "a" * 34
 
 
 class Hub:
-    """Repositories by (type, name), each file name -> bytes, and the commits' messages."""
+    """Repositories by (type, name), each file name -> bytes, and the commit messages."""
 
     def __init__(self):
         self.files = {}
@@ -125,7 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.answer(body={"type": "user", "name": "somebody", "auth": {}})
 
     def entries(self, key, under):
-        """Files and folders below a folder."""
+        """Returns the files and folders below a folder."""
         found, prefix = {}, f"{under}/" if under else ""
         for name, data in sorted(self.hub.files[key].items()):
             if name.startswith(prefix):

@@ -47,7 +47,7 @@ def test_a_file_is_written_listed_read_and_removed(folder):
     files.remove(path)
     files.remove(path)
     assert files.list_names(folder) == [".hidden"]
-    # Files of a folder below are not listed.
+    # Files of sub-folders are not listed.
     below = files.join(folder, "parts")
     files.make_folder(below)
     files.write_bytes(files.join(below, "a.json"), b"{}")
@@ -140,5 +140,5 @@ def test_an_object_with_a_checksum_is_none_once_it_is_another(tmp_path):
     whole = (tmp_path / "x.json").read_text()
     (tmp_path / "x.json").write_text(whole.replace("0.1", "0.2"))
     assert files.read_object(path) is None
-    (tmp_path / "x.json").write_text("".join(whole.split()))  # written in another way
+    (tmp_path / "x.json").write_text("".join(whole.split()))  # formatted differently
     assert files.read_object(path) == value

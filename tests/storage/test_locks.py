@@ -23,16 +23,16 @@ with lock_folder(sys.argv[1], "--workdir", "run.lock"):
 
 @pytest.fixture
 def time_passes(monkeypatch):
-    """A clock that only moves by sleeping; its time can be set."""
+    """Replaces the clock by one that only advances by sleeping, and whose time can be set."""
     now = [1000.0]
-    monkeypatch.setattr(locks, "EXPIRY_SECS", 10.0)  # twenty looks at the store
+    monkeypatch.setattr(locks, "EXPIRY_SECS", 10.0)  # twenty polls of the store
     monkeypatch.setattr(locks, "_now", lambda: now[0])
     monkeypatch.setattr(locks, "_sleep", lambda secs: now.__setitem__(0, now[0] + secs))
     return now
 
 
 def _leave(folder, **changes):
-    """A lock as another process would have left it."""
+    """Writes a lock as another process would have left it."""
     holder = {
         "token": "other", "host": "node7", "machine": "another machine", "pid": 12,
         "since": "yesterday", "renewed": 1000.0,
@@ -54,7 +54,7 @@ def test_a_local_holder_is_named_and_leaves_nothing_behind_when_killed(tmp_path,
         locks.lock_folder(run, "--workdir", "run.lock"),
     ):
         pass
-    # The lock stays its own under the name of a leader's, for which one waits.
+    # The process still holds the lock under the name of a leader's lock, for which others wait.
     os.link(tmp_path / "run" / "run.lock", tmp_path / "run" / ".leader.lock")
     with caplog.at_level("WARNING"):
         waiting = threading.Thread(target=_lead, args=(run,))
@@ -63,7 +63,7 @@ def test_a_local_holder_is_named_and_leaves_nothing_behind_when_killed(tmp_path,
     process.send_signal(signal.SIGKILL)
     process.wait()
     waiting.join()
-    for _ in range(2):  # one that ends leaves nothing behind, either
+    for _ in range(2):  # a process that ends leaves nothing behind either
         with locks.lock_folder(run, "--workdir", "run.lock"):
             pass
 
@@ -76,7 +76,7 @@ def test_the_lock_of_a_leader_on_another_machine_expires_whatever_its_clock(
     _leave(folder, renewed=renewed)
     with caplog.at_level("WARNING"), locks.leader_lock(folder):
         assert locks.EXPIRY_SECS < time_passes[0] - 1000 <= locks.EXPIRY_SECS + 2
-        # A process that also saw the old one end cannot create this one.
+        # A process that also saw the old lock expire cannot create this one.
         assert files.list_names(folder) == [".leader-0001.json"]
         assert not locks._create(files.join(folder, ".leader-0001.json"), "another token")
     assert files.list_names(folder) == []
@@ -87,7 +87,7 @@ def test_the_lock_of_a_leader_on_another_machine_expires_whatever_its_clock(
 def test_a_holder_that_renews_its_lock_is_waited_for(s3_bucket, time_passes, monkeypatch):
     folder = f"{s3_bucket}/c"
     _leave(folder)
-    # Its clock stands still, and it ends after a long time.
+    # The holder renews its lock at every poll, and ends after five expiry times.
     end_secs = 1000 + 5 * locks.EXPIRY_SECS
 
     def sleep(secs: float) -> None:
@@ -113,7 +113,7 @@ def test_the_lock_is_renewed_while_it_is_held(s3_bucket, monkeypatch):
 
 def test_a_dead_leader_of_this_machine_is_known_at_once(s3_bucket, time_passes):
     folder = f"{s3_bucket}/c"
-    # No such process, or this one, which holds no such lock.
+    # No such process, and this process, which holds no such lock.
     for pid in (2**22 + 1, os.getpid()):
         _leave(folder, machine=locks._machine(), pid=pid)
         with locks.leader_lock(folder):

@@ -1,4 +1,4 @@
-"""Which errors mean that a storage failed, and which that the contents are bad."""
+"""Which errors mean that storage failed, and which that the contents are bad."""
 
 import errno
 import http.client
@@ -37,7 +37,7 @@ def _requests(status: int) -> requests.HTTPError:
 
 
 class _GcsError(Exception):
-    """As gcsfs has it."""
+    """The error class of gcsfs."""
 
     code = 503
 
@@ -79,7 +79,7 @@ _OTHERS = {
 
 @pytest.fixture
 def slept(monkeypatch) -> list[float]:
-    """The seconds that were waited; no time passes."""
+    """Records the seconds of waiting, without any time passing."""
     found: list[float] = []
     monkeypatch.setattr(stores, "sleep", found.append)
     return found

@@ -27,20 +27,20 @@ from tests.records.stores import BucketStore
 NUM_RECORDS = 52
 
 
-# What a program has of the data and the evaluation, and what it has nothing of.
+# The data and evaluation keys on which a program depends, and the keys on which it does not.
 DATA_KEYS, EVALUATION_KEYS = ("batch_size", "class_key", "allow_changed"), ("use_ema",)
 NOT_IN_PROGRAMS = (
     *("total_steps", "no_patch_dropout_steps", "log_every_steps", "checkpoint", "profile"),
     *("stage", "trackers", "tracking", "debug_nans", "max_skipped_steps"),
 )
-MADE: dict[Any, TrainProgram] = {}  # of all files in this process
+MADE: dict[Any, TrainProgram] = {}  # shared by all files in this process
 
 
 @pytest.fixture(scope="package", autouse=True)
 def programs():
-    """Runs of one config share their program: most of a tiny one would go into tracing it again.
+    """Shares programs among runs of one config: tracing would take most of a tiny run's time.
 
-    Those that tests start as a command trace their own.
+    Runs that tests start as a command trace their own program.
     """
 
     def program_of(config, total_steps, devices=None):
@@ -62,7 +62,7 @@ def programs():
 
 
 class TracedOnce(TrainProgram):
-    """A program that gives every caller the same jitted step."""
+    """A program whose callers all get the same jitted step."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -76,31 +76,31 @@ class TracedOnce(TrainProgram):
 
 @pytest.fixture(scope="module", autouse=True)
 def free_compiled():
-    """Frees what a file has compiled: gigabytes at the end. The cache on disk has it for others."""
+    """Frees a file's compiled programs, gigabytes in total. Other files have the cache on disk."""
     yield
     jax.clear_caches()
 
 
 @pytest.fixture(scope="package", autouse=True)
 def no_curves():
-    """A run draws its curves at its end, which costs as much as training a tiny model."""
+    """Disables a run's curves, which cost as much as training a tiny model."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "plot_curves", lambda workdir: None)
         yield
 
 
 def series(workdir: pathlib.Path, name: str) -> np.ndarray:
-    """The values of a metric in the lines of a run that have it."""
+    """Returns the values of a metric, from the lines of a run that have it."""
     return np.array([row[name] for row in read_metrics(workdir) if name in row])
 
 
 def saved_steps(workdir: pathlib.Path) -> list[int]:
-    """Steps of the checkpoints in a work directory."""
+    """Returns the steps of the checkpoints in a work directory."""
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
 
 
 def assert_bitwise_equal(one: Any, other: Any) -> None:
-    """Compares the arrays of two trees."""
+    """Asserts that the arrays of two trees are equal."""
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y), one, other)
 
 
@@ -121,7 +121,7 @@ def squares(tmp_path_factory) -> pathlib.Path:
 
 
 def labelled_square(index: int) -> Record:
-    """The square with its shade as the object; every fourth is not labelled."""
+    """Returns a square with its shade as the object; every fourth is unlabelled."""
     record = colored_square(index)
     if index % 4 == 0:
         return record
@@ -138,7 +138,7 @@ def labelled_square(index: int) -> Record:
 
 @pytest.fixture(scope="session")
 def write_labelled():
-    """Writes the labelled squares into a new folder, as data_prep.label does."""
+    """Returns a function that writes labelled squares to a new folder, as data_prep.label does."""
 
     def write(folder: pathlib.Path, names=("dark", "medium", "light")) -> pathlib.Path:
         folder.mkdir()
@@ -164,7 +164,7 @@ def labelled(write_labelled, tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def make_config(squares):
-    """Makes the config of a run of 6 steps of 16 examples.
+    """Returns a function that makes the config of a run of 6 steps of 16 examples.
 
     Patch dropout makes the step depend on its random key.
     """
@@ -185,13 +185,13 @@ def make_config(squares):
 
 @pytest.fixture
 def config(make_config) -> ml_collections.ConfigDict:
-    """Of `make_config`, for one test."""
+    """A config of `make_config` for one test."""
     return make_config()
 
 
 @pytest.fixture
 def mount_tmpfs(tmp_path):
-    """Mounts a file system of its own, with options such as "size=2m"; returns its folder."""
+    """Returns a function that mounts a tmpfs, given options such as "size=2m", on a folder."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = []
@@ -210,7 +210,7 @@ def mount_tmpfs(tmp_path):
 
 @pytest.fixture(params=["gcsfs", "tensorflow"])
 def bucket(request, monkeypatch):
-    """URL of a bucket in `BucketStore`, which etils reaches as gcsfs, or through TensorFlow."""
+    """URL of a bucket in `BucketStore`, which etils reaches as gcsfs or through TensorFlow."""
     system = BucketStore()
     for protocol in BucketStore.protocol:
         monkeypatch.setitem(_registry, protocol, BucketStore)

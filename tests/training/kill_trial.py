@@ -1,13 +1,13 @@
-"""Trial: kill a run at random moments, go on, and compare its end with an undisturbed run.
+"""Trial: kills a run at random moments, resumes it, and compares its end with an undisturbed run.
 
     python tests/training/kill_trial.py --kills 20 --workers 2
 
-Every start is the same command, `python -m diht_jax.train` with one small config that saves every
-second step, so that many of the kills hit a save. A kill is a SIGKILL, after which neither a
-process of the run nor shared memory may be left. At the end all arrays of the last checkpoint
-(parameters, optimiser, step, random key), the position in the data and every line of
-`metrics.jsonl` (but its speeds) must be bit-identical. Moments are counted in lines of the
-metrics, with a pause behind them; no clock is read. Tests run it with few kills.
+Every start is the same command, `python -m diht_jax.train`, with a small config that saves every
+second step, so that many kills hit a save. After each SIGKILL, no process of the run and no shared
+memory may be left. At the end, all arrays of the last checkpoint (parameters, optimiser, step,
+random key), the position in the data, and every line of `metrics.jsonl` except its speeds must be
+bit-identical. The moment of a kill is a number of metrics lines and a pause after them; no clock is
+read. Tests run the trial with few kills.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from tests.waiting import wait_until  # noqa: E402
 
 TOTAL_STEPS = 60
 NUM_RECORDS = 64  # in two shards
-KEPT_PROGRAMS = "programs"  # beside the work directories
-# Of a metrics line, what is measured with a clock.
+KEPT_PROGRAMS = "programs"  # next to the work directories
+# Values of a metrics line that are measured with a clock.
 TIMED = (
     "images_per_sec",
     "data_wait_secs",
@@ -47,10 +47,10 @@ TIMED = (
     "goodput",
     *(f"wall_secs/{use}" for use in USES),
 )
-_LONGEST_START_SECS = 900  # only against hanging
-# The command, which after so many steps waits for a signal: however late that comes on a busy
-# machine, the run is not over. The step is counted from the run's first one, since a run that goes
-# on may repeat any number of steps: on a slow disk the last saves were not complete.
+_LONGEST_START_SECS = 900  # only against hangs
+# The command, which waits for a signal after a given step: even if the signal is late on a busy
+# machine, the run is not over. The step counts from the run's start, since a resumed run may repeat
+# any number of steps if the last saves were incomplete on a slow disk.
 _BRAKED = """
 import runpy, signal, sys, time
 from diht_jax.training.monitoring.metrics import MetricWriter
@@ -68,7 +68,7 @@ runpy.run_module("diht_jax.train", run_name="__main__", alter_sys=True)
 
 
 class Kill(NamedTuple):
-    """One kill: when, in words; the last step of the metrics; whether it hit a save."""
+    """One kill: its moment in words, the last step of the metrics, and whether it hit a save."""
 
     moment: str
     last_step: int
@@ -81,14 +81,14 @@ def command(
     total_steps: int = TOTAL_STEPS,
     num_workers: int = 0,
 ) -> list[str]:
-    """The one command that starts the run and goes on with it."""
+    """Returns the command that starts and resumes the run."""
     return [
         *(sys.executable, "-m", "diht_jax.train", "--config", "configs/demo.py:debug=True"),
         *(f"--config.data.train={data}", "--workdir", str(workdir)),
         *(f"--config.total_steps={total_steps}", "--config.checkpoint.every_steps=2"),
         *("--config.log_every_steps=1", "--config.checkpoint.keep_last=2"),
         *(f"--config.data.num_workers={num_workers}", "--config.data.prefetch_batches=1"),
-        # Most of a start goes into tracing and compiling, and most of a save into the vocabulary.
+        # Tracing and compiling take most of a start, and the vocabulary takes most of a save.
         *("--config.model.overrides.vision_layers=1", "--config.model.overrides.text_layers=1"),
         "--config.model.overrides.vocab_size=700",
         f"--config.compilation_cache={workdir.parent / KEPT_PROGRAMS}",
@@ -96,7 +96,7 @@ def command(
 
 
 def environment() -> dict[str, str]:
-    """One device, and all compiled programs kept between starts, where the command says."""
+    """Uses one device, and keeps all compiled programs in the cache folder of the command."""
     given = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     return given | {
         "JAX_PLATFORMS": "cpu",
@@ -122,10 +122,10 @@ class Trial:
         self.kills: list[Kill] = []
 
     def start(self, name: str, most_lines: int | None = None) -> subprocess.Popen:
-        """Starts the run, or goes on with it; after `most_lines` it waits for a signal."""
+        """Starts or resumes the run; after `most_lines` new lines it waits for a signal."""
         arguments = command(self.data, self.folder / name, self.total_steps, self.num_workers)
         if most_lines is not None:
-            last_step = len(self.lines(name)) + most_lines  # there is a line a step
+            last_step = len(self.lines(name)) + most_lines  # one line per step
             arguments[1:3] = ["-c", _BRAKED, str(last_step)]
         return subprocess.Popen(
             arguments,
@@ -133,7 +133,7 @@ class Trial:
             env=environment(),
             stderr=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # by which all of its processes are found
+            start_new_session=True,  # identifies all of its processes
         )
 
     def finish(self, name: str) -> None:
@@ -144,16 +144,16 @@ class Trial:
             raise RuntimeError(f"{name} ended with {process.returncode}:\n{log}")
 
     def wait_for_line(self, name: str, process: subprocess.Popen, lines: int = 1) -> None:
-        """Waits until `metrics.jsonl` has so many lines more than now, or the run has ended."""
+        """Waits until `metrics.jsonl` has this many new lines, or the run has ended."""
         wanted = len(self.lines(name)) + lines
         wait_until(
             lambda: len(self.lines(name)) >= wanted or process.poll() is not None, pause_secs=0.01
         )
 
     def kill_after(self, name: str, lines: int, secs: float) -> bool:
-        """Starts, and kills so many lines and seconds later; false where the run was over before.
+        """Starts, and kills after this many lines and seconds; false if the run was over before.
 
-        0 lines: as soon as the run has its work directory.
+        With 0 lines, waits only until the run has its work directory.
         """
         before = shared_memory()
         process = self.start(name)
@@ -171,11 +171,11 @@ class Trial:
         return was_killed
 
     def kill_in(self, name: str, process: subprocess.Popen, secs: float, moment: str = "") -> bool:
-        """Sleeps for so many seconds, then sends SIGKILL; false where the run was over before."""
+        """Sends SIGKILL after a pause; returns false if the run was over before."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(secs)
         is_running = process.poll() is None
-        process.kill()  # nothing happens where it has ended
+        process.kill()  # does nothing if it has ended
         process.communicate()
         if is_running:
             self.kills.append(Kill(moment, self.last_step(name), self.is_saving(name)))
@@ -186,18 +186,18 @@ class Trial:
         return any((self.folder / name / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
 
     def last_step(self, name: str) -> int:
-        """That of the metrics."""
+        """Returns the last step of the metrics."""
         lines = self.lines(name)
         return json.loads(lines[-1])["step"] if lines and lines[-1].endswith(b"}") else 0
 
     def lines(self, name: str) -> list[bytes]:
-        """Of the run's metrics file."""
+        """Returns the lines of the run's metrics file."""
         path = self.folder / name / "metrics.jsonl"
         return path.read_bytes().splitlines() if path.exists() else []
 
 
 def compare(one: pathlib.Path, other: pathlib.Path) -> list[str]:
-    """What differs between two finished runs; empty where they are bit-identical."""
+    """Returns the differences between two finished runs; empty if they are bit-identical."""
     if _last_step(one) != _last_step(other):
         return [f"last steps {_last_step(one)} and {_last_step(other)}"]
     (arrays, place, rows), (others, other_place, other_rows) = map(_contents, (one, other))
@@ -217,7 +217,7 @@ def compare(one: pathlib.Path, other: pathlib.Path) -> list[str]:
 
 
 def _contents(run: pathlib.Path) -> tuple[dict[str, bytes], bytes, list[dict[str, float]]]:
-    """Arrays and position of the last checkpoint, and the metrics without what a clock measures."""
+    """Returns arrays and position of the last checkpoint, and the metrics without timed values."""
     import jax
     import numpy as np
     import orbax.checkpoint as ocp
@@ -226,7 +226,7 @@ def _contents(run: pathlib.Path) -> tuple[dict[str, bytes], bytes, list[dict[str
     with ocp.PyTreeCheckpointer() as checkpointer:
         leaves = jax.tree_util.tree_leaves_with_path(checkpointer.restore(checkpoint / "state"))
     arrays = {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
-    # Every line must be whole, and there is one a step.
+    # Every line must be complete, one per step.
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rows = [{k: v for k, v in row.items() if k not in TIMED} for row in rows]
     return arrays, (checkpoint / "data" / "metadata").read_bytes(), rows
@@ -237,7 +237,7 @@ def _last_step(run: pathlib.Path) -> int:
 
 
 def define_flags() -> None:
-    """The command line of `main`."""
+    """Defines the flags of `main`."""
     flags.DEFINE_integer("kills", 20, "SIGKILLs, over all runs.")
     flags.DEFINE_integer("workers", 0, "Decoding processes of each run.")
     flags.DEFINE_integer("seed", 0, "Of the moments.")
@@ -246,9 +246,9 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    """Kills, goes on, compares; prints one line a kill and the result."""
+    """Kills, resumes, compares; prints one line per kill and per run, and the result."""
     given = flags.FLAGS
-    # In memory, where there is such a folder: every save waits for the disk.
+    # Prefer memory, since every save waits for the disk.
     fast = "/dev/shm" if os.path.isdir("/dev/shm") else None
     folder = pathlib.Path(given.folder or tempfile.mkdtemp(prefix="kill_trial_", dir=fast))
     folder.mkdir(parents=True, exist_ok=True)
@@ -270,7 +270,7 @@ def main() -> None:
 
 
 def killed_runs(trial: Trial, num_kills: int, moments: random.Random) -> Iterator[str]:
-    """Kills runs; yields the name of each that is to be finished."""
+    """Kills runs; yields the name of each run that the caller must finish."""
     most_lines = max(1, trial.total_steps // 6)
     rounds = 0
     while len(trial.kills) < num_kills:

@@ -1,4 +1,4 @@
-"""Gradients of the global batch: the same however layers, micro-batches and devices split it."""
+"""Gradients of the global batch are the same for any split into layers, micro-batches, devices."""
 
 import dataclasses
 import functools
@@ -45,7 +45,7 @@ def make_batch() -> dict[str, np.ndarray]:
     }
 
 
-# Of the overrides of a config: the parts that SigLIP's and PE-Core's towers have.
+# Config overrides for the components of SigLIP's and PE-Core's towers.
 SIGLIP = {
     "class_token": False,
     "vision_pool_heads": 2,
@@ -102,7 +102,7 @@ def gradients(config, data, fsdp, params=None, **changed):
 
 @functools.cache
 def reference_function(parts: tuple[tuple[str, object], ...] = ()):
-    """From parameters and tokens to loss and gradient, on one device and as simply as can be."""
+    """Maps parameters and tokens to loss and gradient, on one device, in the simplest form."""
     config = config_of(parts, **{"model.scan_layers": False})
     program = program_of(config, 1, 1)
     batch = make_batch()
@@ -125,7 +125,7 @@ def reference_function(parts: tuple[tuple[str, object], ...] = ()):
 
 @functools.cache
 def reference():
-    """Loss and gradient of the batch, without any of what is tested here."""
+    """Loss and gradient of the batch from the simple form."""
     return jax.device_get(reference_function()(make_params(), make_batch()["tokens"]))
 
 
@@ -187,7 +187,7 @@ def test_frozen_parameters_get_no_gradient_and_change_nothing_else():
 
 
 def with_adapters(config):
-    """Parameters with random adapters, which compute what `make_params` do."""
+    """Returns parameters with random adapters that compute the same as `make_params`."""
     program = program_of(config, 1, 1)
     rng, scale = np.random.default_rng(2), config.lora.alpha / config.lora.rank
     shapes = flatten_dict(jax.eval_shape(program.init_params, jax.random.key(0)), sep="/")
@@ -241,7 +241,7 @@ def test_no_more_than_one_layer_is_whole_at_a_time():
         return temporary_bytes(config, fsdp=8)
 
     layer_bytes = 4 * 12 * 128**2
-    # A layer's part on the device is an eighth of it, held stacked and as its gradient.
+    # A device holds an eighth of a layer, stacked and as its gradient.
     assert (measure(8) - measure(4)) / 4 < 0.5 * layer_bytes
 
 
@@ -270,10 +270,10 @@ def test_softmax_norm_statistics_and_loss_are_float32_under_bfloat16():
     dtypes = {}
     for eqn in (eqn for eqn in found if eqn.invars):
         dtypes.setdefault(eqn.primitive.name, []).append(eqn.invars[0].aval.dtype)
-    # Exponentials and maxima: softmax and the loss. Reciprocal roots: LayerNorm and L2 norms.
+    # exp and max are in softmax and the loss; rsqrt is in LayerNorm and the L2 norms.
     for name in ("exp", "log", "rsqrt", "reduce_sum", "reduce_max"):
         assert jnp.float32 in dtypes[name] and jnp.bfloat16 not in dtypes[name], name
-    # Each tower: four linear layers and two products of attention; two projections. The rest is
-    # the loss.
+    # Each tower has four linear layers and two products of attention; there are two projections.
+    # The rest is the loss.
     assert sum(dtype == jnp.bfloat16 for dtype in dtypes["dot_general"]) == 2 * 6 + 2
     assert jnp.dtype("float32") in dtypes["dot_general"]

@@ -1,4 +1,4 @@
-"""`config.model.init_from`: the run takes the model's architecture, save what the user has set."""
+"""`config.model.init_from` sets the run's architecture, except for what the user has set."""
 
 import dataclasses
 import shutil
@@ -37,7 +37,7 @@ OTHER = make.small_architecture(
 )
 
 
-# Parts of SigLIP's towers, with sizes that fit.
+# Components of SigLIP's towers, with matching sizes.
 SIGLIP = {
     "embed_dim": 48,
     "vocab_size": 600,
@@ -67,7 +67,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture
 def recipe(config, weights):
-    """A recipe of another architecture in every field; nothing of it is typed by the user."""
+    """A recipe whose architecture differs in every field; the user has set none of it."""
     config.model.init_from = str(weights[0])
     config.model.patch_dropout = 0.0
     return config
@@ -114,7 +114,7 @@ def test_adapters_on_the_texts_of_siglip_leave_its_images_and_begin_at_its_bias(
 def test_the_command_takes_the_architecture_save_what_is_typed(weights, tmp_path, monkeypatch):
     begun = []
     monkeypatch.setattr(loop, "train", lambda *given, **options: begun.append((*given, options)))
-    monkeypatch.setattr(command_line, "keep_freed_memory", lambda: None)  # of this process
+    monkeypatch.setattr(command_line, "keep_freed_memory", lambda: None)  # that of this process
     arguments = ["--config=configs/cifar10_finetune.py", f"--workdir={tmp_path}"]
     arguments += [f"--config.model.init_from={weights[0]}", "--config.data.train=unused"]
     arguments.append("--config.model.overrides.context_length=30")
@@ -128,7 +128,7 @@ def test_a_recipe_of_the_same_model_keeps_its_sizes_of_images_and_texts(weights)
     recipe = default_config()
     same = {field: value for field, value in vars(OTHER).items() if value is not None}
     recipe.model.overrides.update({**same, "image_size": 40, "context_length": 50})
-    # What is the same model, written otherwise.
+    # The same model in a different notation.
     recipe.model.overrides.update(text_mlp_width=4 * OTHER.text_width, end_of_text_id=49407)
     recipe.model.init_from = str(weights[0])
     bound = architecture_of(bind_architecture(recipe, set_keys=()))
@@ -136,7 +136,7 @@ def test_a_recipe_of_the_same_model_keeps_its_sizes_of_images_and_texts(weights)
 
 
 def test_a_run_that_goes_on_has_the_config_that_it_began_with(recipe, weights, tmp_path):
-    """Also where it is written in another way than from the model: as a name, or in full."""
+    """Also if the config states the model's architecture by a name, or in full."""
     same = {name: value for name, value in vars(OTHER).items() if value is not None}
     own = {"patch_size": 8, "context_length": 40}
     recipe.model.overrides.update({**same, **own})

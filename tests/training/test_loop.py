@@ -1,4 +1,4 @@
-"""The loop end to end: equal on any mesh, bit-identical after a stop, careful with directories."""
+"""The loop end to end: equal on any mesh, bit-identical when resumed, safe with directories."""
 
 import collections
 import dataclasses
@@ -29,7 +29,7 @@ def train_on_one(config, workdir, **options):
 
 
 def assert_same_metrics(folder, *names):
-    """Of the runs `straight` and `stopped` in a folder."""
+    """Compares metrics of the runs `straight` and `stopped` in a folder."""
     for name in names:
         np.testing.assert_array_equal(
             series(folder / "straight", name), series(folder / "stopped", name), err_msg=name
@@ -38,7 +38,7 @@ def assert_same_metrics(folder, *names):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The texts of all examples that the loop takes, in their order."""
+    """Records the texts of all examples that the loop takes, in order."""
     texts = []
     take = TrainIterator.__next__
 
@@ -52,9 +52,9 @@ def seen(monkeypatch):
 
 
 def test_a_run_that_goes_on_with_other_devices_is_the_run_on_one(config, tmp_path, seen):
-    """Of Muon, and the last part in micro-batches."""
+    """With Muon, and micro-batches in the last part."""
     config.model.patch_dropout = 0.0
-    config.total_steps = 13  # of 16: four epochs of 52
+    config.total_steps = 13  # steps of 16 examples: four epochs of 52
     config.optimizer.kind = "muon"
     config.checkpoint.every_steps = 100
     config.mesh.update(data=1, fsdp=1)
@@ -92,11 +92,11 @@ def test_a_run_that_is_stopped_and_made_longer_is_bit_identical_to_going_straigh
     config.ema.decay = 0.9
     config.optimizer.layer_decay = 0.8
     config.optimizer.update(schedule="wsd", warmup_steps=2, decay_steps=1)
-    config.log_every_steps = 2  # a line is written at the checkpoint of step 3, too
+    config.log_every_steps = 2  # step 3 also writes a line, since it has a checkpoint
     config.checkpoint.update(every_steps=3, keep_last=1)
     straight = train(config, tmp_path / "straight", devices=devices)
     assert saved_steps(tmp_path / "straight") == [5, 6]
-    config.total_steps = 4  # its learning rate falls after step 3
+    config.total_steps = 4  # decays after step 3
     train(config, tmp_path / "stopped", stop_after_steps=3, devices=devices)
     config.total_steps = 6
     resumed = train(config, tmp_path / "stopped", devices=devices)
@@ -108,7 +108,7 @@ def test_a_run_that_is_stopped_and_made_longer_is_bit_identical_to_going_straigh
 
 @pytest.fixture(scope="module")
 def finished(make_config, squares, tmp_path_factory):
-    """A run of 6 steps with a profile; its config, work directory and last state."""
+    """A run of 6 steps with a profile: its config, work directory and last state."""
     folder = tmp_path_factory.mktemp("finished")
     config = make_config()
     config.data.train = str(shutil.copytree(squares, folder / "squares"))
@@ -153,7 +153,7 @@ def test_the_loop_leaves_what_people_look_at(finished):
 def test_a_run_with_skipped_records_is_resumed_bit_by_bit_and_counts_them(
     config, squares, tmp_path
 ):
-    """With AdamW and a cosine, the defaults."""
+    """With AdamW and a cosine schedule, the defaults."""
     records = [decode_record(data) for data in TFRecordSource(squares)]
     broken = {5, 30}
     for index in broken:
@@ -161,7 +161,7 @@ def test_a_run_with_skipped_records_is_resumed_bit_by_bit_and_counts_them(
     make.write_shard(tmp_path / "broken.tfrecord", records)
     config.data.train = str(tmp_path)
     config.data.on_bad_record = "skip"
-    # 96 examples: each of the 52 records once, most of them twice.
+    # 96 examples: each of the 52 records once, and most of them twice.
     straight = train_on_one(config, tmp_path / "straight")
     for stop in (2, None):
         resumed = train_on_one(config, tmp_path / "stopped", stop_after_steps=stop)
@@ -180,7 +180,7 @@ def test_a_model_with_other_values_than_were_saved_is_not_loaded(finished, tmp_p
     kept = json.loads(checks.read_text())
     name = "params/vision/projection/kernel"
     kept["checksums"][name] ^= 1
-    kept["checksums"]["opt_state/no/matter"] = 1  # of what is not read
+    kept["checksums"]["opt_state/no/matter"] = 1  # of an item that is not read
     checks.write_text(json.dumps(kept))
     with pytest.raises(ValueError, match=f"/{step}/state cannot be read: values differ .* {name};"):
         diht_jax.load_model(run)
@@ -205,7 +205,7 @@ def test_changed_shards_are_named_and_refused(finished, caplog):
     folder = run.parent / "changed"
     shutil.copytree(config.data.train, folder)
     config.data.train = str(folder)
-    train_on_one(config, run)  # the place of the folder does not matter
+    train_on_one(config, run)  # the folder's location does not matter
     records = list(TFRecordSource(folder / "squares-0.tfrecord"))
     make.write_shard(folder / "squares-0.tfrecord", reversed(records))
     make.write_shard(folder / "new.tfrecord", records[:1])
@@ -221,7 +221,7 @@ def test_changed_shards_are_named_and_refused(finished, caplog):
 
 
 def test_a_start_that_is_refused_leaves_the_config_of_the_run(config, tmp_path, monkeypatch):
-    """Evaluation reads there which data and held-out records are the run's."""
+    """Evaluation reads the run's data and held-out records from it."""
 
     def refuse(run):
         raise ValueError("other data")
@@ -253,7 +253,7 @@ def test_a_new_run_can_start_from_another_with_larger_images_and_longer_texts(
     assert_bitwise_equal(short, long)
     assert new.shape == (30, *old.shape[1:])
     np.testing.assert_array_equal(new[:20], old[:20])
-    np.testing.assert_array_equal(new[20:29:4], old[20:23])  # a step of the old ones is four
+    np.testing.assert_array_equal(new[20:29:4], old[20:23])  # one old position is four new ones
     assert diht_jax.load_model(small, context_length=30).context_length == 30
 
 
@@ -268,10 +268,10 @@ def test_a_run_ends_on_whole_images_and_is_resumed_on_them(config, tmp_path):
     config.log_every_steps = 100
     train_on_one(config, tmp_path, stop_after_steps=5)
     assert int(train_on_one(config, tmp_path).step) == 6
-    # A line is written where the parts meet, so that none averages over both.
+    # A line is written at the boundary of the two phases, so that none averages over both.
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == [4, 5, 6]
     costs = [row["model_flops_per_sec"] / row["images_per_sec"] for row in rows]
     assert costs[1] == pytest.approx(costs[2])
-    # Of 16 patches, 12 are left; the text tower costs what it did.
+    # 12 of 16 patches were kept before; the text tower's cost is unchanged.
     assert 1.02 < costs[1] / costs[0] < 16 / 12

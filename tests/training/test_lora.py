@@ -1,4 +1,4 @@
-"""Runs with low-rank adapters: what is trained, what is stored, and what is loaded of them."""
+"""Runs with low-rank adapters: which parameters are trained, stored, and loaded."""
 
 import shutil
 
@@ -35,7 +35,7 @@ def weights(make_config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tuned(make_config, weights, tmp_path_factory):
-    """A run with adapters in the image tower that was resumed, and its last state."""
+    """A resumed run with adapters in the image tower, and its last state."""
     config = make_config()
     config.model.init_from = str(weights[0])
     config.lora.update(rank=2, alpha=4.0, towers=("vision",), matrices=("in_proj", "fc_out"))
@@ -45,10 +45,10 @@ def tuned(make_config, weights, tmp_path_factory):
     config.checkpoint.every_steps = 2
     config.optimizer.warmup_steps = 0
     config.optimizer.learning_rate = 0.05
-    config.optimizer.max_logit_scale = 2.0  # below that of the weights, e
+    config.optimizer.max_logit_scale = 2.0  # below the scale e of the weights
     folder = tmp_path_factory.mktemp("tuned")
     straight = train(config, folder / "run", devices=devices)
-    shutil.rmtree(folder / "run" / "checkpoints" / "4")  # as if it had been stopped after step 2
+    shutil.rmtree(folder / "run" / "checkpoints" / "4")  # as if stopped after step 2
     resumed = train(config, folder / "run", devices=devices)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), straight, resumed)
     return config, folder / "run", resumed

@@ -1,6 +1,6 @@
-"""Concept heads, the sigmoid loss and FastCLIP's in real runs: on any mesh, when resumed.
+"""Concept heads, the sigmoid loss and FastCLIP's loss in real runs, on any mesh and resumed.
 
-FastCLIP keeps a mean of each record in the state.
+FastCLIP keeps a mean for each record in the state.
 """
 
 import json
@@ -26,7 +26,7 @@ SIZES = ("loss_4", "loss_8", "loss_16")
 
 @pytest.fixture(scope="module")
 def with_heads(make_config, labelled, tmp_path_factory):
-    """A run of concept heads and several sizes: its config, work directory and last state."""
+    """A run with concept heads and several sizes: its config, work directory and last state."""
     config, run = make_config(), tmp_path_factory.mktemp("with_heads") / "run"
     config.data.train = str(labelled)
     config.total_steps = 8
@@ -58,7 +58,7 @@ def test_losses_are_the_same_on_any_mesh_and_in_micro_batches(with_heads, concep
     np.testing.assert_allclose(series(run, "loss"), parts[0] + parts[1] + 0.5 * parts[2], rtol=1e-5)
     sizes = [series(run, name) for name in SIZES]
     np.testing.assert_allclose(parts[0], 0.5 * sizes[0] + 2 * sizes[1] + sizes[2], rtol=1e-5)
-    # Zero heads predict all ids of the head alike.
+    # Zero heads predict all ids with equal probability.
     np.testing.assert_allclose([parts[1][0], parts[2][0]], math.log(8), rtol=1e-5)
     assert parts[1][-1] < 0.8 * parts[1][0] and parts[2][-1] < 0.8 * parts[2][0]
 
@@ -87,7 +87,7 @@ def test_labels_that_do_not_fit_the_heads_are_refused(
     concept_config.data.train = str(squares)
     with pytest.raises(ValueError, match="carry no concept labels.*data_prep.label"):
         train(concept_config, tmp_path / "run")
-    # Of two names, while the third is in the records.
+    # A vocabulary of two names, although the records use the third.
     concept_config.data.train = str(write_labelled(tmp_path / "two", names=("dark", "medium")))
     bound = bind_data(concept_config)
     with pytest.raises(ValueError, match=r"record 'square_\d+': object_ids .* vocabulary of 2;"):
@@ -122,7 +122,7 @@ def test_a_run_goes_on_bit_for_bit_and_is_the_same_on_eight_devices(tmp_path):
         np.testing.assert_allclose(split.record_means[name], values, rtol=1e-4, atol=1e-4)
     losses = [[row["loss"] for row in read_metrics(tmp_path / n)] for n in ("straight", "split")]
     np.testing.assert_allclose(*losses, rtol=1e-5)
-    # A mean for the records that have come, and for no others.
+    # Only records that have been seen have a mean.
     order = open_data(config).sources[0].order
     seen = {order[position] for position in range(6 * 8)}
     known = np.flatnonzero(np.isfinite(state.record_means["log_image_mean"]))

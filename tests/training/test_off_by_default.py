@@ -1,4 +1,4 @@
-"""What a recipe does not ask for costs nothing: its operations are not in the compiled step."""
+"""Features that a recipe does not enable add no operations to the compiled step."""
 
 from jax.extend.core import jaxprs_in_params
 
@@ -7,9 +7,9 @@ from diht_jax.training.program import TrainProgram
 from diht_jax.training.terms.registry import TERMS
 from tests.contributing.tiny_runs import tiny_config
 
-# Of each feature the function that adds its operations to the step, and what switches it on.
-# Adapters freeze the matrices that Muon is for, equal pairs are one thing or the other, and
-# FastCLIP has no sizes of embeddings, so that these have steps of their own.
+# For each feature, the function that adds its operations to the step, and the keys that enable it.
+# Some features exclude others and get steps of their own: adapters freeze the matrices that Muon
+# updates, equal pairs are masked or positive, and FastCLIP has no embedding sizes.
 FEATURES = {
     "Softmax.accumulate_equal": {"loss.equal_pairs": "positive"},
     "right_probabilities": {"loss.noise_share": 0.25},
@@ -41,7 +41,7 @@ OTHERS = {
     "AttentionPool.__call__": {"model.overrides.vision_pool_heads": 1},
     "rotate": {"model.overrides.rotary_grid": 2},
 }
-# Keys that say how a feature does it, or what the input pipeline does, while the feature is off.
+# Keys of details while the feature is off, and keys of the input pipeline.
 IDLE = {
     "lora.alpha": 3.0,
     "lora.towers": ("text",),
@@ -83,12 +83,12 @@ def traced(changes):
 
 
 def functions_of(jaxpr):
-    """Names of the project's functions that the operations of a program come from."""
+    """Returns the names of the project's functions from which a program's operations come."""
     found = set()
     for eqn in jaxpr.eqns:
         codes, _ = eqn.source_info.traceback.raw_frames()
         found |= {code.co_qualname for code in codes if "/diht_jax/" in code.co_filename}
-        # Functions of jax.numpy are traced once, and keep the place where that was.
+        # jax.numpy functions are traced once, and keep the location of their first call.
         if eqn.primitive.name != "jit":
             for inner in jaxprs_in_params(eqn.params):
                 found |= functions_of(inner)

@@ -1,4 +1,4 @@
-"""The optimiser against NumPy: AdamW, Muon, schedules, and tables of update rules made by hand."""
+"""The optimiser against NumPy: AdamW, Muon, schedules, and hand-made tables of update rules."""
 
 import functools
 
@@ -32,7 +32,7 @@ def section(**changes):
 def adamw_step(params, grads, moments, step, rate, c, factors):
     """One step of AdamW (arXiv 1711.05101) after a global-norm clip; float64, step from 1.
 
-    `factors` are those of each parameter on the learning rate and on the decay.
+    `factors` maps each parameter to its factors on the learning rate and the decay.
     """
     norm = np.sqrt(sum((g**2).sum() for g in grads.values()))
     grads = {k: g * min(1.0, c.clip_global_norm / norm) for k, g in grads.items()}
@@ -47,7 +47,7 @@ def adamw_step(params, grads, moments, step, rate, c, factors):
 
 
 def test_equals_adamw_with_decay_on_matrices_only_and_rules_for_some():
-    """Above the clip and below it; frozen parameters, multipliers and layer decay."""
+    """Above and below the clip; frozen parameters, multipliers and layer decay."""
     config = section(
         frozen=("^vision/patch",),
         multipliers=(("projection", 3.0, 0.5), ("^log_logit_scale", 0.0, 1.0)),
@@ -99,7 +99,7 @@ def test_schedule_warms_up_and_follows_half_a_cosine():
         np.testing.assert_allclose(schedule(step), expected, rtol=1e-6)
 
 
-# Shapes and, where layer decay is 0.5, factors: two image blocks, three text blocks.
+# Shapes, and factors for a layer decay of 0.5: two image blocks, three text blocks.
 PARAMETERS = {
     "log_logit_scale": ((), 1.0),
     "text/blocks/0/mlp/fc_in/bias": ((16,), 0.125),
@@ -152,7 +152,7 @@ by_name = functools.partial(flatten_dict, sep="/")
 
 
 def orthogonal(matrix):
-    """What five rounds make of a matrix: of its singular values, a polynomial; float64."""
+    """Returns Muon's five iterations in float64: a polynomial of the singular values."""
     u, values, v = np.linalg.svd(np.asarray(matrix, np.float64), full_matrices=False)
     values = values / np.sqrt(np.sum(values**2))
     a, b, c = MUON_COEFFICIENTS
@@ -174,7 +174,7 @@ def draw_blocks(seed, width=8, layers=3):
         block = blocks[str(layer)] = {"attention": {}, "mlp": {}}
         for name, shape in kernels.items():
             part, module = name.split("/")
-            # Layers of very different size: one orthogonalised with another would show.
+            # Layers of very different scale, so that orthogonalising two together would show.
             kernel = 10.0**layer * rng.standard_normal(shape)
             block[part][module] = {"kernel": jnp.asarray(kernel, jnp.float32)}
             block[part][module]["bias"] = jnp.asarray(rng.standard_normal(shape[1]), jnp.float32)
@@ -185,7 +185,7 @@ def draw_blocks(seed, width=8, layers=3):
 
 
 def expected_update(name, gradient, momentum, rms=0.2):
-    """Nesterov's momentum, orthogonalised: queries, keys and values each for themselves."""
+    """Nesterov's momentum, orthogonalised separately for queries, keys and values."""
     momentum = 0.95 * momentum + gradient
     direction = gradient + 0.95 * momentum
     parts = np.split(direction, 3, axis=1) if "in_proj" in name else [direction]
@@ -194,7 +194,7 @@ def expected_update(name, gradient, momentum, rms=0.2):
 
 
 def test_matrices_of_blocks_get_orthogonal_updates_and_the_rest_adamw():
-    """Of three layers (two, where one is frozen), and four devices that share them."""
+    """Three layers (two if one is frozen), sharded over four devices."""
     config = section(
         kind="muon",
         clip_global_norm=1e9,

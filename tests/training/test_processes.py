@@ -1,4 +1,4 @@
-"""Jobs of several processes, each with devices of its own, started as a user starts them."""
+"""Jobs of several processes with several devices each, started as a user starts them."""
 
 import dataclasses
 import glob
@@ -39,15 +39,15 @@ SMALLER = {
     "model.overrides.vocab_size": 700,
 }
 KINDS = ("alt", "synthetic", "title", "recaption")
-# With fields of the batch, and texts that all devices pack or none. Each process has sets of kinds
-# in an order of its own, and must draw the same captions.
+# Extra fields of the batch, and texts that either all devices pack or none. Sets of kinds have a
+# different order in each process, and both processes must still draw the same captions.
 SEVERAL = {
     "loss.equal_pairs": "mask",
     "data.captions": "sample",
     "data.caption_weights": ",".join(f"{kind}=1" for kind in KINDS),
 }
 HEARTBEAT_SECS = 10
-LONGEST_SECS = 900  # only against hanging
+LONGEST_SECS = 900  # only against hangs
 
 
 class Job:
@@ -79,19 +79,19 @@ class Job:
         return [process.communicate(timeout=LONGEST_SECS)[0] for process in self.processes]
 
     def run(self, *command: str) -> list[str]:
-        """To a good end; what the processes said."""
+        """Runs a command that must succeed; returns the processes' output."""
         self.start(*command)
         outputs = self.outputs()
         codes = [process.returncode for process in self.processes]
         if codes != [0, 0]:
-            raise AssertionError("\n".join([f"exit codes {codes}", *outputs]))  # whole
+            raise AssertionError("\n".join([f"exit codes {codes}", *outputs]))  # untruncated
         return outputs
 
     def wait_for_lines(self, folder: pathlib.Path, more: int, name: str = "loss") -> None:
-        """Until the metrics below a folder have more lines with a name that begins like this."""
+        """Waits until the metrics below a folder have `more` new lines with a key prefix `name`."""
 
         def count() -> int:
-            # Unlike `rglob`, this passes over a checkpoint's folder that is renamed meanwhile.
+            # Unlike `rglob`, this tolerates a checkpoint folder that is renamed in between.
             paths = glob.iglob(f"{folder}/**/metrics.jsonl", recursive=True)
             rows = [row for path in paths for row in read_metrics(pathlib.Path(path).parent)]
             return sum(any(key.startswith(name) for key in row) for row in rows)
@@ -117,7 +117,7 @@ def job():
 
 @pytest.fixture(scope="module")
 def shades(tmp_path_factory):
-    """Pictures in a folder for each class, and one that is none."""
+    """A folder of images for each class, one of them invalid."""
     folder = tmp_path_factory.mktemp("shades")
     for label, level in enumerate((20, 120, 230)):
         (folder / f"shade {label}").mkdir()
@@ -161,7 +161,7 @@ def test_a_job_in_a_store_that_loses_a_process_and_is_stopped_is_the_run_of_one(
     config.checkpoint.staging = str(tmp_path / "one process")
     train(config, run, devices=devices, stop_after_steps=3)
 
-    # One of two is killed, and the other one ends.
+    # One of two processes is killed, and the other one ends.
     command = (
         *("diht_jax.train", "--config", "configs/demo.py:debug=True", "--workdir", run),
         *(f"--config.data.train={captioned}", *(f"--config.{k}={v}" for k, v in changes.items())),
@@ -172,11 +172,11 @@ def test_a_job_in_a_store_that_loses_a_process_and_is_stopped_is_the_run_of_one(
     processes[1].kill()
     outputs = job.outputs()
     assert processes[0].returncode not in (0, EXIT_CODE)
-    # A collective notices the broken connection, or JAX's service the missing heartbeats.
+    # Either a collective notices the broken connection, or JAX's service the missing heartbeats.
     assert re.search("Start the same command|another task died", outputs[0]), outputs[0]
 
-    # Meanwhile the data have got an index, of which the second process is told. They evaluate, and
-    # one of them is told to stop: both do.
+    # The data now has an index, of which the second process is told. Both processes evaluate, and
+    # both stop when one of them is told to.
     indexed = tmp_path / "indexed"
     shutil.copytree(captioned, indexed)
     update_index(indexed)
@@ -188,7 +188,7 @@ def test_a_job_in_a_store_that_loses_a_process_and_is_stopped_is_the_run_of_one(
     stopped = max(read_manifests(run))
     assert 6 <= stopped < TOTAL_STEPS and f"stopped after step {stopped}" in outputs[0]
 
-    # One process ends what two have begun.
+    # One process finishes the run of the two.
     state = train(config, run, devices=devices)
     for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(straight), strict=True):
         np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), rtol=1e-3, atol=1e-5)
@@ -199,7 +199,7 @@ def test_a_job_in_a_store_that_loses_a_process_and_is_stopped_is_the_run_of_one(
         names = [name for name in theirs if name == "loss" or name.startswith("evaluation/")]
         assert [ours[n] for n in names] == pytest.approx([theirs[n] for n in names], rel=1e-4)
 
-    # The command on two processes finds what training found at its end.
+    # The command on two processes gives the results of training's last evaluation.
     evaluate = ("diht_jax.evaluate", "--model", run, "--tasks", tasks, "--batch_size=8")
     results = tmp_path / "two.json"
     job.run(*evaluate, "--bootstrap=0", "--nopages", "--output", str(results))
@@ -238,7 +238,7 @@ def test_wrong_flags():
         distributed.start("localhost:1", 2, 2)
 
 
-# Of a batch script, and what `srun` adds.
+# The variables of a batch script, and those that `srun` adds.
 BATCH = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 STEP = {**BATCH, "SLURM_STEP_NODELIST": "node[1-2]"}
 
@@ -259,5 +259,5 @@ def test_cluster_is_found_by_its_environment(monkeypatch, caplog, environment, c
         monkeypatch.setenv(name, value)
     assert distributed.find_cluster() == cluster
     assert ("begin the command with srun" in caplog.text) == warns
-    # Where it is Slurm, JAX finds all that it needs.
+    # With Slurm, JAX finds everything it needs.
     assert SlurmCluster.is_env_present() == ("SLURM_STEP_NODELIST" in environment)

@@ -1,4 +1,4 @@
-"""Every program that the recipes of `configs/` make in their debug form trains end to end."""
+"""The debug form of every recipe in `configs/` trains end to end, unless another test covers it."""
 
 import jax
 import numpy as np
@@ -12,22 +12,22 @@ from diht_jax.training.workdir.opening import open_data, open_iterator
 from tests.make import RECIPES, REPOSITORY
 from tests.training.conftest import saved_steps, series
 
-# Their debug forms differ from one of the others in numbers alone.
+# Debug forms that differ from another recipe's only in numbers.
 ALIKE = ("clip_vitb16", "datacomp", "diht_vitb16_clean", "diht_vitb32", "diht_vitl14_336")
 
-# By test_processes.py and tests/docs/test_readme.py.
+# Covered by test_processes.py and tests/docs/test_readme.py.
 TRAINED_BY_ITS_COMMAND = ("demo", "emoji", "own_data")
 
-# By test_stages.py, which also says why not the others.
+# Covered by test_stages.py, which also explains what it leaves out.
 TRAINED_IN_STAGES = ("diht_vitb16", "diht_vitl14", "diht_vitb16_stages", "diht_vitl14_stages")
 
-# The model that it made comes with the package: tests/weights/test_clipart_tiny.py.
+# The package includes its model: tests/weights/test_clipart_tiny.py.
 TRAINED_IN_FULL = ("clipart_tiny",)
 
-# By tests/hardware/test_compile.py, whole; its step is that of most runs of these tests.
+# Compiled in full by tests/hardware/test_compile.py; most tests here run the same step.
 COMPILED = ("clip_vitb32",)
 
-# Arguments next to `debug`; without them the recipe trains like that of the demo.
+# Arguments in addition to `debug`; without them the recipe trains like the demo's.
 ARGUMENTS = {"cifar10_finetune": ",train=probe"}
 
 
@@ -43,7 +43,7 @@ def test_debug_form_trains(path, labelled, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(REPOSITORY))
     config = load_recipe(path, "debug=True" + ARGUMENTS.get(path.stem, ""))
     config.data.train = str(labelled)
-    # Most of the time would go into compiling, and into the rows of the vocabulary.
+    # Compiling and the vocabulary would take most of the time.
     config.model.overrides.update(vision_layers=1, text_layers=1, vocab_size=700)
     state = train(config, tmp_path, devices=jax.devices()[:1])
     assert int(state.step) == 4

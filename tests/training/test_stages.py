@@ -1,7 +1,7 @@
-"""Stages of a recipe: each goes on where the one before has ended, through stops as well.
+"""Stages of a recipe: each continues from the end of the previous one, also after a stop.
 
-They are those of `diht_vitl14_stages` in its debug form; `diht_vitb16_stages` and the recipes of
-one stage differ from it in numbers.
+The recipe is `diht_vitl14_stages` in its debug form; `diht_vitb16_stages` and the recipes of one
+stage only differ from it in numbers.
 """
 
 import functools
@@ -29,14 +29,14 @@ from tests.docs.commands import parse_command
 from tests.training.conftest import labelled_square
 
 BATCH, STEPS = 16, 2
-LENGTHS = (32, 77, 77)  # of the stages' texts, in tokens
+LENGTHS = (32, 77, 77)  # tokens per text, by stage
 STAGES = (1, 2, 3)
 
 
 def load(number, data):
     config = load_recipe("diht_vitl14_stages", f"debug=True,stage={number}")
     config.data.train, config.total_steps, config.optimizer.warmup_steps = str(data), STEPS, 1
-    # Most of the time would go into compiling, and into the rows of the vocabularies.
+    # Compiling and the vocabularies would take most of the time.
     config.model.overrides.update(vision_layers=1, text_layers=1, vocab_size=700)
     config.concepts.update(num_objects=3, num_attributes=2)
     return config
@@ -48,7 +48,7 @@ def run_stages(data, workdir):
 
 
 def final_checks(workdir):
-    """Checksums of all arrays, and the position in the data, at the end of each stage."""
+    """Returns checksums of all arrays, and the position in the data, at the end of each stage."""
     found = {}
     for stage in STAGES:
         folder = workdir / f"stage_{stage}" / "checkpoints" / str(STEPS)
@@ -59,7 +59,7 @@ def final_checks(workdir):
 
 @pytest.fixture(scope="module")
 def straight(labelled, tmp_path_factory):
-    """Stages without a stop: their folder, their first and last states, their texts."""
+    """Uninterrupted stages: their folder, their first and last states, their texts."""
     workdir, runs = tmp_path_factory.mktemp("straight"), []
     first_state, loop, take = Run.first_state, Run.loop, TrainIterator.__next__
 
@@ -113,7 +113,7 @@ def test_a_stage_goes_on_in_the_data_where_the_one_before_has_stopped(straight, 
 
 
 def test_stops_at_the_borders_of_stages_change_nothing(straight, labelled, tmp_path, monkeypatch):
-    """After the last step of the first one, and after the first step of the last one."""
+    """After the last step of the first stage, and after the first step of the last stage."""
     take, steps = Run.next_batch, []
 
     def one_step(run, stop_request):
@@ -155,7 +155,7 @@ def test_a_stage_alone_takes_the_one_before_from_the_same_work_directory():
     train_stages(lambda *arguments: trained.append(arguments), load_stages(config), "RUN")
     assert trained == [(config, "RUN/stage_2")]
     assert config.stage.previous == "RUN/stage_1"
-    config.stage.number = None  # of all stages, each would begin there
+    config.stage.number = None  # all stages would start from the same model
     with pytest.raises(ValueError, match="config.stage.previous=RUN/stage_1: all stages would"):
         load_stages(config)
 

@@ -1,4 +1,4 @@
-"""The step: clipped scale, donated state, one trace, random keys; and the parameters' average."""
+"""The train step: clipped scale, donated state, a single trace, random keys; parameter averages."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def with_scale(state, scale):
 
 
 def test_step(config):
-    """One compiled step serves all checks: compiling is what takes the time."""
+    """One compiled step serves all checks, since compiling takes most of the time."""
     config.mesh.update(data=1, fsdp=2)
     program = TrainProgram(config, config.total_steps, jax.devices()[:2])
     mesh, state = program.mesh, program.create_state()
@@ -39,8 +39,8 @@ def test_step(config):
     old_kernel = state.params["text"]["projection"]["kernel"]
     assert old_kernel.sharding.spec == jax.sharding.PartitionSpec("fsdp", None)
 
-    # Same state and batch, another step number: another key, so other patches are dropped. The
-    # learning rate of step 0 is 0, so parameters stay.
+    # With the same state and batch, another step number gives another key, so other patches are
+    # dropped. The learning rate of step 0 is 0, so parameters stay.
     state, first = step(state, batch)
     assert old_kernel.is_deleted(), "the old state was not donated"
     state, second = step(state, batch)
@@ -59,12 +59,12 @@ def test_step(config):
 
 
 def test_the_keys_of_a_run_are_those_of_its_seed(config):
-    config.seed = 2**32 - 1  # more than `jax.random.key` takes
+    config.seed = 2**32 - 1  # larger than `jax.random.key` accepts
     program = TrainProgram(config, total_steps=10)
     program.init_params = lambda key: {"key": jax.random.key_data(key)}
     program.optimizer = optax.identity()
     state = program.create_state()
-    # Threefry's key of a seed, in two words.
+    # Threefry's key of a seed, as two words.
     params_key, run_key = jax.random.split(
         jax.random.wrap_key_data(np.array([0, config.seed], np.uint32), impl="threefry2x32")
     )

@@ -1,4 +1,4 @@
-"""Runs that are killed or told to stop, and runs whose numbers go wrong."""
+"""Runs that are killed or told to stop, and runs with non-finite values."""
 
 import functools
 import json
@@ -39,7 +39,7 @@ def test_a_killed_and_a_terminated_run_end_bit_identically(tmp_path):
     trial = kill_trial.Trial(records, tmp_path, total_steps=24)
     trial.finish("undisturbed")
     steps_kept = list((tmp_path / kill_trial.KEPT_PROGRAMS).glob("*/jit_train_step-*"))
-    # At a moment that does not depend on the machine's speed: some lines after the first.
+    # A number of lines after the first, so that the moment is independent of the machine's speed.
     process = trial.start("killed", most_lines=8)
     trial.wait_for_line("killed", process, 4)
     assert trial.kill_in("killed", process, 0.07)
@@ -52,7 +52,7 @@ def test_a_killed_and_a_terminated_run_end_bit_identically(tmp_path):
     assert 0 < trial.kills[0].last_step < 24
     trial.finish("killed")
     assert kill_trial.compare(tmp_path / "undisturbed", tmp_path / "killed") == []
-    # Later starts compile none that computes a step.
+    # Later starts do not compile the step again.
     assert len(steps_kept) > 0
     found = (tmp_path / kill_trial.KEPT_PROGRAMS).glob("*/jit_train_step-*")
     assert set(found) == set(steps_kept)
@@ -104,7 +104,7 @@ def test_a_second_sigterm_does_not_disturb_the_last_save(config, tmp_path, monke
 
 
 def test_the_steps_of_all_stages_are_counted_for_the_stop_of_a_job(monkeypatch):
-    """JAX's service has all processes stop at the number behind the highest that any has given."""
+    """JAX's service stops all processes at the number after the highest that any has passed."""
     given = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", given.append)
@@ -144,7 +144,7 @@ def test_a_run_whose_input_stalls_saves_and_stops(config, tmp_path, monkeypatch,
 
 
 def raised_from(cause, error, *, is_hidden=False):
-    """The error as raised from another one, or, hidden, `from None` where that was caught."""
+    """Returns the error as raised from another one or, if hidden, with `from None`."""
     error.__context__, error.__cause__ = cause, None if is_hidden else cause
     return error
 
@@ -210,7 +210,7 @@ def test_processes_learn_of_each_other_that_the_job_has_ended_for_good(tmp_path)
 
 @pytest.mark.parametrize("image", [b"no picture", make.png()[:200]], ids=["junk", "truncated"])
 def test_a_picture_that_cannot_be_decoded_is_a_lasting_error(config, tmp_path, image):
-    """Pillow's own errors are of type `OSError`, as those of a disk that may be back soon."""
+    """Pillow's errors are of type `OSError`, like those of a disk that may recover."""
     records = [make.record(number, image=image) for number in range(16)]
     config.data.train = str(make.write_records(tmp_path / "records", records))
     with pytest.raises(ValueError, match=r"record '\d{5}'") as raised:
@@ -236,7 +236,7 @@ def run(config, tmp_path):
 
 
 def planted(state, path, value):
-    """The state with one number of one parameter replaced."""
+    """Returns the state with one number of one parameter replaced."""
     *parents, name = path.split("/")
     params = jax.tree.map(lambda leaf: leaf, state.params)
     inner = params
@@ -262,7 +262,7 @@ def test_debug_nans_names_where_the_numbers_go_wrong(run):
             "is what goes into vision/blocks/0/attention/out_proj; parameters that are not finite: "
             "vision/blocks/0/attention/in_proj/bias. ",
         ),
-        # Finite, but not what comes of it.
+        # The value is finite, but its result is not.
         ("log_logit_scale", 200.0, "is the loss itself; the embeddings are finite. "),
     ]
     for path, value, message in cases:

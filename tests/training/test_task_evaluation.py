@@ -1,4 +1,4 @@
-"""Evaluation within a run: what is wrong at the start ends it there, what fails later does not."""
+"""Evaluation within a run: a wrong task ends the run at its start, a later failure does not."""
 
 import logging
 import shutil
@@ -13,15 +13,15 @@ from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
 from tests.training.conftest import saved_steps
 
-# What the model is worth after each step: that of step 2 is the best.
+# The model's score after each step: step 2 is the best.
 SCORES = {2: 0.9, 4: 0.2, 6: 0.3}
 
 
 @pytest.fixture
 def run(config, squares, tmp_path):
-    """Evaluates every other of six steps, on a copy of the squares; its config and a trainer.
+    """Evaluates every other of six steps on a copy of the squares; its config and a trainer.
 
-    A checkpoint is due at the end alone: the others are those that an evaluation comes after.
+    Apart from the last checkpoint, only the steps of evaluations are saved.
     """
     source = shutil.copytree(squares, tmp_path / "source")
     config.checkpoint.every_steps = 100
@@ -36,7 +36,7 @@ def values_of(workdir, name):
 
 
 def at_step(monkeypatch, step, action):
-    """Does something when the batch of a step is taken."""
+    """Calls `action` when the batch of a step is taken."""
     take, taken = TrainIterator.__next__, []
 
     def acting(iterator):
@@ -50,7 +50,7 @@ def at_step(monkeypatch, step, action):
 
 @pytest.fixture
 def scored(monkeypatch):
-    """Evaluation that takes no time and finds `SCORES`; the steps that were evaluated."""
+    """Replaces evaluation by one that returns `SCORES`; lists the steps that were evaluated."""
     evaluated = []
 
     def evaluate_task(model, task, *, batch_size, show):

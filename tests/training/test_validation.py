@@ -1,4 +1,4 @@
-"""Held-out records are never trained on, and are what a run is measured on."""
+"""Held-out records are never trained on, and serve to evaluate the run."""
 
 import shutil
 
@@ -31,7 +31,7 @@ def test_an_epoch_on_all_hosts_holds_every_record_but_those_held_out(order, host
     config.data.update(validation_share=0.3, order=order, block_records=4, num_streams=4)
     held_out, mixture = validation_keys(config), open_data(config)
     assert len(held_out) + mixture.num_records == 52
-    batch_size = hosts * mixture.num_records  # an epoch
+    batch_size = hosts * mixture.num_records  # one epoch
     trained = [
         make.train_iterator(
             mixture,
@@ -65,7 +65,7 @@ def test_the_held_out_records_of_each_source_are_a_task(config, squares, tmp_pat
 
 @pytest.fixture(scope="module")
 def trained(make_config, tmp_path_factory):
-    """The config of a run of two steps that is evaluated after each, and its work directory."""
+    """The config of a run of two steps with an evaluation after each, and its work directory."""
     config, workdir = make_config(), tmp_path_factory.mktemp("runs") / "run"
     config.checkpoint.update(every_steps=1, best_metric="validation/t2i_r10")
     config.evaluation.update(every_steps=1, batch_size=16)
@@ -118,7 +118,7 @@ def test_a_damaged_record_that_is_held_out_costs_itself_where_training_skips_it(
 def test_the_best_step_is_named_with_the_flags_that_load_it(use_ema, config, caplog):
     config.checkpoint.best_metric, config.evaluation.use_ema = "validation/t2i_r10", use_ema
     with caplog.at_level("INFO"):
-        log_best(config, BestStep(values={3: 0.25, 6: 0.5, 7: 0.75}), [3, 6, 9])  # 7 is gone
+        log_best(config, BestStep(values={3: 0.25, 6: 0.5, 7: 0.75}), [3, 6, 9])  # 7 was deleted
     assert "--step=6" in caplog.text and ("--ema" in caplog.text) == use_ema
 
 
@@ -126,7 +126,7 @@ def test_a_step_without_the_best_metric_is_named(config, caplog):
     config.checkpoint.best_metric, best = "pets/top5", BestStep()
     note_result(config, best, 3, {"pets/top1": 0.5, "pets/top5": 0.75})
     assert not caplog.text
-    note_result(config, best, 6, {"pets/top1": 0.5})  # of four classes
+    note_result(config, best, 6, {"pets/top1": 0.5})  # only four classes
     assert best.values == {3: 0.75}
     assert "step 6 cannot be the best" in caplog.text and ": pets/top1" in caplog.text
 

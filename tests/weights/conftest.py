@@ -1,4 +1,4 @@
-"""Small CLIPs of other libraries, with random weights in every parameter, and their inputs."""
+"""Small CLIPs of other libraries with random weights in every parameter, and their inputs."""
 
 import functools
 
@@ -10,7 +10,7 @@ from diht_jax.weights import open_clip_layout as configs
 from diht_jax.weights.settings import Preprocessing
 from tests import make
 
-# From the paper of CLIP (arXiv 2103.00020), released code.
+# From CLIP's released code (paper: arXiv 2103.00020).
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
 STD = np.array([0.26862954, 0.26130258, 0.27577711])
 
@@ -26,12 +26,12 @@ SMALL = make.small_architecture(
 
 
 def open_clip_config(arch):
-    """A config of open_clip, whose own code builds a model from it."""
+    """Returns a config from which open_clip's own code builds a model."""
     return configs.make_config(arch, Preprocessing())["model_cfg"]
 
 
 def randomize(model, seed=0):
-    """Moves every parameter off its initial value: zeros and ones would hide a swap."""
+    """Moves every parameter off its initial value: zeros and ones would hide swapped parameters."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -44,7 +44,7 @@ def randomize(model, seed=0):
 
 @functools.cache
 def open_clip_model(arch):
-    """To be read only."""
+    """Returns a shared model, which must not be changed."""
     import torch
 
     open_clip = pytest.importorskip("open_clip")
@@ -53,7 +53,7 @@ def open_clip_model(arch):
 
 
 def siglip_model(layers=2):
-    """transformers' SiglipModel, small, in the shapes of SigLIP 2's giant."""
+    """Returns transformers' SiglipModel, small, in the proportions of SigLIP 2's giant."""
     import torch
 
     transformers = pytest.importorskip("transformers")
@@ -72,7 +72,7 @@ def siglip_model(layers=2):
 
 
 def inputs(arch, count=5):
-    """uint8 images; int32 tokens whose largest id, the end of text, stands at various places."""
+    """uint8 images; int32 tokens whose largest id, the end of text, varies in position."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (count, arch.image_size, arch.image_size, 3)).astype(np.uint8)
     t, end = arch.context_length, arch.vocab_size - 1
@@ -84,7 +84,7 @@ def inputs(arch, count=5):
 
 
 def pixel_values(images, mean=MEAN, std=STD):
-    """float32 [b, 3, h, w], normalised in float64."""
+    """Returns float32 [b, 3, h, w], normalised in float64."""
     import torch
 
     values = (images.astype(np.float64) / 255 - mean) / std
@@ -102,7 +102,7 @@ def open_clip_embeddings(model, images, tokens):
 
 
 def open_clip_outputs(model, images, tokens):
-    """The embeddings and open_clip's own logits."""
+    """Returns the embeddings and open_clip's own logits."""
     import torch
 
     with torch.no_grad():
@@ -111,13 +111,13 @@ def open_clip_outputs(model, images, tokens):
 
 
 def check_outputs(model, images, tokens, expected):
-    """The embeddings and logits of a loaded model are those of another library."""
+    """Checks that a loaded model gives another library's embeddings and logits."""
     image_emb, text_emb = model.encode_image(images), model.encode_text(tokens)
     np.testing.assert_allclose(image_emb, expected[0], atol=1e-5)
     np.testing.assert_allclose(text_emb, expected[1], atol=1e-5)
     logits = model.logit_scale * image_emb @ text_emb.T + model.logit_bias
     np.testing.assert_allclose(logits, expected[2], rtol=0, atol=1e-5)
-    # An image of its own is nearer than any other by far more than the tolerance.
+    # The embeddings of two inputs differ by far more than the tolerance.
     assert np.abs(expected[0][0] - expected[0][1]).max() > 1e-3
     assert np.abs(expected[1][0] - expected[1][1]).max() > 1e-3
 

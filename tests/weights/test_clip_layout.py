@@ -1,4 +1,4 @@
-"""State dicts in CLIP's layout give the embeddings of the model that they come from."""
+"""State dicts in CLIP's layout give the embeddings of their original model."""
 
 import dataclasses
 import json
@@ -76,7 +76,7 @@ def test_image_positions_are_resized_on_request_as_open_clip_does(tmp_path):
     assert model.image_size == 48 == model.config.model.overrides.image_size
     images, tokens = reference.inputs(bigger)
     expected = reference.open_clip_embeddings(resized, images, tokens)
-    # torch's bicubic kernel differs from ours in the last digits of a weight.
+    # torch's bicubic kernel differs from ours in the last digits of its weights.
     np.testing.assert_allclose(model.encode_image(images), expected[0], atol=1e-4)
     with pytest.raises(ValueError, match="no multiple of patch_size"):
         load_model(tmp_path / "a.pt", image_size=50)

@@ -1,4 +1,4 @@
-"""The model that comes with the package: loads by its name, and finds pictures it has not seen."""
+"""The packaged model loads by its name and retrieves unseen images."""
 
 import io
 import tarfile
@@ -21,14 +21,14 @@ WEIGHTS = PICTURES.with_name("model.safetensors")
 
 
 def read_tar(path):
-    """Content of the members by name."""
+    """Returns the contents of the members by name."""
     with tarfile.open(path) as tar:
         return {member.name: tar.extractfile(member).read() for member in tar}
 
 
 @pytest.fixture(scope="module")
 def pairs():
-    """Pictures, and their names."""
+    """Images, and their names."""
     files = read_tar(PICTURES)
     keys = sorted(name.removesuffix(".png") for name in files if name.endswith(".png"))
     images = [Image.open(io.BytesIO(files[f"{key}.png"])) for key in keys]
@@ -41,7 +41,7 @@ def test_unseen_pictures_are_found_by_their_names_from_any_folder(pairs, tmp_pat
     images, names = pairs
     similarities = model.encode_text(names) @ model.encode_image(images).T
     right = np.argmax(similarities, axis=1) == np.arange(len(names))
-    assert len(names) == 60 and right.mean() > 0.4  # by chance 1 of 60
+    assert len(names) == 60 and right.mean() > 0.4  # chance: 1 of 60
 
 
 def test_the_block_of_its_page_prints_what_the_page_says(capsys):
@@ -66,7 +66,7 @@ def test_architecture_is_that_of_its_recipe():
 
 
 def test_its_pictures_were_held_out_of_training(shared_data):
-    """Records are numbered as the tars have them, all in one shard; see the recipe's commands."""
+    """Records are numbered as in the tars, all in one shard; see the recipe's commands."""
     google, twitter = (
         list(read_tar(shared_data / f"emoji_{artist}.tar").items())
         for artist in ("google", "twitter")

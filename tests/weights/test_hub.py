@@ -1,4 +1,4 @@
-"""Models go to the hub and come back, against a stand-in of its API."""
+"""Round trip of models through the hub, against a stand-in for its API."""
 
 import pathlib
 import shutil
@@ -18,7 +18,7 @@ from tests.storage import hub_server
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    """A hub of its own, a login there and an empty cache."""
+    """A simulated hub, with a login and an empty cache."""
     with hub_server.serving() as found:
         monkeypatch.setenv("HF_ENDPOINT", found.url)
         monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
@@ -47,7 +47,7 @@ def test_a_model_comes_back_from_the_hub(server, run, tmp_path, format):
     card = pushed["README.md"].decode()
     assert "# tiny-clip\n" in card and 'load_model("hf-hub:someone/tiny-clip")' in card
     shutil.rmtree(tmp_path / "out")
-    # As a repository of open_clip has them: torch's weights are not fetched as well.
+    # As in open_clip's repositories: torch's weights are not fetched in addition.
     server.files["model", "someone/tiny-clip"]["pytorch_model.bin"] = b"no weights"
     devices = jax.devices()[:1]
     model = load_model("hf-hub:someone/tiny-clip", devices=devices)

@@ -1,4 +1,4 @@
-"""transformers' CLIPModel, MetaClip2Model and SiglipModel in our towers, and back."""
+"""transformers' CLIPModel, MetaClip2Model and SiglipModel in our towers, and exported again."""
 
 import dataclasses
 import json
@@ -69,13 +69,13 @@ def test_legacy_end_of_text_is_the_largest_id(tmp_path):
     other = clip_model(reference.SMALL, eos_token_id=2)
     other.save_pretrained(tmp_path)
     images, tokens = reference.inputs(reference.SMALL)
-    tokens[:, 1] = 2  # would be taken for the end of text
+    tokens[:, 1] = 2  # would be mistaken for the end of text
     assert read_weights(tmp_path).arch.end_of_text_id is None
     check(tmp_path, other, images, tokens)
 
 
 def test_texts_of_another_vocabulary_than_clips_end_at_their_largest_id(tmp_path):
-    other = clip_model(reference.SMALL)  # of a config that we write
+    other = clip_model(reference.SMALL)  # with a config that our exports write
     other.save_pretrained(tmp_path)
     images, tokens = reference.inputs(reference.SMALL)
     tokens = np.where(tokens == reference.SMALL.vocab_size - 1, 550, np.minimum(tokens, 500))
@@ -90,8 +90,8 @@ def test_end_of_text_below_added_tokens(tmp_path):
     images, _ = reference.inputs(arch)
     tokens = np.random.default_rng(0).integers(1, 500, (5, 12)).astype(np.int32)
     tokens[np.arange(5), [3, 5, 8, 11, 4]] = 511
-    tokens[:, 2] = 599  # an added token, larger than the end of text
-    tokens[0, 6] = 511  # only the first one counts
+    tokens[:, 2] = 599  # an added token with a larger id than the end of text
+    tokens[0, 6] = 511  # only the first end of text counts
     check(tmp_path, other, images, tokens)
 
 
@@ -102,7 +102,7 @@ def test_metaclip_2_pools_at_the_first_end_and_is_exported_as_it_came(tmp_path):
     other = reference.randomize(transformers.MetaClip2Model(config))
     other.save_pretrained(tmp_path / "theirs")
     images, _ = reference.inputs(arch)
-    # Of XLM-V: 0 begins a text, 2 ends it, 1 pads.
+    # XLM-V's ids: 0 starts a text, 2 ends it, 1 pads.
     tokens = np.random.default_rng(0).integers(3, 600, (5, 12)).astype(np.int32)
     tokens[:, 0] = 0
     for row, end in enumerate([3, 5, 8, 11, 4]):
@@ -118,7 +118,7 @@ def test_metaclip_2_pools_at_the_first_end_and_is_exported_as_it_came(tmp_path):
 
 
 def test_old_directory_with_a_torch_file_and_index_buffers(tmp_path):
-    """As `openai/clip-vit-base-patch32` is: pytorch_model.bin, position_ids, *_config_dict."""
+    """As `openai/clip-vit-base-patch32`: pytorch_model.bin, position_ids, *_config_dict."""
     other = clip_model(reference.SMALL)
     other.save_pretrained(tmp_path / "new")
     state = other.state_dict()
@@ -170,8 +170,8 @@ def siglip(tmp_path_factory):
 def test_embeddings_and_logits_are_those_of_transformers(siglip):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (5, 24, 24, 3)).astype(np.uint8)
-    tokens = rng.integers(1, 600, (5, 16)).astype(np.int32)  # the last is not the largest
-    # The folder has no image processor's file.
+    tokens = rng.integers(1, 600, (5, 16)).astype(np.int32)  # the last token is not the largest
+    # The folder has no image processor's file, so the defaults apply.
     pixels = reference.pixel_values(images, 0.5, 0.5)
     expected = embeddings(siglip[0], pixels, tokens)
     reference.check_outputs(load_model(siglip[1]), images, tokens, expected)

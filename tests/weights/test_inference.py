@@ -1,4 +1,4 @@
-"""A loaded model embeds any number of images and texts, on any number of devices, alike."""
+"""A loaded model's embeddings do not depend on the batch size or the number of devices."""
 
 import dataclasses
 
@@ -102,7 +102,7 @@ def test_wrong_inputs_are_refused(model, call, message):
 
 @pytest.fixture(scope="module")
 def decoder():
-    """A decoder that looks at the picture rather than at what it has written."""
+    """A decoder that depends more on the image than on previous tokens."""
     arch = dataclasses.replace(ARCH, context_length=7)
     built = CaptionDecoder(arch, 1, rngs=nnx.Rngs(params=jax.random.key(1)))
     params = model_parameters(built)
@@ -121,7 +121,7 @@ def test_captions_whatever_the_batch_and_the_devices(decoder, images):
     assert in_fives.caption(images, **options, seed=2) != drawn
     assert in_fives.caption(images[:0]) == []
 
-    # The likeliest are those that the decoder writes of the tokens of the normalised pictures.
+    # Greedy captions are what the decoder generates from the tokens of the normalised images.
     plain = merge_model(GRAPHDEF, PARAMS)
     image_tokens = jax.jit(plain.vision.tokens)(normalize(images[:3], jnp.float32))
     written = decode_captions(

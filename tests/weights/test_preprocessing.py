@@ -1,4 +1,4 @@
-"""Pictures are made as transformers and open_clip make them, wherever the model is used."""
+"""Images are preprocessed as in transformers and open_clip, wherever the model is used."""
 
 import dataclasses
 import json
@@ -51,7 +51,7 @@ def test_pixels_are_those_of_transformers(form):
     assert read_preprocessor(other.to_dict(), "preprocessor_config.json") == form
     for size in SIZES:
         if form.resize == "crop" and (SIDE * max(size) // min(size) - SIDE) % 4 == 3:
-            continue  # transformers rounds the centre the other way
+            continue  # transformers rounds the crop's offset differently
         image = make.noise(3, size, cell=3)
         expected = other(image, return_tensors="np").pixel_values[0].transpose(1, 2, 0)
         np.testing.assert_allclose(pixels_of(form, image), expected, atol=1e-5)
@@ -107,7 +107,7 @@ def arch():
 
 @pytest.fixture(scope="module")
 def model(arch, tmp_path_factory):
-    """A directory of transformers' layout whose pictures are squashed."""
+    """A directory in transformers' layout whose images are squashed."""
     folder = tmp_path_factory.mktemp("weights") / "model"
     params = make.draw_parameters(ModelDefinition(arch, "float32", "float32").init_params)
     drawn = ModelFiles(arch, params, "drawn", preprocessing=PICTURES)

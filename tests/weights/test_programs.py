@@ -1,4 +1,4 @@
-"""Programs give the embeddings of the model, for any batch, in runtimes that know nothing of it."""
+"""Exported programs give the model's embeddings for any batch size, in other runtimes."""
 
 import importlib.util
 import json
@@ -24,7 +24,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(run):
-    """Inputs, and the embeddings of `load_model`, by tower."""
+    """Maps each tower to its inputs and the embeddings of `load_model`."""
     model = load_model(run, dtype="float32", devices=jax.devices()[:1])
     images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
     tokens = model.tokenize(TEXTS)
@@ -87,7 +87,7 @@ def test_onnx(overrides, tmp_path, recwarn):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
     tokens = rng.integers(0, 599, (3, 24), dtype=np.int32)
-    tokens[:, 9] = 599  # the end of a text
+    tokens[:, 9] = 599  # the end of text
     for tower, inputs, expected in (
         ("image", images, model.encode_image(images)),
         ("text", tokens, model.encode_text(tokens)),

@@ -1,4 +1,4 @@
-"""Released weights come over HTTP once, whole and with the right hash, or not at all."""
+"""Released weights are downloaded over HTTP once, with the right hash, or not at all."""
 
 import dataclasses
 import hashlib
@@ -60,7 +60,7 @@ def test_damaged_cache_is_replaced(server, tmp_path):
 
 @pytest.fixture
 def small_release(server, tmp_path, monkeypatch):
-    """'diht_vitb32_224px' as a small model that the local server publishes."""
+    """'diht_vitb32_224px' as a small model on the local server."""
     name = "diht_vitb32_224px"
     torch.save(reference.open_clip_model(reference.SMALL).state_dict(), tmp_path / "state.ckpt")
     content = (tmp_path / "state.ckpt").read_bytes()
@@ -119,7 +119,7 @@ def test_environment_variable_with_a_wrong_place_or_model(small_release, tmp_pat
         load_model(small_release)
 
 
-# The same architecture in open_clip; of SigLIP its towers compute GELU otherwise than the authors'.
+# The same architectures in open_clip, whose SigLIP towers compute GELU unlike the original.
 IN_OPEN_CLIP = {
     "diht_vitb32_224px": "ViT-B-32",
     "diht_vitb16_224px": "ViT-B-16",

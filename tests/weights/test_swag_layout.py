@@ -1,6 +1,6 @@
-"""Names and shapes of SWAG's parameters are torchvision's.
+"""Names and shapes of SWAG's parameters equal torchvision's.
 
-That the features are, too, tests/data_prep/teachers/test_teachers.py shows of the teacher.
+tests/data_prep/teachers/test_teachers.py compares the features.
 """
 
 import jax
@@ -16,7 +16,7 @@ from diht_jax.weights.swag import ARCHITECTURES, swag_definition
 
 @pytest.fixture(scope="module")
 def small() -> dict[str, np.ndarray]:
-    """The parameters of a small one, by torchvision's names."""
+    """The parameters of a small model, by torchvision's names."""
     model = VisionTransformer(
         image_size=32, patch_size=8, num_layers=3, num_heads=4, hidden_dim=64, mlp_dim=96
     )
@@ -37,7 +37,7 @@ def test_names_of_the_published_files(small):
 
 @pytest.mark.parametrize("name", list(ARCHITECTURES))
 def test_every_parameter_of_the_large_ones_has_its_place(name):
-    # On torch's meta device and as shapes: 2.5 GB for vit_h_14 are never there.
+    # On torch's meta device and as shapes, without allocating the 2.5 GB of vit_h_14.
     with torch.device("meta"):
         model = getattr(torchvision.models, name)()
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Weight files are read as data: what could run code is refused, what is damaged is named."""
+"""Weight files are read as data: code is refused, and damage is named."""
 
 import collections
 import copy
@@ -24,7 +24,7 @@ from tests.weights import conftest as reference
 
 
 class Malicious:
-    """Makes whoever unpickles it create a file."""
+    """An object whose unpickling creates a file."""
 
     def __init__(self, path):
         self.path = path
@@ -34,7 +34,7 @@ class Malicious:
 
 
 def replace_pickle(source, target, data, member="data.pkl"):
-    """A copy of a zip archive with other bytes in its pickle."""
+    """Copies a zip archive with another pickle."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         for name in old.namelist():
             new.writestr(name, data if name.endswith(f"/{member}") else old.read(name))
@@ -58,7 +58,7 @@ def test_malicious_pickle_is_refused_and_not_run(tmp_path, form):
     with pytest.raises(ValueError, match=r"model\.ckpt.*refused.*could run code"):
         load_model(path)
     assert not marker.exists()
-    # The payload does what it says: the marker would have shown it.
+    # The payload works: unpickling it creates the marker.
     if form == "bare":
         with open(path, "rb") as file:
             pickle.load(file)
@@ -99,7 +99,7 @@ def test_torchscript_archive_is_read_as_torch_reads_it(tmp_path, make, dtype):
 
 
 def test_openai_archives_have_quick_gelu(tmp_path):
-    """TorchScript, half precision and the three scalars, as OpenAI publishes its models."""
+    """TorchScript in half precision with the three scalars, the format of OpenAI's models."""
     model = copy.deepcopy(reference.open_clip_model(reference.SMALL))
     for name, value in (("input_resolution", 32), ("context_length", 12), ("vocab_size", 600)):
         if hasattr(model, name):
@@ -118,7 +118,7 @@ def test_openai_archives_have_quick_gelu(tmp_path):
 
 
 def test_torchscript_tensor_beyond_its_storage_is_refused(tmp_path):
-    """A forged shape must not read the memory behind the file's bytes."""
+    """A forged shape must not read memory beyond the file's bytes."""
     module = torch.jit.script(nn.Linear(2, 3))
     module.save(tmp_path / "good.pt")
     with zipfile.ZipFile(tmp_path / "good.pt") as archive:
@@ -159,7 +159,7 @@ def test_a_flipped_bit_in_a_safetensors_file_is_named(tmp_path, place):
     path = tmp_path / "model.safetensors"
     write_safetensors(path, {"a": np.ones((10, 4), np.float32), "b": np.zeros(3, np.float16)})
     data = bytearray(path.read_bytes())
-    data[place] ^= 1  # in a number of either tensor, or at the end of the header
+    data[place] ^= 1  # in a value of either tensor, or at the end of the header
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"model.safetensors: (damaged|not a whole)"):
         read_tensors(path)
@@ -183,7 +183,7 @@ def test_ordered_dicts_and_nested_state_dicts(tmp_path):
 
 @pytest.mark.parametrize("is_torchscript_file", [True, False])
 def test_tensors_that_share_a_storage_are_bound_by_bytes(tmp_path, is_torchscript_file):
-    """Views of a storage are cheap for torch, and copies on a device."""
+    """Views of a storage are cheap for torch, but become copies on a device."""
     base = torch.arange(2.0**20)  # 4 MiB
     for count in (3, 40):
         views = {f"b{start}": base[start:] for start in range(count)}

@@ -1,4 +1,4 @@
-"""open_clip's SigLIP, SigLIP 2 and PE-Core, with image towers of timm, in our towers and back."""
+"""open_clip's SigLIP, SigLIP 2 and PE-Core with timm's image towers, imported and exported."""
 
 import json
 
@@ -54,19 +54,19 @@ for _config in CONFIGS.values():
 
 @timm.models.register_model
 def vit_test_patch8_siglip_24(pretrained=False, **settings):
-    """timm's SigLIP, smaller."""
+    """timm's SigLIP in a smaller size."""
     sizes = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4, "mlp_ratio": 2.5}
     return timm.models.vit_base_patch16_siglip_224(img_size=24, **sizes, **settings)
 
 
 @timm.models.register_model
 def vit_test_pe_core_patch16_64(pretrained=False, **settings):
-    """timm's PE-Core, smaller, with the rotary positions of its 24 x 24 patches."""
+    """timm's PE-Core in a smaller size, with rotary positions of its 24 x 24 patches."""
     return timm.models.vit_pe_core_tiny_patch16_384(img_size=64, depth=2, **settings)
 
 
 def small_towers():
-    """The entries of the two in our table."""
+    """Returns entries for both in the form of our table."""
     siglip, pe_core = (open_clip_layout.TOWERS[name] for name in LIKE)
     sizes = {"image_size": 24, "patch_size": 8, "vision_width": 64, "vision_layers": 2}
     sizes |= {"vision_heads": 4, "vision_pool_heads": 4, "vision_mlp_width": 160}
@@ -78,7 +78,7 @@ def small_towers():
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def model(request, tmp_path_factory):
-    """A model of open_clip with random weights, and its folder as open_clip's hub has it."""
+    """An open_clip model with random weights, and its folder in the layout of open_clip's hub."""
     config = CONFIGS[request.param]
     torch.manual_seed(0)
     other = reference.randomize(open_clip.model.CustomTextCLIP(**config))

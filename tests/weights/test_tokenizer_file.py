@@ -1,4 +1,4 @@
-"""Token ids of a model's own tokenizer files are those of transformers and of open_clip."""
+"""A model's own tokenizer files give the token ids of transformers and open_clip."""
 
 import io
 import json
@@ -47,7 +47,7 @@ WORDS = TEXT.split()
 
 
 def make_captions(count):
-    """Words of several languages, joined by all sorts of white space and signs."""
+    """Returns words of several languages, joined by various white space and punctuation."""
     rng = np.random.default_rng(7)
     gaps = [" ", " ", " ", " ", ", ", "  ", "\t", "\n", "\u3000", "\xa0", "", "."]
     captions = ["", " ", ".", "▁", "x" * 500, "</s>", "a </s>", "</s> a", "\u0130\u0130"]
@@ -65,7 +65,7 @@ def captions():
 
 
 def train_unigram(**options):
-    """A vocabulary of sentencepiece, as bytes; the texts have neither markers nor odd signs."""
+    """Returns a sentencepiece vocabulary as bytes; the texts have no markers or odd characters."""
     plain = [word for word in WORDS if not word.startswith(("<", "&", "▁", "\u200b", "\ufeff"))]
     rng = np.random.default_rng(1)
     texts = [" ".join(rng.choice(plain, 6)).lower() for _ in range(400)]
@@ -102,7 +102,7 @@ def siglip(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def siglip_of_open_clip(tmp_path_factory):
-    """The same vocabulary as a T5's, in one file, as the repositories of open_clip have it."""
+    """The same vocabulary as a T5 tokenizer in one file, as in open_clip's repositories."""
     folder = tmp_path_factory.mktemp("siglip_of_open_clip")
     pieces = pieces_of(train_unigram(**SIGLIP_IDS))
     made = transformers.T5Tokenizer(vocab=pieces, extra_ids=0, pad_token="</s>")
@@ -112,7 +112,7 @@ def siglip_of_open_clip(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def siglip2(tmp_path_factory):
-    """Gemma's tokenizer with a small vocabulary: BPE without a space in front, bytes below."""
+    """Gemma's tokenizer with a small vocabulary: BPE without a leading space, byte fallback."""
     folder = tmp_path_factory.mktemp("siglip2")
     made = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     made.normalizer = normalizers.Replace(" ", "▁")
@@ -138,7 +138,7 @@ def siglip2(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def xlm(tmp_path_factory):
-    """XLM-R's tokenizer, of which XLM-V's is one with more entries."""
+    """XLM-R's tokenizer; XLM-V's is one with more entries."""
     folder = tmp_path_factory.mktemp("xlm")
     special = [(token, 0.0) for token in ("<s>", "<pad>", "</s>", "<unk>")]
     vocab = [*special, *pieces_of(train_unigram(), first=3), ("<mask>", 0.0)]
@@ -155,7 +155,7 @@ def test_ids_are_those_of_transformers(kind, captions, request):
     found = read_tokenizer(folder).tokenize(captions, LENGTH)
     wrong = np.flatnonzero((found != expected).any(axis=1))
     assert not len(wrong), (len(wrong), captions[wrong[0]], found[wrong[0]], expected[wrong[0]])
-    assert len(np.unique(found)) > 150  # the vocabulary is used
+    assert len(np.unique(found)) > 150  # much of the vocabulary is used
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def inputs():
 def test_a_run_keeps_the_tokenizer_and_the_pictures_of_its_start(model, inputs, tmp_path):
     texts, pictures = inputs
     source = shutil.copytree(model[1], tmp_path / "source")
-    # A crop of the whole area is the whole picture only where its shape is allowed.
+    # A crop of the whole area is the whole image only if its aspect ratio is allowed.
     squares = [picture.resize((30, 30)) for picture in pictures]
     records = [make.record(i, image=make.encoded(p)) for i, p in enumerate(squares)]
     config = make.tiny_config(
@@ -305,14 +305,14 @@ def test_open_clip_reads_the_tokenizer_of_an_export(xlm, tmp_path):
 
 def test_pe_core_has_the_tokenizer_of_clip(captions):
     open_clip = pytest.importorskip("open_clip")
-    # `tokenizers` has the characters of an older Unicode than open_clip.
+    # `tokenizers` has the characters of an older Unicode version than open_clip.
     texts = ["".join(c for c in t if unicodedata.category(c) != "Cn") for t in captions]
     expected = open_clip.get_tokenizer("PE-Core-B-16")(texts).numpy()
     np.testing.assert_array_equal(tokenizer.tokenize(texts, 32), expected)
 
 
 def test_data_preparation_embeds_as_transformers(model, inputs):
-    """The CLIP score of the filter, and the embeddings that labels store of a teacher."""
+    """The filter's CLIP score, and the teacher's embeddings that labels store."""
     import torch
 
     other, folder = model

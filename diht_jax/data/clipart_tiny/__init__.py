@@ -1,4 +1,4 @@
-"""The model `clipart_tiny`, and pictures to try it with; README.md is its card."""
+"""The model `clipart_tiny`, and pictures to try it with; README.md is the model card."""
 
 import importlib.resources
 import pathlib

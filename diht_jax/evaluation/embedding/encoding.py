@@ -1,7 +1,7 @@
-"""Embeds pairs and texts in batches of one shape, with decoding ahead of the device.
+"""Embeds pairs and texts in batches of a fixed shape, decoding ahead of the device.
 
-Nothing here knows a metric, a task or a file: pairs come in as an iterator, embeddings go out as
-NumPy arrays.
+This module knows nothing of metrics, tasks or files: it takes an iterator of pairs and returns
+embeddings as NumPy arrays.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
 from diht_jax.terminal import ProgressBar
 
-# Decoded images waiting for the device, in batches: enough to keep the threads busy while one
-# batch is on the device, small enough for the memory of a laptop.
+# Batches of decoded images that wait for the device: enough to keep the threads busy during a
+# device step, and small enough for a laptop's memory.
 _BATCHES_AHEAD = 2
 
-# Of encoded images that wait for a thread; an ordinary window takes a tenth of it.
+# Limit for encoded images that wait for a thread; an ordinary window needs a tenth of it.
 _WAITING_BYTES = 2**28
 
 _DROPPED_KEYS_KEPT = 10
@@ -41,7 +41,7 @@ class EmbeddingModel(Protocol):
 
     @property
     def logit_scale(self) -> float:
-        """The factor of cosines, after exp."""
+        """The factor on cosine similarities, after exp."""
 
     def encode_image(self, images: np.ndarray) -> np.ndarray:
         """Embeds uint8 [b, h, w, 3]: float32 [b, d], L2-normalised."""
@@ -54,7 +54,7 @@ class EmbeddingModel(Protocol):
 
 
 class UnusablePair(ValueError):
-    """Raised by a `describe` for a pair that the task cannot use; counted under `reason`."""
+    """Raised by `describe` for a pair that the task cannot use; counted under `reason`."""
 
     def __init__(self, reason: str):
         super().__init__(reason)
@@ -62,31 +62,31 @@ class UnusablePair(ValueError):
 
 
 class Batching(NamedTuple):
-    """The way a source is embedded."""
+    """How a source is embedded."""
 
-    # Images a batch, over the devices of all processes; texts, over this process's.
+    # Images per batch, over the devices of all processes; texts, over this process's devices.
     batch_size: int = 256
-    num_threads: int | None = None  # that decode; None is one per core, 16 at most
+    num_threads: int | None = None  # decoding threads; None is one per core, at most 16
     progress: bool = False  # show bars on stderr
-    processes: Processes = Processes()  # that embed a source together
+    processes: Processes = Processes()  # the processes that embed a source together
 
 
 class EncodedImages(NamedTuple):
-    """The usable images of a source, embedded, in the order of the source."""
+    """The embedded usable images of a source, in source order."""
 
     image_emb: np.ndarray  # float32 [n, d], L2-normalised
     notes: list[Any]  # what `describe` returned for each usable pair
-    # Reason -> number of entries left out: "image_" + the reason of an `ImageError`, reason of a
-    # `Skipped` entry or an `UnusablePair`.
+    # Maps a reason to the number of skipped entries: "image_" + the reason of an `ImageError`, or
+    # the reason of a `Skipped` entry or an `UnusablePair`.
     dropped: dict[str, int]
-    dropped_keys: list[str]  # of the first few of them
+    dropped_keys: list[str]  # keys of the first few skipped entries
     seconds: float  # wall time of reading, decoding and encoding together
-    digest: str  # of the keys of the usable pairs, in order: equal where two models saw the same
-    orders: list[Order]  # of each usable pair, the number of its unit and its own in it
+    digest: str  # of the usable keys, in order; shows whether two models saw the same images
+    orders: list[Order]  # for each usable pair, its unit number and its index within the unit
 
 
 class Encoder:
-    """A model with a source to embed: what a protocol measures with."""
+    """A model together with a source to embed; protocols measure with it."""
 
     def __init__(
         self,
@@ -97,10 +97,10 @@ class Encoder:
         limit: int | None = None,
         name: str | None = None,
     ):
-        """Takes entries that are consumed once, in order; with a limit the first of them.
+        """Takes entries, which are consumed once, in order; `limit` keeps only the first ones.
 
-        Of several processes each reads its share of `Units`; any others are one unit, which the
-        first process reads. The name is that of the progress bar.
+        With several processes, each reads its share of `Units`. Any other iterable is read by the
+        first process alone. `name` is the title of the progress bar.
         """
         self.model, self.batching = model, batching or Batching()
         if not isinstance(entries, Units):
@@ -110,19 +110,19 @@ class Encoder:
     def images(
         self, describe: Callable[[Pair], Any], *, allow_empty: bool = False
     ) -> EncodedImages:
-        """Embeds the image of every pair; one that cannot be used is counted with its reason.
+        """Embeds the image of every pair; counts unusable pairs by reason.
 
-        Threads decode and resize while the device works. All batches have one shape: the last one
-        is filled up and what was filled in is cut off again, so each image counts exactly once.
+        Threads decode and resize while the device works. All batches have the same shape: the last
+        one is padded and the padding is removed from the result.
 
         Args:
-            describe: called once per pair, by several threads; what it returns is kept, so it
-                should be small. Raises `UnusablePair` to leave a pair out, any other ValueError to
-                stop.
-            allow_empty: without any usable pair, return embeddings of shape [0, 0].
+            describe: called once per pair, from several threads. Its results are kept in memory and
+                should be small. Raises `UnusablePair` to skip a pair; any other ValueError aborts
+                the embedding.
+            allow_empty: return embeddings of shape [0, 0] if no pair is usable.
 
         Raises:
-            ValueError: no usable pair at all, unless `allow_empty`; or an embedding that is not
+            ValueError: no pair is usable and `allow_empty` is false, or an embedding is not
                 finite.
         """
         start, processes = time.perf_counter(), self.batching.processes
@@ -151,19 +151,19 @@ class Encoder:
         )
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Embeds at least one text: float32 [n, d], in order."""
+        """Embeds one or more texts: float32 [n, d], in order."""
         batches = encode_text_batches(self.model.encode_text, texts, self.batching)
         return np.concatenate(list(batches))
 
     def _own_entries(self) -> Iterator[tuple[Order, Pair | Skipped]]:
-        """The entries of this process's units, every `count`-th one."""
+        """Yields the entries of this process's units, every `count`-th unit."""
         index, count = self.batching.processes.index, self.batching.processes.count
         for number in range(index, len(self._units), count):
             for offset, entry in enumerate(self._units[number]()):
                 yield (number, offset), entry
 
     def _embed_share(self, describe: Callable[[Pair], Any]) -> tuple[list[_Row], np.ndarray]:
-        """This process's entries, and the embeddings of the usable ones."""
+        """Returns this process's entries, and the embeddings of the usable ones."""
         batching, count = self.batching, self.batching.processes.count
         size = max(1, batching.batch_size // count)
         found: list[_Row] = []
@@ -171,13 +171,13 @@ class Encoder:
 
         def embed(pixels: list[np.ndarray]) -> None:
             batch = np.stack(pixels)
-            # A source smaller than one batch needs no filling: nothing is compiled yet.
+            # A source smaller than one batch needs no padding, since nothing is compiled yet.
             if embedded:
                 batch = np.pad(batch, [(0, size - len(batch))] + [(0, 0)] * (batch.ndim - 1))
             embedded.append(np.asarray(self.model.encode_image(batch), np.float32)[: len(pixels)])
 
-        # With a limit, which of these are among the first of all is known when all processes are
-        # through.
+        # With a limit, the entries within it are known only when all processes have
+        # finished.
         num_entries = self._units.count_entries() if batching.progress else None
         known: set[Any] = {num_entries, self._limit} - {None}
         entries = ProgressBar(
@@ -204,7 +204,7 @@ class Encoder:
 
 
 class _Row(NamedTuple):
-    """An entry: `note` of a usable one, or the reason why it is left out."""
+    """One entry: its `note` if usable, else the reason why it is skipped."""
 
     order: Order
     key: str
@@ -215,7 +215,7 @@ class _Row(NamedTuple):
 def _merge_shares(
     shares: Sequence[tuple[list[_Row], np.ndarray]], limit: int | None
 ) -> tuple[list[_Row], np.ndarray]:
-    """The entries of all processes in the order of the source, up to its limit."""
+    """Merges the entries of all processes in source order, up to the limit."""
     found = [row for rows, _ in shares for row in rows]
     usable = [row.order for row in found if row.reason is None]
     index_of = {order: i for i, order in enumerate(usable)}
@@ -232,8 +232,8 @@ def encode_text_batches(
 ) -> Iterator[np.ndarray]:
     """Yields [up to batch_size, d] embeddings of the texts, in order.
 
-    Every call of `encode_text` gets the same number of texts (the last batch is filled up with
-    empty ones), so a jitted encoder compiles once. A bar is shown where there is more than one.
+    All calls of `encode_text` have the same number of texts, with empty ones as padding, so a
+    jitted encoder compiles once. With more than one batch, a progress bar is shown.
     """
     batching = batching or Batching()
     batch_size, remaining = batching.batch_size, iter(texts)
@@ -247,9 +247,9 @@ def encode_text_batches(
 
 
 def check_finite(embeddings: np.ndarray, what: str) -> np.ndarray:
-    """Returns `embeddings` [n, d] as they are; a NaN or infinity in them is a ValueError.
+    """Returns `embeddings` [n, d] unchanged; raises ValueError if any is NaN or infinite.
 
-    A comparison with NaN is false both ways, so a diverged model would get arbitrary numbers.
+    Comparisons with NaN are always false, so a diverged model would get arbitrary metrics.
     """
     bad = ~np.isfinite(embeddings).all(axis=-1)
     if bad.any():
@@ -267,9 +267,9 @@ def _decode_ahead(
     window: int,
     num_threads: int | None,
 ) -> Generator[tuple[_Row, np.ndarray | None]]:
-    """Yields rows with their pixels, in order, up to `window` entries in work.
+    """Yields rows with their pixels, in order, with up to `window` entries in flight.
 
-    Fewer are in work where their encoded bytes take much memory.
+    The window shrinks when the encoded images take much memory.
     """
 
     def decode(order: Order, entry: Pair | Skipped) -> tuple[_Row, np.ndarray | None]:

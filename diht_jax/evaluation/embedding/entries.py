@@ -1,4 +1,4 @@
-"""The entries of a source, and how the processes of a job divide them."""
+"""The entries of a source, and their division among the processes of a job."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
 
 Entry = Pair | Skipped
-# Left, top, right and bottom, in pixels.
+# (left, top, right, bottom) in pixels.
 Box = tuple[int, int, int, int]
-# Number of an entry's unit, and the entry's own in it.
+# (number of the unit, index of the entry within it).
 Order = tuple[int, int]
-# Reads a part of a source.
+# A part of a source: a function that reads its entries.
 Unit = Callable[[], Iterator[Entry]]
 
 # Small enough that 64 hosts share 5,000 pictures.
 _ITEMS_PER_UNIT = 64
-_CHUNK = 2**26  # bytes of each process that travel at once
+_CHUNK = 2**26  # bytes that each process sends at once
 _LONGEST_WORK_MS = 7 * 24 * 60 * 60 * 1000
 
 
 @dataclasses.dataclass(frozen=True)
 class CroppedPair(Pair):
-    """A pair on a part of a picture; what of its box is outside of the picture is black."""
+    """A pair whose image is a box of a picture; the box is black outside of the picture."""
 
     box: Box = dataclasses.field(kw_only=True)
 
 
 def decode_picture(pair: Pair) -> Image.Image:
-    """The picture of a pair as `decode_rgb` gives it, cut to its box where it has one.
+    """Decodes the picture of a pair like `decode_rgb`, and crops it to its box, if any.
 
     Raises:
-        ImageError: as `decode_rgb`; "too_large" for a box, too.
+        ImageError: as in `decode_rgb`; also "too_large" for a box.
     """
     picture = decode_rgb(pair.image)
     if not isinstance(pair, CroppedPair):
@@ -56,29 +56,29 @@ def decode_picture(pair: Pair) -> Image.Image:
 
 
 class Units(list[Unit]):
-    """The parts of a source, and about how many entries they have."""
+    """The units of a source, with an estimate of the number of entries."""
 
     def __init__(self, units: Iterable[Unit], count: Callable[[], int | None]):
-        """Joins them; the number of entries may be an estimate, and None where it is unknown."""
+        """Wraps units; `count` may return an estimate, or None if unknown."""
         super().__init__(units)
         self.count_entries = count
 
     def entries(self) -> Generator[Entry]:
-        """The entries of all parts, in order."""
+        """Yields the entries of all units, in order."""
         for unit in self:
             yield from unit()
 
 
 def divide(items: Sequence[Any] | np.ndarray, read: Callable[..., Iterator[Entry]]) -> list[Unit]:
-    """Divides items into units of some, each of which `read` takes."""
+    """Divides items into units of `_ITEMS_PER_UNIT`, each read by `read`."""
     starts = range(0, len(items), _ITEMS_PER_UNIT)
     return [functools.partial(read, items[start : start + _ITEMS_PER_UNIT]) for start in starts]
 
 
 def read_again(units: Sequence[Unit], orders: Iterable[Order]) -> dict[Order, Pair]:
-    """Reads chosen entries; only the units that hold them are opened, up to the last of each.
+    """Reads selected entries; opens only their units, each up to its last selected entry.
 
-    Where the source has changed, so that one cannot be used any more, there is a ValueError.
+    Raises ValueError if an entry is no longer usable because the source has changed.
     """
     wanted: dict[int, set[Order]] = {}
     for order in orders:
@@ -101,33 +101,33 @@ def read_again(units: Sequence[Unit], orders: Iterable[Order]) -> dict[Order, Pa
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """The processes of a job that embed together, each its share on devices of its own."""
+    """The processes of a job that embed a source together, each on its own devices."""
 
     index: int = 0  # of this process
     count: int = 1
-    # Gives the value of every process, in their order; all call it alike.
+    # Gathers a value from every process, in process order. A collective: all must call it.
     exchange: Callable[[Any], list[Any]] = lambda value: [value]
 
     @classmethod
     def of_job(cls) -> Processes:
-        """The processes of the job; this one where it is alone."""
+        """Returns the processes of this job; a single one outside of a job."""
         if jax.process_count() == 1:
             return cls()
         return cls(jax.process_index(), jax.process_count(), _exchange)
 
     def together(self, work: Callable[[], Any]) -> Any:
-        """Result of a function in this process, once all are through.
+        """Calls `work` in this process, waits for all processes, and returns its result.
 
         Raises:
             Exception: the error of this process.
-            ValueError: one of another process, with its message.
+            ValueError: another process failed; has its message.
         """
         if self.count == 1:
             return work()
         result, error = None, None
         try:
             result = work()
-        except Exception as problem:  # the others would wait for this process without end
+        except Exception as problem:  # otherwise the other processes would wait forever
             error = problem
             logging.error("%s (the job ends when the other processes are through)", problem)
         messages = self.exchange(None if error is None else f"{error}")
@@ -140,11 +140,11 @@ class Processes:
 
 
 def _exchange(value: Any) -> list[Any]:
-    """The value of every process; they travel pickled, between processes of one job."""
+    """Gathers a value from every process; values are pickled, which is safe within one job."""
     import orbax.checkpoint.multihost
 
     data = np.frombuffer(pickle.dumps(value), np.uint8)
-    # Shares differ in size, and a collective fails where a process comes much later than another.
+    # Shares differ in size, and a collective fails if a process arrives much later than another.
     meet = orbax.checkpoint.multihost.get_barrier_sync_fn()
     meet(key="exchange", timeout_ms=_LONGEST_WORK_MS)
     gather = multihost_utils.process_allgather
@@ -152,7 +152,7 @@ def _exchange(value: Any) -> list[Any]:
     sizes = counts[:, 0].astype(np.int64) * _CHUNK + counts[:, 1]
     padded = np.zeros(sizes.max(), np.uint8)
     padded[: len(data)] = data
-    # In chunks, since each of them is on every device.
+    # In chunks, since each chunk is replicated on every device.
     chunks = [padded[start : start + _CHUNK] for start in range(0, len(padded), _CHUNK)]
     rows = np.concatenate([np.asarray(gather(chunk)) for chunk in chunks], axis=1)
     return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]

@@ -1,6 +1,6 @@
-"""Embeddings of a data set in files that other tools read: npz or parquet, in resumable parts.
+"""Exports the embeddings of a data set as npz or parquet files, in resumable parts.
 
-The `.json` of a part is written last, and the part is complete with it.
+The `.json` of a part is written last and marks the part as complete.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ SETTINGS_FILE = "embeddings.json"
 class EmbedOptions:
     """Options of `embed_source`."""
 
-    format: str = "npz"  # of `FORMATS`
+    format: str = "npz"  # one of `FORMATS`
     modalities: Sequence[str] = MODALITIES  # which embeddings to write
-    dtype: str = "float32"  # of the embeddings in the files, of `DTYPES`
-    caption_template: str = "{caption}"  # text that is embedded for a caption
-    shard_size: int = 10_000  # most entries of the source a file; what an interruption can cost
-    batch_size: int = 256  # examples embedded at once, over all devices
-    num_threads: int | None = None  # that decode; None is one per core, 16 at most
-    task_index: int = 0  # number of this process, which takes its share (`inputs.shares_of`)
-    num_tasks: int = 1  # processes
+    dtype: str = "float32"  # of the embeddings in the files, one of `DTYPES`
+    caption_template: str = "{caption}"  # the text that is embedded for a caption
+    shard_size: int = 10_000  # maximum entries per file, which bounds the loss on interruption
+    batch_size: int = 256  # examples per batch, over all devices
+    num_threads: int | None = None  # decoding threads; None is one per core, at most 16
+    task_index: int = 0  # index of this process, which takes its share (`inputs.shares_of`)
+    num_tasks: int = 1  # number of processes
 
     def __post_init__(self):
         fill_caption_template(self.caption_template, "")
@@ -66,20 +66,20 @@ def embed_source(
 ) -> dict[str, Any]:
     """Embeds every pair of a source.
 
-    Rows have the order of the source. In a file: `key` (text), `image_emb` and `text_emb`
-    [n, d], rows of unit length; in parquet `caption` too. An image that cannot be read, and an
-    entry that is no pair, is left out and counted by its reason in the `.json` of the part.
+    Rows are in source order. A file has `key` (text), and `image_emb` and `text_emb` [n, d] with
+    rows of unit length; parquet also has `caption`. Unreadable images and entries that are no pairs
+    are skipped, and counted by reason in the `.json` of the part.
 
     Args:
         model: a `LoadedModel`.
-        source: of `readers.list_shards`, or a folder of pictures.
-        output: directory, or its URL in a store; is made, and may hold a part of the same work.
+        source: source for `readers.list_shards`, or a folder of pictures.
+        output: directory or store URL, created if missing; may hold finished parts of this work.
 
     Returns:
-        {"pairs", "dropped": {reason: count}, "files"} of this task, earlier calls included.
+        {"pairs", "dropped": {reason: count}, "files"} of this task, including earlier calls.
 
     Raises:
-        ValueError: nothing to read, or the directory holds other work.
+        ValueError: the source is empty, or the directory holds other work.
     """
     output = os.fspath(output).rstrip("/") or "/"
     shards = list_inputs(source)
@@ -107,7 +107,7 @@ def embed_source(
 
 
 def _find_part(stem: str, part: int) -> dict[str, Any] | None:
-    """The statistics of a part that is finished; one whose file is gone or cut is made again."""
+    """Returns the statistics of a finished part; None if its file is missing or truncated."""
     own, remedy = f"{stem}-{part:05d}", "delete it to have its part made again"
     stats = read_object(f"{own}.json", remedy)
     if stats is None:
@@ -135,7 +135,7 @@ def _embed_part(
     entries: Iterator[Entry],
     is_last: Callable[[], bool],
 ) -> dict[str, Any]:
-    """Writes the file of a part and then its statistics, which it returns."""
+    """Writes the file of a part, then its statistics; returns the statistics."""
     start = time.perf_counter()
     batching = Batching(options.batch_size, options.num_threads)
     encoder = Encoder(model, entries, batching)
@@ -200,7 +200,7 @@ def _write_parquet(
 
 
 def _settings(model: Any, shards: list[SourceShard], options: EmbedOptions) -> dict[str, Any]:
-    """Settings that must be the same for a directory to be gone on with."""
+    """Returns the settings that must match for a directory to be continued."""
     linked = [
         registry.describe_linked(shard)
         for shard in shards
@@ -217,7 +217,7 @@ def _settings(model: Any, shards: list[SourceShard], options: EmbedOptions) -> d
         "caption_template": options.caption_template,
         "shard_size": options.shard_size,
         "source": [shard.identity() for shard in shards],
-        # The state of the pictures that tables name.
+        # The state of the pictures that tables refer to.
         **({"linked_files": linked} if linked else {}),
     }
 
@@ -230,9 +230,9 @@ def check_settings(
     what: str = "embeddings",
     flag: str = "--output",
 ) -> None:
-    """Writes what must be the same for a directory to be gone on with, or compares it.
+    """Writes the settings of a new directory, or checks that they match those of an existing one.
 
-    A ValueError names the settings that differ, `what` the directory holds, and its flag.
+    Raises a ValueError with the settings that differ, `what` the directory holds, and its flag.
     """
     output = os.fspath(output)
     files.make_folder(output)
@@ -251,9 +251,9 @@ def check_settings(
 
 
 def read_object(path: str | os.PathLike[str], remedy: str) -> dict[str, Any] | None:
-    """Reads a JSON object that was written with a checksum; None where there is no file.
+    """Reads a JSON object that has a checksum; None if the file does not exist.
 
-    A damaged file is a ValueError, which says the remedy.
+    Raises ValueError with `remedy` if the file is damaged.
     """
     try:
         values = files.parse_checked_object(files.read_bytes(path), needs_checksum=True)

@@ -1,4 +1,4 @@
-"""Makes an index of pictures, and brings it up to date with its source."""
+"""Creates an index of pictures, and updates it to match its source."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ from diht_jax.storage import files
 from diht_jax.storage.locks import lock_folder
 from diht_jax.storage.stores import is_remote
 
-# Pictures a part: what an interruption can cost.
+# Pictures per part; an interruption can lose this many.
 PART_ROWS = 10_000
 
 
 class Update(NamedTuple):
     """Result of `update_index`."""
 
-    added: int  # number of pictures that were embedded
-    removed: int  # of pictures that left the index
-    kept: int  # of the others
-    dropped: dict[str, int]  # reason -> entries that were left out, in this update and before
+    added: int  # pictures that were embedded
+    removed: int  # pictures that were removed from the index
+    kept: int  # pictures that did not change
+    dropped: dict[str, int]  # reason -> skipped entries, in this update and before
 
 
 def update_index(
@@ -66,29 +66,29 @@ def update_index(
     thumbnails: bool = True,
     processes: Processes | None = None,
 ) -> Update:
-    """Makes the index of a source, or brings it up to date.
+    """Creates the index of a source, or updates it.
 
-    Pictures that were added to a folder are embedded, and those that were changed again; of any
-    other source a shard is the unit. What is no longer in the source leaves the index. An update
-    that is interrupted loses the part that it was making. All processes of a job see the folder,
-    and each embeds its share (`inputs.shares_of`).
+    For a folder, added and changed pictures are embedded; for any other source the unit of change
+    is a shard. Pictures that the source no longer has are removed from the index. An interrupted
+    update loses the part in progress. All processes of a job must see the folder, and each embeds
+    its share (`inputs.shares_of`).
 
     Args:
         model: a `LoadedModel`.
-        shards: of `inputs.list_inputs`.
-        folder: of the index; is made.
+        shards: shards from `inputs.list_inputs`.
+        folder: folder of the index; created if missing.
         dtype: of the stored embeddings, "float16" or "int8".
-        thumbnails: keep a small picture of each entry; those of a folder are read from there.
+        thumbnails: store thumbnails; those of a folder are made from its files when shown.
 
     Returns:
-        What all processes together did.
+        Counts over all processes.
 
     Raises:
-        ValueError: the folder has an index of another model or dtype, or is being updated.
+        ValueError: the index is of another model or dtype, or is being updated.
     """
     files.refuse_url(folder, "--index")
     folder, processes, removed = pathlib.Path(folder), processes or Processes(), 0
-    # Of no use here are the numbers of classes, which change where a class comes before them.
+    # Class numbers are irrelevant here, and change when a class is inserted before others.
     shards = [
         dataclasses.replace(shard, options={**shard.options, "label": 0})
         if "label" in shard.options
@@ -114,7 +114,7 @@ def update_index(
 
     with contextlib.ExitStack() as stack:
         processes.together(prepare if processes.index == 0 else lambda: None)
-        # Read by all before the first part is made.
+        # All processes must read before the first part is written.
         old = processes.together(lambda: read_manifests(folder, settings))
         first_new = max(old, default=-1) + 1
         numbers = itertools.count(first_new + processes.index, processes.count)
@@ -135,7 +135,7 @@ def update_index(
 def _remove_stale(
     folder: pathlib.Path, settings: dict[str, Any], current: Mapping[str, Mapping[str, Any]]
 ) -> int:
-    """Removes what is gone or was changed: parts of shards, pictures of folders. Counts it."""
+    """Removes parts of shards, and pictures of folders, that are gone or changed; counts them."""
     count = 0
     for number, manifest in read_manifests(folder, settings).items():
         now = current.get(manifest["unit"], {})
@@ -151,7 +151,7 @@ def _remove_stale(
             (folder / f"{number:05d}.json").unlink()
             continue
         count -= len(rows)
-        # What could not be read is tried again with what is new, and counted then.
+        # Unreadable entries are retried with the new ones, and counted then.
         states = [[key, known[key]] for key in rows["key"].to_pylist()]
         write_part(folder, number, rows, manifest | {"states": states, "dropped": {}}, settings)
     return count
@@ -162,7 +162,7 @@ def _add_missing(
     manifests: Sequence[dict[str, Any]],
     write: Callable[..., dict[str, Any]],
 ) -> None:
-    """Makes this process's parts, except those that there are; `write` is `_write_part`."""
+    """Writes this process's missing parts; `write` is `_write_part`."""
     with entries_bar([share.shard for share in shares]) as bar:
         for share in shares:
             shard, states = share.shard, _states(share.shard)
@@ -173,7 +173,7 @@ def _add_missing(
                 collections.deque(make_parts(share, PART_ROWS, find, make, bar), maxlen=0)
                 continue
             known = {key for manifest in own for key, _ in manifest["states"]}
-            # Pictures that came after `states` are for the next update.
+            # Pictures added after `states` was read are left for the next update.
             unknown = states.keys() - known
             new = [each for each in image_folder.list_pictures(shard.path) if each[1] in unknown]
             bar.update(len(known))
@@ -198,7 +198,7 @@ def _write_part(
     entries: Iterator[Entry],
     is_last: Callable[[], bool],
 ) -> dict[str, Any]:
-    """Embeds entries of a shard, and writes the part of them; returns its manifest."""
+    """Embeds entries of a shard and writes them as a part; returns its manifest."""
     is_folder = shard.kind == PICTURES
 
     def describe(pair: Pair) -> tuple[str, str, bytes]:
@@ -222,16 +222,16 @@ def _write_part(
 
 
 def _unit(shard: SourceShard) -> str:
-    # "photos/" is the folder "photos", and one that was moved is another, whose pictures are there.
+    # "photos/" equals "photos". A moved folder is another one, since pictures are read from it.
     path = shard.path if is_remote(shard.path) else os.path.abspath(shard.path)
     return f"{shard.kind}:{path}[{shard.start}:{shard.stop}]{json.dumps(dict(shard.options))}"
 
 
 def _states(shard: SourceShard) -> dict[str, Any]:
-    """What shows that a shard was changed, or each picture of a folder, by its key.
+    """Returns values that reveal a change of a shard or, for a folder, of each picture by its key.
 
-    Of a picture, size and time of change, or why it cannot be read; of a table, those that it names
-    as well.
+    For a picture, size and modification time, or why it cannot be read; for a table, also the state
+    of the pictures that it refers to.
     """
     if shard.kind != PICTURES:
         identity = shard.identity()
@@ -242,7 +242,7 @@ def _states(shard: SourceShard) -> dict[str, Any]:
         if reason is None:
             try:
                 status = files.stat(path)
-            except FileNotFoundError:  # removed since it was listed
+            except FileNotFoundError:  # removed after it was listed
                 continue
             reason = f"{status.st_size} {status.st_mtime_ns}"
         states[key] = reason

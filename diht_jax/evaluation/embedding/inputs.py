@@ -1,7 +1,7 @@
-"""The sources of pictures that are embedded or searched, and how processes divide them.
+"""The sources of pictures to embed or search, and their division among processes.
 
-A part is a run of consecutive entries of a shard: the unit of work of `diht_jax.embed` and of an
-index, and what an interruption can cost.
+A part is a run of consecutive entries of a shard. It is the unit of work of `diht_jax.embed` and of
+an index, and the most that an interruption can lose.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from diht_jax.readers.base import SourceShard
 from diht_jax.readers.image_folder import FolderLayoutError
 from diht_jax.terminal import ProgressBar
 
-# Kind of a folder that holds pictures and nothing else; without captions, it is no source of pairs
-# for any other purpose.
+# Kind of a folder that only has pictures. Without captions it is no source of pairs for any other
+# purpose.
 PICTURES = "pictures"
 
 
 def list_inputs(source: str | Sequence[str], *, needs_caption: bool = True) -> list[SourceShard]:
-    """Lists the shards of a source; a folder of pictures, even among other files, is one."""
+    """Lists the shards of a source; a folder with pictures, even among other files, is one."""
     names, pictures = set(), set()
     if is_folder := isinstance(source, str) and os.path.isdir(source):
         files = filter(os.path.isfile, os.scandir(source))
@@ -40,7 +40,7 @@ def list_inputs(source: str | Sequence[str], *, needs_caption: bool = True) -> l
     try:
         shards = registry.list_shards(source)
     except ValueError as error:
-        # Pictures at any depth can be embedded: the folders above them need not be classes.
+        # Pictures at any depth can be embedded: their folders need not be classes.
         if not (names & pictures or (is_folder and isinstance(error, FolderLayoutError))):
             raise
         shards = [SourceShard(PICTURES, str(source))]
@@ -48,7 +48,7 @@ def list_inputs(source: str | Sequence[str], *, needs_caption: bool = True) -> l
 
 
 def refuse_unusable(source: str, dropped: Mapping[str, int]) -> None:
-    """Raises ValueError for a source (its flag and value) of which every entry was left out."""
+    """Raises ValueError for a source (its flag and value) without any usable entry."""
     if dropped:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(dropped.items()))
         raise ValueError(
@@ -58,7 +58,7 @@ def refuse_unusable(source: str, dropped: Mapping[str, int]) -> None:
 
 
 class ShardParts(NamedTuple):
-    """The parts of a shard that one of several processes makes: every `step`-th from `first` on."""
+    """The parts of a shard that one process makes: every `step`-th, starting at `first`."""
 
     number: int  # of the shard in its source
     shard: SourceShard
@@ -67,10 +67,10 @@ class ShardParts(NamedTuple):
 
 
 def shares_of(shards: Sequence[SourceShard], index: int, count: int) -> list[ShardParts]:
-    """The share of process `index` of `count`: every `count`-th shard.
+    """Returns the share of process `index` of `count`: every `count`-th shard.
 
-    A folder of pictures is divided by all; a file where there are fewer shards than processes. Each
-    of those reads through the file, and decodes and embeds its own parts only.
+    A folder of pictures is divided among all processes; so is a file if there are fewer shards than
+    processes. Each of them reads the whole file, but decodes and embeds only its own parts.
     """
     shares = []
     for number, shard in enumerate(shards):
@@ -83,7 +83,7 @@ def shares_of(shards: Sequence[SourceShard], index: int, count: int) -> list[Sha
 
 
 def input_units(shards: Sequence[SourceShard]) -> Units:
-    """Divides a source into parts that can be read on their own; several of a folder."""
+    """Divides a source into units that can be read independently; a folder has several."""
     units: list[Unit] = []
     for shard in shards:
         if shard.kind != PICTURES:
@@ -96,7 +96,7 @@ def input_units(shards: Sequence[SourceShard]) -> Units:
 
 @contextlib.contextmanager
 def entries_bar(shards: Sequence[SourceShard]) -> Generator[ProgressBar]:
-    """A bar over the entries of all shards; their number may be an estimate until the end."""
+    """Shows progress over the entries of all shards; the total may be an estimate."""
     with ProgressBar(unit="pair", dynamic_ncols=True, total=count_shards(shards)) as bar:
         yield bar
         bar.total = bar.n
@@ -110,19 +110,19 @@ def make_parts(
     make: Callable[[int, Iterator[Entry], Callable[[], bool]], dict[str, Any]],
     bar: ProgressBar,
 ) -> Iterator[dict[str, Any]]:
-    """Yields the manifests of one process's parts of a shard, and makes those that are missing.
+    """Yields the manifests of a process's parts of a shard; makes the missing parts.
 
     Args:
         share: the parts.
-        size: entries a part.
-        find: number of a part -> its manifest with "entries" and "is_last"; None where it is
+        size: entries per part.
+        find: maps a part number to its manifest, which has "entries" and "is_last"; None if it is
             missing.
-        make: makes a part of its number, its entries, and a function that tells, once these are
-            taken, whether they are the last of the shard; returns the manifest.
-        bar: over the entries.
+        make: makes a part from its number, its entries, and a function that tells, after they are
+            consumed, whether they were the last of the shard; returns the manifest.
+        bar: progress bar over the entries.
     """
     shard, position = share.shard, 0
-    is_folder = shard.kind == PICTURES  # of which those that are skipped are not opened
+    is_folder = shard.kind == PICTURES  # skipped pictures of a folder are not opened
     items: Iterator[Any] | None = None
 
     def is_last() -> bool:
@@ -138,13 +138,13 @@ def make_parts(
             bar.update(manifest["entries"])
         elif is_own:
             if items is None:
-                # Of a folder of pictures they are still to be read by `read_listed`.
+                # For a folder these are names, which `read_listed` still has to read.
                 list_pictures, path = image_folder.list_pictures, shard.path
                 items = list_pictures(path) if is_folder else registry.read_pairs(shard)
             collections.deque(itertools.islice(items, part * size - position), maxlen=0)
             position = (part + 1) * size
             if part and is_last():
-                return  # another process has the last part, and has not finished it yet
+                return  # the last part belongs to another process, which has not finished it
             chunk: Iterator[Any] = itertools.islice(items, size)
             entries = image_folder.read_listed(shard.path, chunk) if is_folder else chunk
             manifest = make(part, counted(entries, bar), is_last)
@@ -155,7 +155,7 @@ def make_parts(
 
 
 def counted(entries: Iterable[Entry], bar: ProgressBar) -> Iterator[Entry]:
-    """The entries, each shown on the bar when it is taken."""
+    """Yields the entries, advancing the bar by each one taken."""
     for entry in entries:
         bar.update()
         yield entry

@@ -1,12 +1,12 @@
-"""An index of embedded pictures on disk, searched exactly; `index_update.py` makes it.
+"""An on-disk index of embedded pictures with exact search; `index_update.py` creates it.
 
-A part holds up to 10,000 pictures. `NNNNN.json` has what it was made of, the name of its Arrow file
-and the CRC-32 of that; it is written last, and the part is complete with it. The Arrow file has
-key, caption and embedding of each picture, and end and CRC-32 of its thumbnail in the file next to
-it. It is compared when the index is opened, and read through a memory map; a thumbnail is compared
-when it is shown.
+A part has up to 10,000 pictures. Its `NNNNN.json` describes what the part was made from, with name
+and CRC-32 of its Arrow file; it is written last and marks the part as complete. The Arrow file has
+key, caption and embedding of each picture, and the end and CRC-32 of its thumbnail in the file next
+to it. The Arrow file is verified when the index is opened, and then memory-mapped. A thumbnail is
+verified when it is shown.
 
-usearch (Apache-2.0) compares a query with every embedding, in vector code and on all cores.
+usearch (Apache-2.0) compares a query with all embeddings, using SIMD code on all cores.
 """
 
 from __future__ import annotations
@@ -33,33 +33,33 @@ from diht_jax.storage import files
 
 Place = tuple[int, int]
 
-LAYOUT = 3  # in an index's settings
-# Pixels, of the longer side.
+LAYOUT = 3  # version of the layout, stored in the settings of an index
+# Pixels of the longer side.
 THUMBNAIL_SIDE = 160
-# Matches of each part that are compared again in float32, as a multiple of the requested ones: the
-# comparison in eight bits rounds the query, too.
+# Candidates per part for re-ranking in float32, as a multiple of the requested matches: the int8
+# comparison also rounds the query.
 _CANDIDATES = 4
 _THUMBNAILS = ".thumbnails"
 _REMEDY = "delete the .json file and bring the index up to date with --input"
 
 
 class Match(NamedTuple):
-    """A picture that was found."""
+    """A picture found by a search."""
 
     key: str  # its path in the folder, or its key in the source
-    caption: str  # that the source has for it, or ""
-    similarity: float  # cosine of the angle between picture and query
-    place: Place  # of an index the part and the row; else of the source the unit and the entry
+    caption: str  # its caption in the source, or ""
+    similarity: float  # cosine similarity of picture and query
+    place: Place  # (part, row) for an index; (unit, entry) for a source
 
 
 class PictureIndex:
-    """The pictures of an index, for searching; may be used by several threads."""
+    """The pictures of an index, for searching; thread-safe."""
 
     def __init__(self, folder: str | os.PathLike[str]):
-        """Opens all parts; an update that comes later is not seen.
+        """Opens all parts; later updates are not visible.
 
         Raises:
-            ValueError: there is no index, or it is damaged or half updated.
+            ValueError: there is no index, or it is damaged or partly updated.
         """
         path = f"{os.fspath(folder)}/{SETTINGS_FILE}"
         settings = read_object(path, "make the index again, in another --index")
@@ -78,7 +78,7 @@ class PictureIndex:
             )
         if not manifests:
             raise ValueError(f"--index={folder}: no pictures; --input=SOURCE brings them in")
-        with futures.ThreadPoolExecutor() as pool:  # a CRC does not hold the interpreter's lock
+        with futures.ThreadPoolExecutor() as pool:  # computing a CRC releases the GIL
             parts = pool.map(functools.partial(Part, folder), manifests.values())
             self._parts = dict(zip(manifests, parts, strict=True))
 
@@ -86,7 +86,7 @@ class PictureIndex:
         return sum(map(len, self._parts.values()))
 
     def check_model(self, model: Any) -> None:
-        """Raises ValueError where the index was made with another model, a `LoadedModel`."""
+        """Raises ValueError if the index was made with another model (a `LoadedModel`)."""
         made_with = (self.settings.get("model_sha256"), self.settings.get("image_size"))
         if made_with != (model.fingerprint(), model.image_size):
             raise ValueError(
@@ -95,7 +95,7 @@ class PictureIndex:
             )
 
     def search(self, text_emb: np.ndarray, count: int) -> list[list[Match]]:
-        """The pictures nearest to each query [q, d], the best first; all pictures are compared."""
+        """Returns the nearest pictures of each query [q, d], best first; the search is exact."""
         queries = np.asarray(text_emb, np.float32)
         found: list[list[tuple[float, int, int]]] = [[] for _ in queries]
         for number, part in self._parts.items():
@@ -110,7 +110,7 @@ class PictureIndex:
         return best
 
     def picture(self, part: int, row: int) -> bytes | None:
-        """The thumbnail of a picture, a JPEG; None where there is none, as for a removed file."""
+        """Returns a picture's thumbnail as JPEG; None if there is none, or the file is gone."""
         if part not in self._parts or not 0 <= row < len(self._parts[part]):
             return None
         found = self._parts[part]
@@ -122,9 +122,9 @@ class PictureIndex:
         return make_thumbnail(entry.image) or None if isinstance(entry, Pair) else None
 
     def load_pictures(self, matches: Iterable[Match]) -> dict[Place, Image.Image]:
-        """Reads the thumbnails of matches by their places; white where there is none."""
+        """Reads the thumbnails of matches, keyed by place; a white picture if there is none."""
         pictures = {}
-        # An index may have been made without thumbnails, and a file may be gone.
+        # The index may lack thumbnails, and a file may be gone.
         white = Image.new("RGB", (8, 8), "white")
         for match in matches:
             data = self.picture(*match.place)
@@ -133,10 +133,10 @@ class PictureIndex:
 
 
 class Part:
-    """The files of one part: its `rows`, those of `make_rows`, and the thumbnails."""
+    """The files of one part: its `rows` (see `make_rows`) and the thumbnails."""
 
     def __init__(self, folder: pathlib.Path, manifest: dict[str, Any]):
-        """Opens the Arrow file; raises ValueError where it is damaged."""
+        """Opens the Arrow file; raises ValueError if it is damaged."""
         self.manifest, path = manifest, folder / manifest["file"]
         self._thumbnails = path.with_suffix(_THUMBNAILS)
         try:
@@ -144,7 +144,7 @@ class Part:
                 data = file.read_buffer()
         except (OSError, pyarrow.ArrowException) as error:
             raise ValueError(f"{path}: cannot be read ({error}); {_REMEDY}") from error
-        # Compared first, since pyarrow does not survive every damaged file.
+        # Verified first, since pyarrow crashes on some damaged files.
         if zlib.crc32(data) != manifest["crc32"]:
             raise ValueError(f"{path}: damaged, its CRC-32 differs; {_REMEDY}")
         self.rows = pyarrow.ipc.open_file(data).read_all()
@@ -153,7 +153,7 @@ class Part:
         self._image_emb = values.reshape(len(self.rows), column.type.list_size)
 
     def thumbnail(self, row: int) -> bytes:
-        """The thumbnail of a picture, empty where there is none; ValueError for a damaged one."""
+        """Returns a picture's thumbnail, empty if there is none; ValueError if it is damaged."""
         ends = self.rows["thumbnail_end"]
         start, stop = ends[row - 1].as_py() if row else 0, ends[row].as_py()
         if start == stop:
@@ -170,7 +170,7 @@ class Part:
         return len(self.rows)
 
     def search(self, queries: np.ndarray, count: int) -> Iterator[list[tuple[float, int]]]:
-        """Yields the rows nearest to each query, with their similarities."""
+        """Yields the nearest rows of each query with their similarities."""
         import_usearch()
         from usearch.index import MetricKind, search
 
@@ -190,8 +190,8 @@ class Part:
 
 
 def import_usearch() -> None:
-    """Raises ValueError where usearch is not installed."""
-    # With the package, since JAX and Orbax need none of it.
+    """Raises ValueError if usearch is not installed."""
+    # A dependency of the package that JAX and Orbax do not bring along.
     try:
         import usearch.index  # noqa: F401
     except ImportError as error:
@@ -199,9 +199,9 @@ def import_usearch() -> None:
 
 
 def read_manifests(folder: pathlib.Path, settings: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """Reads what the parts of an index were made of, by number.
+    """Reads the manifests of an index's parts, by part number.
 
-    A file that is damaged, or of an index of other settings, is a ValueError.
+    Raises ValueError if a file is damaged or belongs to an index with other settings.
     """
     manifests = {}
     for path in sorted(folder.glob("[0-9]*.json")):
@@ -217,7 +217,7 @@ def read_manifests(folder: pathlib.Path, settings: dict[str, Any]) -> dict[int, 
 
 
 def make_rows(notes: Sequence[tuple[str, str, bytes]], stored: np.ndarray) -> pyarrow.Table:
-    """The table of a part, from key, caption and thumbnail of n pictures, and [n, d] embeddings."""
+    """Builds the table of a part from (key, caption, thumbnail) and embeddings [n, d]."""
     keys, captions, thumbnails = zip(*notes, strict=True) if notes else ((), (), ())
     values = pyarrow.array(stored.reshape(-1))
     return pyarrow.table(
@@ -239,17 +239,17 @@ def write_part(
     settings: dict[str, Any],
     thumbnails: Iterable[bytes] = (),
 ) -> dict[str, Any]:
-    """Writes the files of a part, and its manifest last; returns that.
+    """Writes the files of a part, and its manifest last; returns the manifest.
 
-    Thumbnails are in the order of the rows; the manifest says what the part was made of.
+    Thumbnails are in row order. The given manifest describes what the part was made from.
     """
     arrays = [column.combine_chunks() for column in rows.columns]
     sink = pyarrow.BufferOutputStream()
-    with pyarrow.ipc.new_file(sink, rows.schema) as writer:  # one batch, for the memory map
+    with pyarrow.ipc.new_file(sink, rows.schema) as writer:  # one batch, as the memory map needs
         writer.write_batch(pyarrow.record_batch(arrays, rows.schema))
     data = sink.getvalue()
     crc32 = zlib.crc32(data)
-    # Named by its contents: while it is replaced, the old manifest names the old file.
+    # Named by content: during a replacement the old manifest still refers to the old file.
     path = folder / f"{number:05d}-{crc32:08x}.arrow"
     if pictures := b"".join(thumbnails):
         files.write_bytes(path.with_suffix(_THUMBNAILS), pictures)
@@ -266,14 +266,14 @@ def write_part(
 
 
 def find_leftovers(folder: pathlib.Path, manifests: Iterable[dict[str, Any]]) -> list[pathlib.Path]:
-    """The files that no part names, such as those of an interrupted update."""
+    """Returns the files that no part refers to, such as those of an interrupted update."""
     named = {manifest["file"].partition(".")[0] for manifest in manifests}
     found = [*folder.glob("[0-9]*.arrow"), *folder.glob(f"[0-9]*{_THUMBNAILS}")]
     return [path for path in sorted(found) if path.stem not in named]
 
 
 def quantize(embeddings: np.ndarray, dtype: str) -> np.ndarray:
-    """Embeddings [n, d] in an index's dtype; of int8, only the direction of a row is kept."""
+    """Converts embeddings [n, d] to an index's dtype; int8 keeps only the direction of a row."""
     if dtype == "float16":
         return embeddings.astype(np.float16)
     largest = np.abs(embeddings).max(axis=1, keepdims=True, initial=1e-12)
@@ -281,7 +281,7 @@ def quantize(embeddings: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def make_thumbnail(data: bytes) -> bytes:
-    """A small JPEG of a picture; nothing where it cannot be read, which is counted elsewhere."""
+    """Makes a small JPEG of a picture; empty if it cannot be read, which is counted elsewhere."""
     try:
         image = open_image(data)
         image.draft("RGB", (THUMBNAIL_SIDE, THUMBNAIL_SIDE))

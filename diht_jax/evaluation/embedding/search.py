@@ -1,8 +1,8 @@
-"""Searching pictures by text: the page of what was found, and a server with a search field.
+"""Text-to-image search: a page of the matches, and a server with a search field.
 
-The server is Python's own. What a browser sends is a query, a number of matches, and numbers of
-pictures; it can name no file. A request whose Host is another name than this machine's is refused:
-it comes from a foreign page whose name was made to point here (DNS rebinding).
+The server is Python's `http.server`. A browser can send a query, a number of matches and picture
+numbers; it cannot name a file. A request whose Host is not this machine is refused, because it
+comes from a foreign page whose name was made to resolve to this machine (DNS rebinding).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from diht_jax.pages.render import render, thumbnail
 from diht_jax.readers.base import SourceShard
 from diht_jax.terminal import escape
 
-_MOST_SHOWN = 1000  # characters of key and caption
+_MOST_SHOWN = 1000  # characters shown of a key or caption
 
 
 def search_pictures(
@@ -45,13 +45,13 @@ def search_pictures(
     template: str = CAPTION_SLOT,
     batching: Batching | None = None,
 ) -> tuple[dict[str, list[Match]], EncodedImages]:
-    """Finds the pictures of `inputs.list_inputs` closest to each query; `count` at most.
+    """Finds the pictures of `inputs.list_inputs` closest to each query, at most `count`.
 
-    A query that occurs twice counts once. The template is a prompt around it.
+    Duplicate queries count once. `template` is a prompt around the query.
 
     Returns:
-        Query -> its matches, the best first, and of equal similarity in the order of the source;
-        and the pictures.
+        The matches of each query, best first, with ties in source order; and the encoded
+        pictures.
     """
     texts = fill_queries(queries, template)
     encoder = Encoder(model, input_units(shards), batching, name="pictures")
@@ -68,7 +68,7 @@ def search_pictures(
 
 
 def fill_queries(queries: Sequence[str], template: str) -> dict[str, str]:
-    """Each query once, with the text that is embedded for it; a blank one is a ValueError."""
+    """Maps each distinct query to the text to embed; a blank query is a ValueError."""
     if not queries or not all(map(str.strip, queries)):
         raise ValueError(f"expected at least one query with words in it, got {list(queries)}")
     return {query: fill_caption_template(template, query) for query in queries}
@@ -77,9 +77,9 @@ def fill_queries(queries: Sequence[str], template: str) -> dict[str, str]:
 def load_pictures(
     source: Sequence[SourceShard], matches: Iterable[Match]
 ) -> dict[Place, Image.Image]:
-    """Reads the pictures of matches by their places; only the parts that hold them are opened.
+    """Reads the pictures of matches, keyed by place; opens only the units that hold them.
 
-    Where the source has changed, so that another picture is there, there is a ValueError.
+    Raises ValueError if the source has changed and a place has another picture.
     """
     key_of = {match.place: match.key for match in matches}
     found = read_again(input_units(source), key_of)
@@ -100,7 +100,7 @@ def draw_matches(
     title: str,
     note: str,
 ) -> None:
-    """Writes a page (HTML) with the matches of every query, the best first."""
+    """Writes an HTML page with the matches of every query, best first."""
     uris = {place: thumbnail(picture) for place, picture in pictures.items()}
     queries = []
     for query, matches in matches_of.items():
@@ -113,7 +113,7 @@ def draw_matches(
 
 
 def format_matches(matches_of: Mapping[str, Sequence[Match]]) -> str:
-    """The matches as text for a terminal: rank, similarity, key and caption, escaped."""
+    """Formats matches for a terminal: rank, similarity, key and caption, escaped."""
     lines = []
     for query, matches in matches_of.items():
         lines.append(escape(query))
@@ -124,7 +124,7 @@ def format_matches(matches_of: Mapping[str, Sequence[Match]]) -> str:
     return "\n".join(lines)
 
 
-_NUM_MATCHES, _MOST_MATCHES = 24, 200  # for a query that asks for no number, and at most
+_NUM_MATCHES, _MOST_MATCHES = 24, 200  # default and maximum per query
 _LONGEST_QUERY = 1000  # characters
 _POLICY = "default-src 'none'; img-src 'self'; connect-src 'self'; form-action 'self'"
 
@@ -137,10 +137,10 @@ def make_server(
     port: int = 8000,
     clock: Callable[[], float],
 ) -> http.server.ThreadingHTTPServer:
-    """A server of the page; its `serve_forever` answers until it is stopped.
+    """Creates a server of the search page; `serve_forever` runs it.
 
-    One thread at a time calls `encode_text`. The default host is reached from this machine alone;
-    port 0 is any that is free, see `server_port`; one that cannot be had is a ValueError.
+    Calls of `encode_text` are serialised. The default host is reachable from this machine alone.
+    Port 0 picks a free port (see `server_port`); an unavailable port is a ValueError.
     """
     encoding = threading.Lock()
 
@@ -161,10 +161,10 @@ def make_server(
 
 
 def is_own_host(header: str, served: str) -> bool:
-    """Tells whether a Host header, such as "localhost:8000", names this server.
+    """Returns whether a Host header, such as "localhost:8000", names this server.
 
-    Its port does not matter, and may be another where the connection is forwarded. `served` is the
-    name or address that the server listens at.
+    The port is ignored, since a forwarded connection may have another one. `served` is the name or
+    address that the server listens on.
     """
     try:
         name = urllib.parse.urlsplit(f"//{header}").hostname or ""
@@ -176,7 +176,7 @@ def is_own_host(header: str, served: str) -> bool:
         address = ipaddress.ip_address(name)
     except ValueError:
         return name == socket.getfqdn().lower()
-    # A foreign page has a name: an address cannot be made to point elsewhere.
+    # A foreign page has a host name; an address cannot be made to resolve elsewhere.
     return address.is_loopback or served not in ("localhost", "127.0.0.1")
 
 
@@ -191,7 +191,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         *args: Any,
     ):
         self._index, self._find, self._host = index, search, host
-        super().__init__(*args)  # answers
+        super().__init__(*args)  # this also answers the request
 
     def do_GET(self) -> None:
         if not is_own_host(self.headers.get("Host", ""), self._host):
@@ -200,7 +200,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         url = urllib.parse.urlsplit(self.path)
         fields = dict(urllib.parse.parse_qsl(url.query))
         if url.path == "/":
-            # Scripts and styles of this page alone: a caption or key cannot bring any.
+            # Allows only this page's own scripts and styles: captions and keys cannot add any.
             nonce = secrets.token_urlsafe()
             page = render("search_server.html", nonce=nonce).encode()
             policy = f"{_POLICY}; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'"
@@ -224,7 +224,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         else:
             try:
                 status, answer = 200, self._find(query, count)
-            except Exception as error:  # the server goes on
+            except Exception as error:  # the server keeps running
                 logging.exception("query %r", query)
                 status, answer = 500, {"error": f"{type(error).__name__}: {error}"}
         self._send(status, "application/json", json.dumps(answer).encode())
@@ -236,7 +236,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             place = -1, -1
         try:
             data = self._index.picture(*place)
-        except ValueError as error:  # the server goes on
+        except ValueError as error:  # the server keeps running
             logging.error("%s", error)
             self._send(500, "text/plain", b"damaged index")
             return

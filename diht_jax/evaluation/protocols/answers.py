@@ -1,18 +1,18 @@
-"""Questions on images, answered by the most similar of some filled prompts: SNLI-VE and VQA v2.
+"""Zero-shot question answering by the most similar filled prompt: SNLI-VE and VQA v2.
 
-DiHT (arXiv 2301.02280) reports both zero-shot; its prompts are not public. Ours:
-
+DiHT (arXiv 2301.02280) reports both, but its prompts are not public. The protocols here are our
+own:
 - **Entailment**: the hypothesis goes into one prompt for each of the three relations, and the
-  prompt most similar to the image decides (`ENTAILMENT_PROMPTS`). Accuracy.
-- **VQA**: every candidate answer goes into the prompt together with the question. Accuracy as VQA
-  v2 defines it (`vqa_credit`), with the normalisation of the official evaluation code.
+- **Entailment**: the hypothesis is put into one prompt per relation, and the prompt most similar to
+  the image wins (`ENTAILMENT_PROMPTS`). Accuracy.
+- **VQA**: every candidate answer is put into the prompt with the question. Accuracy as VQA
 
-Each image is embedded once, and each question with its answers once for all its images.
+Each image is embedded once. A question and its answers are embedded once for all its images.
 
-The rules of VQA v2's accuracy are those of `PythonEvaluationTools/vqaEvaluation/vqaEval.py` of
-GT-Vision-Lab/VQA in its last state, oddities included: what people said is normalised only where
-they do not all agree to the letter, a punctuation mark becomes a space unless it stands next to one
-(or the answer has a number such as 1,000), and "somebody'd" loses its apostrophe.
+The accuracy rules follow `PythonEvaluationTools/vqaEvaluation/vqaEval.py` of GT-Vision-Lab/VQA in
+its latest version, including its oddities: people's answers are only normalised if they are not all
+identical; a punctuation mark becomes a space unless it is next to one (or the answer has a number
+such as 1,000); and "somebody'd" loses its apostrophe.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ ANSWER_TEMPLATE = "question: {question} answer: {answer}"
 
 
 def run_entailment(task: Task, encoder: Encoder) -> Measured:
-    """Decides between the relations for every row with `sentence` and `label`."""
+    """Predicts the relation for every row that has `sentence` and `label`."""
     prompts = dict(zip(ENTAILMENT_PROMPTS, task.templates, strict=True))
 
     def check(row: dict[str, Any]) -> bool:
@@ -68,9 +68,9 @@ def run_entailment(task: Task, encoder: Encoder) -> Measured:
 
 
 def run_vqa(task: Task, encoder: Encoder) -> Measured:
-    """Chooses among candidate answers, the task's class names, for every row with `question`.
+    """Selects among candidate answers, the task's class names, for every row with `question`.
 
-    `answer` of a row lists what people said; a row without it (a test split) is left out.
+    `answer` of a row lists people's answers; a row without it (a test split) is left out.
     """
     template = task.options.get("answer_template", ANSWER_TEMPLATE)
 
@@ -106,7 +106,7 @@ def _answer(
     credit: Callable[[dict[str, Any], str], float],
     protocol: dict[str, Any],
 ) -> Measured:
-    """Answers the rows of `annotations.annotation_units`; items are the images."""
+    """Answers the rows of `annotations.annotation_units`; resampled items are the images."""
 
     def describe(pair: Pair) -> list[dict[str, Any]]:
         rows = pair.metadata["rows"]
@@ -152,7 +152,7 @@ def _choose(
     choices: Sequence[str],
     fill: Callable[[str, str], str],
 ) -> list[str]:
-    """The choice whose filled prompt is most similar to the image, for each image and its text."""
+    """Returns the choice whose prompt is most similar to the image, for each (image, text)."""
     by_text: dict[str, list[int]] = collections.defaultdict(list)
     for number, text in enumerate(texts):
         by_text[text].append(number)
@@ -165,7 +165,7 @@ def _choose(
     for start in ProgressBar(starts, "questions", unit=" batches", disable=hidden):
         part = distinct[start : start + at_once]
         prompts = [fill(text, choice) for text in part for choice in choices]
-        prompts += [""] * (at_once * len(choices) - len(prompts))  # one shape: compiled once
+        prompts += [""] * (at_once * len(choices) - len(prompts))  # one shape, compiled once
         text_emb = encoder.texts(prompts)
         for index, text in enumerate(part):
             own = text_emb[index * len(choices) : (index + 1) * len(choices)]
@@ -176,7 +176,7 @@ def _choose(
 
 
 def _parse_answer_template(value: Any) -> str:
-    """The template; raises ValueError where it lacks "{question}" or "{answer}"."""
+    """Returns the template; raises ValueError if it lacks "{question}" or "{answer}"."""
     template = parse_text(value)
     if template.count("{question}") != 1 or template.count("{answer}") != 1:
         raise ValueError(
@@ -202,8 +202,8 @@ _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
 _MOST_PERIODS = 32
 
-# Each is restored where exactly one of its apostrophes is missing. Of the others that English has
-# ("it's", "we're"), what is left without the apostrophe is a word of its own, and stays.
+# Restored if exactly one of their apostrophes is missing. Other English contractions ("it's",
+# "we're") are not in the list: without the apostrophe they are words of their own.
 _CONTRACTIONS = """
     'ow's'at 'twas ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't
     hadn't've hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am
@@ -223,9 +223,9 @@ _RESTORED = {
 
 
 def vqa_credit(answer: str, said: str | Sequence[str]) -> float:
-    """VQA v2's accuracy of one answer: mean over people of min(1, other people who agree / 3).
+    """Returns VQA v2's accuracy of an answer: mean over people of min(1, others who agree / 3).
 
-    Where people `said` a single answer (ours), that is right or wrong as a whole.
+    If `said` is a single answer, the result is 0 or 1 (our extension).
     """
     said = [said] if isinstance(said, str) else said
     answer, *said = (" ".join(re.split("[\n\t]", text)).strip() for text in (answer, *said))
@@ -238,7 +238,7 @@ def vqa_credit(answer: str, said: str | Sequence[str]) -> float:
 
 
 def normalise_answer(answer: str) -> str:
-    """Lower-case words: no punctuation or articles, number words as digits, contractions whole."""
+    """Normalises an answer: lower case, no punctuation or articles, number words as digits."""
     text, has_number = answer, _COMMA_IN_NUMBER.search(answer) is not None
     for mark in _PUNCTUATION:
         is_removed = has_number or f"{mark} " in answer or f" {mark}" in answer

@@ -1,8 +1,8 @@
-"""Tasks, the words of their prompts, and protocols: a protocol measures all tasks of one kind.
+"""Tasks, their prompts, and protocols; a protocol measures all tasks of one kind.
 
-The files of this folder make a `Protocol` for each kind of task, which `registry.PROTOCOLS` lists.
-The parsing of tasks, the results file and the tables take everything from that object. What a
-protocol gives is data; `evaluation/page.py` makes pictures of it.
+The modules of this folder define a `Protocol` per kind of task, listed in `registry.PROTOCOLS`. The
+parsing of tasks, the results file and the tables get everything from that object. A protocol
+returns data; `evaluation/page.py` renders it.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ _ALIASES = {"cifar10": "clip_benchmark:cifar10", "imagenet": "clip_benchmark:ima
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One evaluation: a source of data and how it is measured."""
+    """One evaluation: a data source and how it is measured."""
 
-    name: str  # of the results; unique within a run
-    kind: str  # of `registry.PROTOCOLS`
-    source: str  # what `sources.registry.open_units` takes, with its options
+    name: str  # name in the results; unique within a run
+    kind: str  # a key of `registry.PROTOCOLS`
+    source: str  # source for `sources.registry.open_units`, with its options
     source_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    # One per integer label; None finds them in the data of a classification. For "vqa" the
-    # candidate answers.
+    # Index -> name for integer labels; None infers them from the data of a classification. For
+    # "vqa" these are the candidate answers.
     class_names: tuple[str, ...] | None = None
-    # Prompts, each with one "{}" for the class name; for "entailment" one for each relation, with
+    # Prompts, each with one "{}" for the class name. For "entailment", one prompt per relation with
     # "{}" for the hypothesis.
     templates: tuple[str, ...] = PLAIN_TEMPLATES
-    label_field: str | None = None  # metadata field of the label, where it is not "label"
-    # Prompt with "{caption}" around a caption; None is the one that the model was trained with.
+    label_field: str | None = None  # metadata field of the label, if it is not "label"
+    # Prompt with "{caption}" for the caption; None uses the one that the model was trained with.
     caption_template: str | None = None
-    # Of the protocol alone, by name; those that are not given are missing.
+    # Options of the protocol, by name; only those that were given.
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    # Opens the source, where it is none of `sources.registry`.
+    # Opens a source that is not in `sources.registry`.
     open: Callable[[], Units] | None = None
 
     def __post_init__(self):
@@ -57,31 +57,31 @@ class Task:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The class names of a task that cannot be without them."""
+        """The class names, for tasks that require them."""
         return self.class_names or ()
 
     @property
     def prompt(self) -> str:
-        """The caption template; `evaluate_task` has put that of the model in place of None."""
+        """The caption template; `evaluate_task` has replaced None by the model's."""
         return CAPTION_SLOT if self.caption_template is None else self.caption_template
 
 
 class Metric(NamedTuple):
     """Unit and label of a metric."""
 
-    # "share" of 1, shown in percent; "score", a number of any size, shown as it is; "rank", counted
-    # from 1, of which less is better.
+    # "share": a fraction of 1, shown in percent. "score": any number, shown as it is. "rank":
+    # counted from 1; lower is better.
     unit: Unit
-    label: str = ""  # what people call it; the name where empty
+    label: str = ""  # display name; the metric's name if empty
 
     @property
     def lower_is_better(self) -> bool:
-        """True where a smaller value is the better one."""
+        """Whether smaller values are better."""
         return self.unit == "rank"
 
 
 def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
-    """The templates as a tuple; none at all, or one without exactly one "{}", is a ValueError."""
+    """Returns the templates as a tuple; ValueError if empty or if one has not exactly one "{}"."""
     if not isinstance(templates, list | tuple) or not templates:
         raise ValueError(f"templates: expected a list of at least one template, got {templates!r}")
     for template in templates:
@@ -94,12 +94,12 @@ def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
 
 
 def parse_templates(value: str | Sequence[str]) -> tuple[str, ...]:
-    """Templates as users give them.
+    """Parses templates in the forms that users write.
 
     Args:
-        value: "imagenet", "cifar10" or "clip_benchmark:NAME" for CLIP's, in the installed package
-            clip_benchmark, "@FILE" for a file with one template a line, else templates with ";"
-            between them; or a list of templates.
+        value: "imagenet", "cifar10" or "clip_benchmark:NAME" for CLIP's templates from the
+            installed package clip_benchmark; "@FILE" for a file with one template per line; or
+            templates separated by ";", or a list of them.
 
     Raises:
         ValueError: no such package, set or file, or a template without "{}".
@@ -116,10 +116,10 @@ def parse_templates(value: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def fill_caption_template(template: str, caption: str) -> str:
-    """The template with the caption instead of "{caption}"; braces in the caption stay.
+    """Replaces "{caption}" in the template; braces in the caption are kept.
 
-    The caption goes in as it is (a full stop at its end is kept), as in the official code. A
-    template that does not hold "{caption}" exactly once is a ValueError.
+    The caption is inserted unchanged (a final full stop is kept), as in the official code. A
+    template without exactly one "{caption}" is a ValueError.
     """
     if template.count(CAPTION_SLOT) != 1:
         raise ValueError(
@@ -130,14 +130,14 @@ def fill_caption_template(template: str, caption: str) -> str:
 
 
 def read_class_names(value: str | Sequence[str]) -> tuple[str, ...]:
-    """Class names as users give them; the position (from 0) is the integer label.
+    """Reads class names in the forms that users write; the index of a name is its integer label.
 
     Args:
-        value: path of a text file with one name a line, or of a `.json` list; "imagenet" or
-            "clip_benchmark:NAME" for those of an installed package; or a list of names.
+        value: path of a text file with one name per line, or of a `.json` list; "imagenet" or
+            "clip_benchmark:NAME" for the names in the installed package; or a list of names.
 
     Raises:
-        ValueError: no such file or package, a blank name, or no names.
+        ValueError: a missing file or package, a blank name, or no names.
     """
     if not isinstance(value, str | os.PathLike):
         return check_class_names(value, "class names")
@@ -152,7 +152,7 @@ def read_class_names(value: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def check_class_names(names: Any, where: str) -> tuple[str, ...]:
-    """The names without white space around them; a blank one, or none, is a ValueError."""
+    """Returns the names, stripped; a blank name, or none at all, is a ValueError."""
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{where}: expected a list of names, got {names!r:.80}")
     names = tuple(name.strip() for name in names)
@@ -165,7 +165,7 @@ def check_class_names(names: Any, where: str) -> tuple[str, ...]:
 
 
 def _read_benchmark(file: str, name: str) -> list[str]:
-    """One entry of a data file of clip_benchmark; the package itself is not imported."""
+    """Reads an entry of a data file of clip_benchmark, without importing the package."""
     spec = importlib.util.find_spec("clip_benchmark")
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(
@@ -182,21 +182,21 @@ def _read_benchmark(file: str, name: str) -> list[str]:
 class Option(NamedTuple):
     """An option of a task, such as "templates" in "cifar10?templates=a {}"."""
 
-    # Makes its value from a text or from the value in a config; raises ValueError.
+    # Parses a text or a config value; raises ValueError.
     parse: Callable[[Any], Any]
-    # Of `Task`; None puts the value into `Task.options` under the option's name.
+    # Field of `Task`; None stores the value in `Task.options` under the option's name.
     field: str | None = None
 
 
 def parse_text(value: Any) -> str:
-    """The value, which must be a text."""
+    """Returns the value; raises ValueError if it is not a text."""
     if not isinstance(value, str):
         raise ValueError(f"expected a text, got {type(value).__name__} {value!r:.80}")
     return value
 
 
 def choice(name: str, *values: str) -> Option:
-    """An option called `name` that has one of a few values."""
+    """Creates an option called `name` with a fixed set of values."""
 
     def parse(value: Any) -> str:
         if str(value) not in values:
@@ -214,42 +214,42 @@ CAPTION_TEMPLATE = Option(parse_text, "caption_template")
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Result of a protocol on a task."""
+    """Result of running a protocol on a task."""
 
     encoded: EncodedImages  # the images
-    num_items: int  # independent items to resample, such as images
-    # The metrics if item i had been there `counts[i]` times, int [num_items].
+    num_items: int  # number of independent items for resampling, such as images
+    # Computes the metrics with item i counted `counts[i]` times, int [num_items].
     measure: Callable[[np.ndarray], dict[str, float]]
-    protocol: dict[str, Any]  # for the results file, how it was measured (prompts, ties)
-    counts: dict[str, int]  # for the results file; "images" at the least
-    details: dict[str, Any] = dataclasses.field(default_factory=dict)  # its other entries
-    result: Any = None  # what `evaluation/page.py` draws examples of; None for no examples
+    protocol: dict[str, Any]  # for the results file: how it was measured (prompts, ties)
+    counts: dict[str, int]  # for the results file; has at least "images"
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)  # more of its entries
+    result: Any = None  # data for the examples of `evaluation/page.py`; None for no examples
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The metrics of all items, each once."""
+        """The metrics with every item counted once."""
         return self.measure(np.ones(self.num_items, np.int64))
 
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """The parsing, checks, measurement and metrics of tasks of one kind."""
+    """Parsing, checks, measurement and metrics of the tasks of one kind."""
 
-    # Measures a task with an encoder of its source; what that lacks is a ValueError.
+    # Measures a task with an encoder of its source; raises ValueError if the source lacks data.
     run: Callable[[Task, Encoder], Measured]
-    metrics: Mapping[str, Metric]  # all that `run` may give, in the order of the tables
-    # By the name that users type.
+    metrics: Mapping[str, Metric]  # all metrics that `run` may return, in table order
+    # Options by the name that users type.
     options: Mapping[str, Option] = dataclasses.field(default_factory=dict)
-    # Values of `Task`'s fields where they differ from its own.
+    # Defaults of `Task` fields that differ from those of the class.
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    # Raises ValueError where a task lacks what the protocol needs; the task's name is put before
-    # the message.
+    # Raises ValueError if a task lacks what the protocol needs; callers prepend the name of
+    # the task.
     check: Callable[[Task], None] | None = None
-    reader: str | None = None  # of `sources.registry`, where the kind leaves no choice
+    reader: str | None = None  # a key of `sources.registry`, if the kind implies the reader
 
 
 def check_has_class_names(task: Task, what: str = "class names") -> None:
-    """Raises ValueError where a task has no class names."""
+    """Raises ValueError if a task has no class names."""
     if not task.class_names:
         raise ValueError(
             f"a '{task.kind}' task needs {what}; add '?class_names=FILE' (or '&class_names=FILE' "

@@ -1,8 +1,8 @@
-"""Choosing the right caption of an image among wrong ones that differ little from it.
+"""Selection of the right caption of an image among similar wrong ones.
 
-SugarCrepe (Hsieh et al., arXiv 2306.14610) and ARO (Yuksekgonul et al., arXiv 2210.01936); ties
-count as in their code, `right` in ARO's orders, where a shuffled caption may be as it was. Texts of
-equal tokens are encoded once, so such ties are exact.
+SugarCrepe (Hsieh et al., arXiv 2306.14610) and ARO (Yuksekgonul et al., arXiv 2210.01936). Ties
+count as in their code; in ARO's orders, where shuffling may not change a caption, they are right
+(`ties=right`). Texts with equal tokens are encoded once, so such ties are exact.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ TIES = {
 
 
 class Question(NamedTuple):
-    """Captions of which one is right."""
+    """Captions, one of which is right."""
 
     captions: tuple[str, ...]  # at least two, the right one first
-    group: str | None = None  # that the macro accuracy counts it for
+    group: str | None = None  # group for the macro accuracy
 
 
 @dataclasses.dataclass(frozen=True)
 class CaptionChoiceResult:
-    """The choices on q questions."""
+    """The predictions for q questions."""
 
     questions: list[Question]
-    image_of_question: np.ndarray  # int [q], index among the images
-    picture_of_question: np.ndarray  # int [q]; a picture may be cut into several images
-    similarities: list[np.ndarray]  # q arrays, one number for each caption
+    image_of_question: np.ndarray  # int [q], index of the image
+    picture_of_question: np.ndarray  # int [q]; a picture may be cropped to several images
+    similarities: list[np.ndarray]  # q arrays with one value per caption
     is_right: np.ndarray  # bool [q]
     groups: dict[str, np.ndarray]  # name -> bool [q], in alphabetical order
 
     def measure(self, counts: np.ndarray) -> dict[str, float]:
-        """The metrics if picture i, with its questions, had been there `counts[i]` times."""
+        """Computes the metrics with picture i and its questions counted `counts[i]` times."""
         weights = counts[self.picture_of_question]
         metrics = {"accuracy": float(np.average(self.is_right, weights=weights))}
         if self.groups:
@@ -64,7 +64,7 @@ class CaptionChoiceResult:
         return metrics
 
     def per_group(self) -> list[dict[str, Any]]:
-        """Name, number of questions and accuracy of each group."""
+        """Returns name, number of questions and accuracy of each group."""
         rows = []
         for name, own in self.groups.items():
             accuracy = float(self.is_right[own].mean())
@@ -73,7 +73,7 @@ class CaptionChoiceResult:
 
 
 def run(task: Task, encoder: Encoder) -> Measured:
-    """Finds the most similar caption of every question of `questions_of`; items are the pictures.
+    """Predicts the caption for every question of `questions_of`; resampled items are the pictures.
 
     `Measured.result` is a `CaptionChoiceResult`.
     """
@@ -90,7 +90,7 @@ def run(task: Task, encoder: Encoder) -> Measured:
     sizes = [len(question.captions) for question in questions]
     distinct, index_of_text = _distinct_texts(encoder.model, texts)
     text_emb = encoder.texts(distinct)
-    # Summed row by row in one order, so that equal texts are equally similar.
+    # Summed row by row in a fixed order, so that equal texts have exactly equal similarities.
     similarities = [
         (encoded.image_emb[image] * text_emb[own]).sum(axis=1)
         for image, own in zip(images, np.split(index_of_text, np.cumsum(sizes)[:-1]), strict=True)
@@ -128,11 +128,11 @@ def run(task: Task, encoder: Encoder) -> Measured:
 
 
 def questions_of(pair: Pair) -> tuple[str | None, list[Question]]:
-    """The picture of a pair and the questions on it; raises `UnusablePair` where there is none.
+    """Returns a pair's picture and its questions; raises `UnusablePair` if there are none.
 
-    `metadata["questions"]` lists them, with `captions` and maybe `group`, and
-    `metadata["picture"]` names the picture; without it, the pair has one of its own. Without
-    questions there is one, on all captions of the pair, of which the first is the right one.
+    `metadata["questions"]` lists questions with `captions` and an optional `group`. Without it
+    there is one question over all captions of the pair, the first of which is right.
+    `metadata["picture"]` names the picture; without it, the picture is None: the pair's own.
     """
     alone = {"captions": pair.metadata.get("captions") or [pair.caption]}
     stated = pair.metadata.get("questions")
@@ -151,10 +151,10 @@ def questions_of(pair: Pair) -> tuple[str | None, list[Question]]:
 
 
 def _distinct_texts(model: EmbeddingModel, texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    """Texts of which no two have equal tokens, and for each of `texts` the index of its one."""
+    """Deduplicates texts by tokens; returns the distinct texts and each text's index in them."""
     tokenize = getattr(model, "tokenize", None)
     keys = texts if tokenize is None else [row.tobytes() for row in np.asarray(tokenize(texts))]
-    text_of = dict(zip(reversed(keys), reversed(texts), strict=True))  # the first of equal ones
+    text_of = dict(zip(reversed(keys), reversed(texts), strict=True))  # keeps the first duplicate
     distinct = {key: text_of[key] for key in keys}
     index_of = {key: index for index, key in enumerate(distinct)}
     return list(distinct.values()), np.array([index_of[key] for key in keys])

@@ -1,6 +1,6 @@
-"""Class names and integer labels from the labels, names or captions that a source has.
+"""Class names and integer labels, from the labels, names or captions of a source.
 
-A source may give an integer, a name, or only a caption; the user may give the class names. What
+A source may have integers, names or only captions; the user may give the class names. Anything that
 cannot be resolved without guessing is an error that names the record.
 """
 
@@ -17,26 +17,26 @@ from diht_jax.records.schema import Pair
 
 
 class RawLabel(NamedTuple):
-    """All that one pair has about its class."""
+    """The class information of one pair."""
 
-    key: str  # of the pair, for messages
-    label: int | str | None  # metadata["label"], or the field the task names
+    key: str  # key of the pair, for messages
+    label: int | str | None  # metadata["label"], or the task's label field
     class_name: str | None = None
     caption: str = ""
 
 
 class Classes(NamedTuple):
-    """Class names, the integer labels of the images, and how they were found."""
+    """Class names, the integer labels of the images, and their origin."""
 
     names: tuple[str, ...]
     labels: np.ndarray  # int32 [n], indices into the names
-    origin: str  # for the results file, such as "names given" or "captions"
+    origin: str  # for the results file: "names given", "captions", ...
 
 
 def raw_label(pair: Pair, field: str | None = None) -> RawLabel:
-    """Reads the label of a pair, maybe from another metadata field than "label".
+    """Reads the label of a pair from metadata["label"], or from another field.
 
-    Where that is missing, or its label neither an integer nor a text, there is a ValueError.
+    A given field that is missing, or a label that is no integer or text, is a ValueError.
     """
     name = field or "label"
     label = pair.metadata.get(name)
@@ -64,9 +64,9 @@ def _check_label(key: str, field: str, label: Any) -> int | str:
 def resolve_labels(
     pair: Pair, field: str, names: Sequence[str], index: dict[str, int | None]
 ) -> list[int]:
-    """The integer labels that a field of a pair lists; none where the pair lacks the field.
+    """Returns the integer labels that a field of a pair lists; empty if the field is missing.
 
-    Errors are those of `resolve_label`, and a field that is no list.
+    Errors as in `resolve_label`; also if the field is no list.
     """
     listed = pair.metadata.get(field, ())
     if not isinstance(listed, list | tuple):
@@ -79,13 +79,13 @@ def resolve_labels(
 
 
 def resolve_label(raw: RawLabel, names: Sequence[str], index: dict[str, int | None]) -> int:
-    """The integer label of one pair among given class names, whose `name_index` is `index`.
+    """Returns the integer label of a pair; `index` is the `name_index` of the class names.
 
-    An integer counts in the order of `names`; a name is looked up in any case and with "_" for " ".
+    An integer is an index into `names`. A name matches in any case, and with "_" for " ".
 
     Raises:
-        ValueError: no label, out of range, an unknown name, or one that two classes bear; or the
-            integer is another class than the class name that the data has for it.
+        ValueError: no label, out of range, an unknown or ambiguous name, or an integer whose class
+            differs from the class name in the data.
     """
     label = raw.class_name if raw.label in (None, "") else raw.label
     where = f"record '{raw.key}'"
@@ -125,17 +125,17 @@ def resolve_label(raw: RawLabel, names: Sequence[str], index: dict[str, int | No
 
 
 def read_splits(pair: Pair) -> list[int]:
-    """The test splits of an image: `metadata["splits"]` where that is a list of numbers."""
+    """Returns the test splits of an image: `metadata["splits"]` if it is a list of numbers."""
     splits = pair.metadata.get("splits")
     is_list = isinstance(splits, list) and all(type(split) is int for split in splits)
     return splits if is_list else []
 
 
 def read_group(pair: Pair, field: str) -> int | str:
-    """The group of an image: a field of its metadata, or the number at a position of its KEY.npy.
+    """Returns the group of an image: a metadata field, or the number at a position of its KEY.npy.
 
-    In CLIP_benchmark's layout `metadata["numbers"]` are those of KEY.npy; positions are from 0. An
-    image without the field, or with one that is no text and no whole number, is a ValueError.
+    In CLIP_benchmark's layout `metadata["numbers"]` has the values of KEY.npy; positions start at
+    0. A missing field, or a value that is no text or whole number, is a ValueError.
     """
     if field.isdecimal():
         numbers = pair.metadata.get("numbers", ())
@@ -156,9 +156,9 @@ def read_group(pair: Pair, field: str) -> int | str:
 
 
 def name_index(names: Sequence[str]) -> dict[str, int | None]:
-    """Plain class name -> its index, or None for a name that several classes bear.
+    """Maps each plain class name to its index, or to None if several classes share the name.
 
-    A name is there without its spaces, too, as UCF-101's folders have it ("ApplyEyeMakeup").
+    Names also occur without spaces, as in UCF-101's folders ("ApplyEyeMakeup").
     """
     index: dict[str, int | None] = {}
     joined: dict[str, int | None] = {}
@@ -169,14 +169,14 @@ def name_index(names: Sequence[str]) -> dict[str, int | None]:
 
 
 def derive_classes(raws: Sequence[RawLabel], templates: Sequence[str]) -> Classes:
-    """Finds the classes in the data itself, when the user gave no names.
+    """Infers the classes from the data, when the user gave no names.
 
-    In this order: integer labels with their class names (or with one caption per label); names as
-    labels; class names alone; captions, each different one a class. Captions lose the prompt
-    around the name when all of them are made with one of `templates`.
+    Tries in this order: integer labels with their class names (or with one caption per label);
+    names as labels; class names alone; captions, where each distinct one is a class. If all
+    captions are made with one of `templates`, the prompt around the name is removed.
 
     Raises:
-        ValueError: mixed labels, a label with several names, or captions that are no classes.
+        ValueError: mixed labels, a label with several names, or captions that are not classes.
     """
     kinds = {type(raw.label): raw.key for raw in raws}
     if len(kinds) > 1:
@@ -190,7 +190,7 @@ def derive_classes(raws: Sequence[RawLabel], templates: Sequence[str]) -> Classe
         texts, origin = [raw.class_name or "" for raw in raws], "class_name of the data"
     else:
         texts, origin = _strip_prompt([raw.caption for raw in raws], templates), "captions"
-        # Free text is (nearly) all different; a class that has no second image is no class.
+        # Free text is (almost) all distinct; a class without a second image is no class.
         if kind is not int and len(set(texts)) * 2 > len(raws):
             raise ValueError(
                 f"record '{raws[0].key}' has neither 'label' nor 'class_name', and the captions "
@@ -219,7 +219,7 @@ def derive_classes(raws: Sequence[RawLabel], templates: Sequence[str]) -> Classe
 
 
 def _strip_prompt(captions: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Captions without the prompt around them; as they are, if no template fits all of them."""
+    """Strips the prompt from captions; returns them unchanged if no template fits all of them."""
     for template in templates:
         before, after = template.split(CLASS_SLOT)
         if (before or after) and all(
@@ -237,9 +237,9 @@ def _plain(name: str) -> str:
 
 
 def _spaced(name: str) -> str:
-    """Puts spaces where names of folders and of TFDS have "_".
+    """Replaces "_" in names of folders and of TFDS by spaces.
 
-    Those of SUN397 are paths: "/a/apse/indoor" is "apse indoor".
+    SUN397's names are paths: "/a/apse/indoor" becomes "apse indoor".
     """
     path = re.fullmatch("/[a-z]/(.+)", name)
     return (path[1].replace("/", " ") if path else name).replace("_", " ")

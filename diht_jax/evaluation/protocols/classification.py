@@ -3,8 +3,8 @@
 The protocol is CLIP's and DiHT's (arXiv 2301.02280, section "Evaluation", and the official
 inference code). The accuracy of the worst group and the macro F1 are those of WILDS (arXiv
 2012.07421, `wilds.common.metrics` 2.0), which DataComp (arXiv 2304.14108) reports on its sets with
-metadata. Ties: the first class in the list wins, as by the official arg-max (two of CLIP's ImageNet
-names occur twice).
+metadata. In ties the first class of the list wins, as in the official arg-max (two of CLIP's
+ImageNet names occur twice).
 """
 
 from __future__ import annotations
@@ -50,27 +50,27 @@ from diht_jax.evaluation.protocols.class_names import (
 from diht_jax.records.schema import Pair
 
 TOP_K = 5
-# Images compared with all classes at once: a block is [images, classes] float32.
+# Images compared with all classes at once, in a block of float32 [images, classes].
 _IMAGE_BLOCK = 4096
-# A confusion matrix of more classes is left out of the results: they should stay readable.
+# Larger confusion matrices are left out of the results to keep them readable.
 _MOST_CONFUSION_CLASSES = 50
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassificationResult:
-    """The classes of n images, as they are and as they were found; C classes."""
+    """True and predicted classes of n images; C classes."""
 
     classes: Classes
     templates: tuple[str, ...]
     classifier: np.ndarray  # float32 [C, d]
-    predictions: np.ndarray  # int32 [n], the first class
-    ranks: np.ndarray  # int32 [n], the rank of the right class, 0 when it is the first
-    splits: dict[int, np.ndarray]  # of a test split -> bool [n], its images; maybe empty
-    groups: dict[int | str, np.ndarray]  # likewise; empty where they are not asked for
-    with_f1: bool  # whether the macro F1 is one of the metrics
+    predictions: np.ndarray  # int32 [n], the top class
+    ranks: np.ndarray  # int32 [n], the rank of the right class, 0 if it is the top class
+    splits: dict[int, np.ndarray]  # test split -> bool [n], its images; may be empty
+    groups: dict[int | str, np.ndarray]  # group -> bool [n]; empty unless requested
+    with_f1: bool  # whether to compute the macro F1
 
     def measure(self, counts: np.ndarray) -> dict[str, float]:
-        """The metrics if image i had been there `counts[i]` times; int [n]."""
+        """Computes the metrics with image i counted `counts[i]` times; int [n]."""
         labels, num_classes = self.classes.labels, len(self.classes.names)
         every_split = [
             metrics_of_ranks(self.ranks, labels, num_classes, counts * inside)
@@ -86,7 +86,7 @@ class ClassificationResult:
         return metrics
 
     def per_class(self) -> list[dict[str, Any]]:
-        """Name, number of images and accuracy of every class; None for one without images."""
+        """Returns name, number of images and accuracy of every class; None without images."""
         hits = np.bincount(self.classes.labels, self.ranks == 0, len(self.classes.names))
         totals = np.bincount(self.classes.labels, minlength=len(self.classes.names))
         return [
@@ -95,7 +95,7 @@ class ClassificationResult:
         ]
 
     def per_group(self) -> list[dict[str, Any]]:
-        """Name, number of images, and the shares of right ones at rank 1 and within 5."""
+        """Returns name, number of images, and top-1 and top-5 accuracy of every group."""
         rows = []
         for name, inside in self.groups.items():
             ranks = self.ranks[inside]
@@ -104,17 +104,17 @@ class ClassificationResult:
         return rows
 
     def confusion(self) -> np.ndarray:
-        """Images of the class of the row that were taken for that of the column: int [C, C]."""
+        """Returns the number of images by true class (row) and predicted class (column), [C, C]."""
         counts = np.zeros((len(self.classes.names),) * 2, np.int64)
         np.add.at(counts, (self.classes.labels, self.predictions), 1)
         return counts
 
 
 def run(task: Task, encoder: Encoder) -> Measured:
-    """Embeds all images, and measures how well their classes are found; items are the images.
+    """Embeds all images and classifies them; resampled items are the images.
 
-    Labels are as `class_names.raw_label` reads them; without class names `derive_classes` finds
-    them in the data. `Measured.result` is a `ClassificationResult`.
+    `class_names.raw_label` reads the labels. Without class names, `derive_classes` infers them from
+    the data. `Measured.result` is a `ClassificationResult`.
     """
     names, group = task.class_names, task.options.get("group")
     index = None if names is None else name_index(names)
@@ -153,7 +153,7 @@ def run(task: Task, encoder: Encoder) -> Measured:
 
 
 def _members(values: Sequence[Sequence[Any]]) -> dict[Any, np.ndarray]:
-    """Value -> bool [n], the images that have it; numbers before texts."""
+    """Maps each value to the images that have it, bool [n]; numbers sort before texts."""
     found = sorted(set(itertools.chain(*values)), key=lambda x: (isinstance(x, str), x))
     return {value: np.array([value in own for own in values]) for value in found}
 
@@ -198,14 +198,14 @@ def zero_shot_classifier(
     templates: Sequence[str],
     batching: Batching | None = None,
 ) -> np.ndarray:
-    """One embedding per class: the normalised mean of the normalised embeddings of its prompts.
+    """Returns an embedding per class: the normalised mean of its normalised prompt embeddings.
 
     Args:
-        encode_text: list of str -> float [b, d], normalised or not; called with a batch of texts
-            each time.
+        encode_text: list of str -> float [b, d], normalised or not; called with one batch of texts
+            at a time.
         class_names: C names.
         templates: each with one "{}".
-        batching: the defaults where None.
+        batching: None for the defaults.
 
     Returns:
         float32 [C, d], L2-normalised. The mean is taken in float64.
@@ -228,7 +228,7 @@ def zero_shot_classifier(
 def classification_metrics(
     image_emb: np.ndarray, labels: np.ndarray, classifier: np.ndarray
 ) -> dict[str, float]:
-    """Accuracy of the nearest class.
+    """Computes the accuracy of nearest-class prediction.
 
     Args:
         image_emb: float [n, d], L2-normalised.
@@ -236,11 +236,11 @@ def classification_metrics(
         classifier: float [C, d], L2-normalised.
 
     Returns:
-        Fractions: `top1`; `top5`, when there are more than 5 classes; `mean_per_class`, the mean
-        of the accuracies of the classes that have images.
+        Fractions: `top1`; `top5` with more than 5 classes; `mean_per_class`, the mean accuracy of
+        the classes that have images.
 
     Raises:
-        ValueError: shapes or labels that do not fit, embeddings not finite.
+        ValueError: shapes or labels that do not fit, or embeddings that are not finite.
     """
     labels = np.asarray(labels)
     _, ranks = rank_labels(image_emb, labels, classifier)
@@ -250,12 +250,12 @@ def classification_metrics(
 def rank_labels(
     image_emb: np.ndarray, labels: np.ndarray, classifier: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The predicted class and the rank of the right class, for every image.
+    """Returns the predicted class and the rank of the right class for every image.
 
-    Args and errors: as `classification_metrics`.
+    Args and errors: as in `classification_metrics`.
 
     Returns:
-        int32 [n] predictions; int32 [n] ranks, 0 exactly where the prediction is the label.
+        int32 [n] predictions; int32 [n] ranks, 0 if and only if the prediction is the label.
     """
     labels = np.asarray(labels, np.int32)
     if labels.shape != (len(image_emb),) or not len(labels):
@@ -284,7 +284,7 @@ def rank_labels(
 def _rank_block(
     image_emb: jax.Array, labels: jax.Array, classifier: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    # Full float32: the default on TPUs would round to bfloat16.
+    # Full float32, since the default on TPUs rounds to bfloat16.
     logits = jnp.matmul(image_emb, classifier.T, precision=jax.lax.Precision.HIGHEST)
     own = jnp.take_along_axis(logits, labels[:, None], axis=1)
     earlier = jnp.arange(len(classifier))[None, :] < labels[:, None]
@@ -295,9 +295,9 @@ def _rank_block(
 def metrics_of_ranks(
     ranks: np.ndarray, labels: np.ndarray, num_classes: int, counts: np.ndarray
 ) -> dict[str, float]:
-    """`top1`; `top5`, when there are more than 5 classes; `mean_per_class`.
+    """Computes `top1`; `top5` with more than 5 classes; and `mean_per_class`.
 
-    Ranks are those of the right class, from 0; `counts` is how often each image counts.
+    Ranks are those of the right class, from 0; `counts` is the weight of each image.
     """
     hits = np.bincount(labels, counts * (ranks == 0), num_classes)
     totals = np.bincount(labels, counts, num_classes)
@@ -312,7 +312,7 @@ def metrics_of_ranks(
 def metrics_of_groups(
     ranks: np.ndarray, groups: Iterable[np.ndarray], num_classes: int, counts: np.ndarray
 ) -> dict[str, float]:
-    """`worst_group`, the least accuracy of a group (bool [n]), and `worst_group_top5`."""
+    """Computes `worst_group`, the lowest accuracy of a group (bool [n]), and `worst_group_top5`."""
     weights = [counts * inside for inside in groups if counts[inside].any()]
 
     def least(right: np.ndarray) -> float:
@@ -325,7 +325,7 @@ def metrics_of_groups(
 
 
 def f1_macro(predictions: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> float:
-    """The mean of 2 TP / (2 TP + FP + FN) over the classes that have images; see the others."""
+    """Computes the mean of 2 TP / (2 TP + FP + FN) over the classes that have images."""
     num_classes = int(max(predictions.max(), labels.max())) + 1
     right = np.bincount(labels, counts * (predictions == labels), num_classes)
     own = np.bincount(labels, counts, num_classes)
@@ -353,7 +353,7 @@ PROTOCOL = Protocol(
         "templates": TEMPLATES,
         "label": LABEL,
         "candidates": choice("candidates", "all", "with_images"),
-        "group": Option(str),  # a position may be a number
+        "group": Option(str),  # the position may come as a number
         "f1": choice("f1", "macro"),
     },
 )

@@ -1,9 +1,9 @@
-"""Zero-shot tasks that are measured by the order of scores: several labels an image, or yes and no.
+"""Zero-shot tasks measured by the ranking of scores: multi-label and binary classification.
 
-The average precision of a class is over all points (as scikit-learn's `average_precision_score`),
-or with `interpolation=11` that of PASCAL VOC 2007: the mean, over the recalls 0, 0.1, ... 1, of the
-best precision at such a recall or a higher one. Ours: the mean is over the classes that have an
-image, and images of equal score enter together.
+The average precision of a class uses all points (like scikit-learn's `average_precision_score`).
+With `interpolation=11` it is that of PASCAL VOC 2007: the mean, over the recalls 0, 0.1, ... 1, of
+the best precision at this recall or a higher one. Choices of this implementation: the mean is over
+classes that have an image, and images with equal scores enter together.
 """
 
 from __future__ import annotations
@@ -37,48 +37,48 @@ _RECALL_POINTS = 10  # and recall 0
 
 
 class Ranking(NamedTuple):
-    """One class, the items with the highest score first.
+    """The items of one class, sorted by descending score.
 
-    Resampling changes how often an item counts and never the order, so a ranking is sorted once
-    and every resample is two sums over it. Items of equal score enter together; a step is a score
-    that a positive has.
+    Resampling changes how often an item counts but not the order. A ranking is therefore sorted
+    once, and each resample takes two sums over it. Items with equal scores enter together; a step
+    is a distinct score of a positive.
     """
 
-    items: np.ndarray  # int32, items down to the last positive and those with its score
-    is_positive: np.ndarray  # bool, of each of them
-    ends: np.ndarray  # int [steps], the last of the items that enter with each step
+    items: np.ndarray  # int32, items up to the last positive and its ties
+    is_positive: np.ndarray  # bool, one per item
+    ends: np.ndarray  # int [steps], index of the last item that enters with each step
 
     def average_precision(self, counts: np.ndarray, points: str = "all") -> float:
-        """The average precision, by "all" points or VOC's "11"; NaN where no positive counts.
+        """Computes the average precision, by "all" points or VOC's "11"; NaN without positives.
 
         Args:
-            counts: int [n], how often each item counts.
-            points: see above.
+            counts: int [n], weight of each item.
+            points: "all" or "11".
         """
         weights = counts[self.items]
         found = np.cumsum(weights * self.is_positive)[self.ends]
         if not found.any():
             return float("nan")
-        # Before the first item that counts there is no precision yet, and no step either.
+        # Before the first item that counts there is neither a precision nor a step.
         precision = found / np.maximum(np.cumsum(weights)[self.ends], 1)
         if points == "all":
             return float((np.diff(found, prepend=0) * precision).sum() / found[-1])
-        # Recall in tenths as whole numbers: 3 of 10 positives are a recall of 0.3.
+        # Recall in tenths as integers: 3 of 10 positives are a recall of 0.3.
         reached = _RECALL_POINTS * found >= np.arange(_RECALL_POINTS + 1)[:, None] * found[-1]
         return float(np.where(reached, precision, 0).max(axis=1).mean())
 
 
 def run(task: Task, encoder: Encoder) -> Measured:
-    """Embeds all images and scores every class; items are the images.
+    """Embeds all images and scores every class; resampled items are the images.
 
-    For yes and no the label is read as in a classification; else `metadata["labels"]` (or the
-    task's field) lists numbers or names of classes. An image without that list is left out as
-    "no_label"; one with an empty list is a negative for all classes but those in
-    `metadata["ignored_labels"]`, or, if there is one, outside of `metadata["counted_labels"]`.
-    `Measured.result` has the scores, float32 [n, C], and the targets, bool [n, C].
+    A binary task reads its label like a classification. Otherwise `metadata["labels"]` (or the
+    task's field) lists numbers or names of classes. An image without that list is skipped as
+    "no_label". One with an empty list is a negative for every class, except for those in
+    `metadata["ignored_labels"]` or, if present, those not in `metadata["counted_labels"]`.
+    `Measured.result` has scores, float32 [n, C], and targets, bool [n, C].
 
     Raises:
-        ValueError: a label that cannot be resolved, targets of one kind only, no usable pair.
+        ValueError: a label that cannot be resolved, only positives or negatives, no usable pair.
     """
     binary, names = task.kind == "binary", task.names
     if binary and len(names) != 2:
@@ -125,7 +125,7 @@ def _describe(
     targets: np.ndarray,
     ignored: np.ndarray,
 ) -> Measured:
-    """The result of scores, targets and what is ignored, [n, C]; C is 1 for yes and no."""
+    """Returns the result for scores, targets and ignored entries, [n, C]; C is 1 if binary."""
     protocol = {
         "label_field": task.label_field or ("label" if task.kind == "binary" else "labels"),
         "templates": list(task.templates),
@@ -154,7 +154,7 @@ def _describe(
 
         def measure(weights: np.ndarray) -> dict[str, float]:
             values = [ranking.average_precision(weights, points) for ranking in rankings]
-            # A class without an image has no precision.
+            # A class without images has no precision.
             return {"mean_average_precision": float(np.nanmean(values))}
 
     return Measured(
@@ -168,9 +168,9 @@ def _describe(
 
 
 def area_under_roc(scores: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> float:
-    """The share of (positive, negative) pairs in the right order; equal scores count half.
+    """Computes the share of correctly ordered (positive, negative) pairs; ties count half.
 
-    NaN without both kinds. The weights say how often each item counts.
+    NaN unless both kinds occur. `weights` is how often each item counts.
     """
     _, group = np.unique(scores, return_inverse=True)
     positives = np.bincount(group, weights * targets)
@@ -183,7 +183,7 @@ def area_under_roc(scores: np.ndarray, targets: np.ndarray, weights: np.ndarray)
 def rank_items(
     scores: np.ndarray, targets: np.ndarray, ignored: np.ndarray | None = None
 ) -> Ranking:
-    """Sorts the items of a class by their scores, without those that are ignored."""
+    """Sorts the items of a class by score; ignored items are left out."""
     order = np.argsort(-scores, kind="stable").astype(np.int32)
     if ignored is not None:
         order = order[~ignored[order]]

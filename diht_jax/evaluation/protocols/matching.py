@@ -1,8 +1,8 @@
-"""Which of a few images belong to which words: Winoground and WinoGAViL.
+"""Matching a few images with words: Winoground and WinoGAViL.
 
-Winoground is measured as Thrush et al. do (arXiv 2204.03162, section "Metrics"), WinoGAViL (Bitton
-et al., arXiv 2207.12576) as DataComp does (`eval_utils/wino_eval.py`). Ours, ties of WinoGAViL: an
-image that is no association comes before one that is exactly as similar.
+Winoground is measured as in Thrush et al. (arXiv 2204.03162, section "Metrics"), WinoGAViL (Bitton
+et al., arXiv 2207.12576) as in DataComp (`eval_utils/wino_eval.py`). Our own rule for ties in
+WinoGAViL: an image that is no association ranks before an equally similar one that is.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from diht_jax.evaluation.protocols.base import (
 )
 from diht_jax.records.schema import Pair
 
-_FEW, _MANY = 6, 10  # candidates of WinoGAViL's smaller games at most, of the larger ones at least
+_FEW, _MANY = 6, 10  # WinoGAViL: maximum candidates of small games, minimum of large ones
 
 
 def run_winoground(task: Task, encoder: Encoder) -> Measured:
-    """Embeds all images and captions of `annotations.winoground_units`, and compares each example.
+    """Embeds all images and captions of `annotations.winoground_units` and scores each example.
 
-    Examples of which an image cannot be used are left out. Items are the examples.
+    Examples with an unusable image are left out. Resampled items are the examples.
     """
 
     def describe(pair: Pair) -> tuple[int, int, str]:
@@ -48,7 +48,7 @@ def run_winoground(task: Task, encoder: Encoder) -> Measured:
     rows = np.array(complete)
     similarities = np.einsum("eid,ejd->eij", encoded.image_emb[rows], text_emb[rows])
     own = np.diagonal(similarities, axis1=1, axis2=2)
-    # [image, caption]: along a row the image stays, along a column the caption.
+    # Axes are [image, caption].
     text_right = (own > similarities[:, [0, 1], [1, 0]]).all(axis=1)
     image_right = (own > similarities[:, [1, 0], [0, 1]]).all(axis=1)
     right = {"text": text_right, "image": image_right, "group": text_right & image_right}
@@ -73,9 +73,9 @@ def run_winoground(task: Task, encoder: Encoder) -> Measured:
 
 
 def run_winogavil(task: Task, encoder: Encoder) -> Measured:
-    """Embeds all images and cues of `annotations.winogavil_units`, and chooses for each game.
+    """Embeds all images and cues of `annotations.winogavil_units` and predicts each game.
 
-    Games of which an image cannot be used are left out. Items are the games.
+    Games with an unusable image are left out. Resampled items are the games.
     """
     encoded = encoder.images(lambda pair: pair.metadata["games"])
     games: dict[int, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
@@ -100,7 +100,7 @@ def run_winogavil(task: Task, encoder: Encoder) -> Measured:
     }
 
     def measure(counts: np.ndarray) -> dict[str, float]:
-        # A resample of few games may have none of a part; then there is no mean.
+        # A small resample may lack games of a size, which then have no mean.
         return {
             name: float(np.average(jaccard, weights=counts * part))
             if counts[part].any()
@@ -127,13 +127,13 @@ def run_winogavil(task: Task, encoder: Encoder) -> Measured:
 
 
 def cue_prompt(cue: str) -> str:
-    """The cue in lower case behind its article, by its first letter."""
+    """Returns the cue in lower case with its article, which depends on the first letter."""
     cue = cue.lower()
     return f"{'An' if cue[:1] in 'aeiou' else 'A'} {cue}"
 
 
 def jaccard_index(similarities: np.ndarray, is_association: np.ndarray) -> float:
-    """Jaccard index of the associated images and as many of those most similar."""
+    """Computes the Jaccard index of the k associated images and the k most similar images."""
     number = int(is_association.sum())
     chosen = np.lexsort((is_association, -similarities))[:number]
     common = int(is_association[chosen].sum())

@@ -1,4 +1,4 @@
-"""The protocols by the kind of their tasks: what stands before the source in "KIND:SOURCE"."""
+"""The protocols, keyed by the kind of their tasks: the prefix in "KIND:SOURCE"."""
 
 from __future__ import annotations
 

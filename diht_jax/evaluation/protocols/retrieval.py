@@ -1,10 +1,10 @@
 """Image-text retrieval: recall at K in both directions, with several captions per image.
 
 The protocol is the one of DiHT (arXiv 2301.02280, section "Evaluation") and of its official
-inference code. Ours, ties: a wrong item that is exactly as similar as the right one ranks before
-it; `equal_captions=right` makes a caption right for every image that has the same one.
+inference code. Our own rule for ties: a wrong item ranks before an equally similar right one.
+`equal_captions=right` makes a caption right for every image that has the same caption.
 
-Similarities exist only as blocks on the device, never as the full matrix of queries and gallery.
+Similarities are computed in blocks on the device; the full matrix never exists.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from diht_jax.records.schema import Pair
 
 RECALL_AT = (1, 5, 10)
 
-# Similarities that exist at once on the device, float32: 64 MiB.
+# Similarities on the device at once, float32: 64 MiB.
 _BLOCK = 2**24
 
 
 class RetrievalResult(NamedTuple):
-    """The ranks of n images and m captions."""
+    """The ranks for n images and m captions."""
 
-    captions: list[str]  # m of them, before the template
+    captions: list[str]  # m captions, without the template
     text_emb: np.ndarray  # float32 [m, d]
     text_ids: np.ndarray  # int32 [m, 1], equal for captions that count as the same
-    image_ids: np.ndarray  # int32 [n, k], the `text_ids` that are right for an image; -1 is none
-    t2i_ranks: np.ndarray  # int [m], 0 when a right image comes first
-    i2t_ranks: np.ndarray  # int [n], 0 when a right caption comes first
+    image_ids: np.ndarray  # int32 [n, k], the `text_ids` that are right for an image; -1 is padding
+    t2i_ranks: np.ndarray  # int [m], 0 if a right image comes first
+    i2t_ranks: np.ndarray  # int [n], 0 if a right caption comes first
 
 
 def run(task: Task, encoder: Encoder) -> Measured:
-    """Embeds all images and captions and measures retrieval both ways; items are the images.
+    """Embeds all images and captions, measures both directions; resampled items are the images.
 
     `Measured.result` is a `RetrievalResult`; the notes of the images are their captions.
     """
@@ -56,11 +56,11 @@ def run(task: Task, encoder: Encoder) -> Measured:
     num_images = len(encoded.notes)
     image_of_text = np.repeat(np.arange(num_images, dtype=np.int32), list(map(len, encoded.notes)))
     texts = [fill_caption_template(task.prompt, caption) for caption in captions]
-    # Equal texts are encoded once: it saves work, and a tie between them is then an exact tie.
+    # Equal texts are encoded once, which saves work and makes their ties exact.
     index_of_text = dict(zip(dict.fromkeys(texts), itertools.count(), strict=False))
     unique_emb = encoder.texts(list(index_of_text))
     text_emb = unique_emb[[index_of_text[text] for text in texts]]
-    # The number of a caption is that of all that are equal to it, but for case and spaces.
+    # Captions that are equal except for case and spaces have the same number.
     plain = np.array([" ".join(caption.lower().split()) for caption in captions], object)
     numbers = np.unique(plain, return_inverse=True)[1].astype(np.int32)
     _, numbers_of_image = answer_ids(image_of_text, numbers)
@@ -96,10 +96,10 @@ def run(task: Task, encoder: Encoder) -> Measured:
 def answer_ids(
     image_of_text: np.ndarray, text_numbers: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of texts, int32 [m, 1], and of images, int32 [n, k], filled up with -1.
+    """Returns ids of texts, int32 [m, 1], and of images, int32 [n, k], padded with -1.
 
-    Those with an id in common are right for each other. Numbers [m] are equal where texts are; with
-    None each text is right for its own image alone.
+    A text and an image that share an id match. Texts with equal numbers [m] are interchangeable;
+    without numbers each text matches its own image alone.
     """
     text_ids = np.asarray(image_of_text if text_numbers is None else text_numbers, np.int32)
     pairs: np.ndarray = np.unique(np.stack([image_of_text, text_ids], axis=1), axis=0)
@@ -111,14 +111,14 @@ def answer_ids(
 
 
 def have_common_id(ids: Any, other_ids: Any) -> Any:
-    """Bool [q, g], of ids [q, k] and [g, l]; of NumPy or JAX."""
+    """Returns whether ids [q, k] and [g, l] share one, bool [q, g]; for NumPy or JAX arrays."""
     return (ids[:, None, :, None] == other_ids[None, :, None, :]).any(axis=(2, 3))
 
 
 def captions_of(pair: Pair) -> tuple[str, ...]:
-    """All captions of a pair that are not blank; raises `UnusablePair` where there is none.
+    """Returns the non-blank captions of a pair; raises `UnusablePair` if there are none.
 
-    `metadata["captions"]` holds them; without it `caption` is the only one.
+    They come from `metadata["captions"]`, or else from `caption`.
     """
     captions = map(str, pair.metadata.get("captions") or [pair.caption])
     captions = tuple(filter(str.strip, captions))
@@ -130,19 +130,19 @@ def captions_of(pair: Pair) -> tuple[str, ...]:
 def retrieval_metrics(
     image_emb: np.ndarray, text_emb: np.ndarray, image_of_text: Sequence[int] | np.ndarray
 ) -> dict[str, float]:
-    """Recall at 1, 5 and 10 and the median rank, text to image and image to text.
+    """Computes recall at 1, 5 and 10 and the median rank in both directions.
 
     Args:
         image_emb: float [n, d], L2-normalised.
         text_emb: float [m, d], L2-normalised.
-        image_of_text: int [m], the image each text belongs to; every image needs at least one.
+        image_of_text: int [m], the image of each text; every image needs at least one text.
 
     Returns:
         `t2i_rK` and `i2t_rK` (K = 1, 5, 10) as fractions of the m texts and of the n images,
         `t2i_median_rank` and `i2t_median_rank` counted from 1.
 
     Raises:
-        ValueError: shapes that do not fit, an image without text, embeddings not finite.
+        ValueError: shapes that do not fit, an image without text, or embeddings not finite.
     """
     return metrics_of_ranks(*retrieval_ranks(image_emb, text_emb, image_of_text))
 
@@ -153,9 +153,9 @@ def retrieval_ranks(
     image_of_text: Sequence[int] | np.ndarray,
     text_numbers: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The number of wrong items at or above the best right one, for every query.
+    """Counts the wrong items that rank at or above the best right item, for every query.
 
-    Arguments and errors are those of `retrieval_metrics` and of `answer_ids`.
+    Args and errors: as in `retrieval_metrics` and `answer_ids`.
 
     Returns:
         int32 [m] for the texts as queries, int32 [n] for the images as queries.
@@ -188,7 +188,7 @@ def retrieval_ranks(
 
 
 def metrics_of_ranks(t2i_ranks: np.ndarray, i2t_ranks: np.ndarray) -> dict[str, float]:
-    """The metrics of `retrieval_metrics` from ranks that count from 0."""
+    """Computes the metrics of `retrieval_metrics` from ranks that start at 0."""
     metrics = {}
     for direction, ranks in (("t2i", t2i_ranks), ("i2t", i2t_ranks)):
         for k in RECALL_AT:
@@ -200,16 +200,16 @@ def metrics_of_ranks(t2i_ranks: np.ndarray, i2t_ranks: np.ndarray) -> dict[str, 
 def _rank_queries(
     queries: np.ndarray, query_ids: np.ndarray, gallery: np.ndarray, gallery_ids: np.ndarray
 ) -> np.ndarray:
-    """int32 [q]: wrong gallery items not less similar than the best right one.
+    """Counts wrong gallery items at least as similar as the best right item, int32 [q].
 
-    Ids are [q, k] and [g, l], see `answer_ids`.
+    Ids are [q, k] and [g, l], as in `answer_ids`.
     """
     items = jnp.asarray(gallery, jnp.float32)
     item_ids = jnp.asarray(gallery_ids, jnp.int32)
     size = max(1, min(len(queries), _BLOCK // len(gallery)))
     ranks = []
     for start in range(0, len(queries), size):
-        # The last block begins earlier, so that all have one shape.
+        # The last block overlaps the one before, so that all blocks have the same shape.
         rows = slice(min(start, len(queries) - size), start + size)
         block = jnp.asarray(queries[rows], jnp.float32)
         found = np.asarray(_rank_block(block, query_ids[rows], items, item_ids))
@@ -221,7 +221,7 @@ def _rank_queries(
 def _rank_block(
     queries: jax.Array, query_ids: jax.Array, gallery: jax.Array, gallery_ids: jax.Array
 ) -> jax.Array:
-    # Full float32: the default on TPUs would round to bfloat16 and make ties.
+    # Full float32, since the default on TPUs rounds to bfloat16 and creates ties.
     similarities = jnp.matmul(queries, gallery.T, precision=jax.lax.Precision.HIGHEST)
     right = have_common_id(query_ids, gallery_ids)
     best = jnp.where(right, similarities, -jnp.inf).max(axis=1, keepdims=True)

@@ -1,13 +1,12 @@
-"""Annotation files of vision-and-language sets: many rows, several of them on one image.
+"""Reads annotation files of vision-and-language sets, which may have several rows per image.
 
-One pair comes out per image, however many rows name it, so that each image is decoded and
-embedded once. Read are a JSON list (ALBEF's files for COCO, Flickr30K, SNLI-VE and VQA v2), jsonl
-(Localized Narratives), and the files of Winoground, WinoGAViL, SugarCrepe and ARO.
+All rows of an image become one pair, so each image is decoded and embedded once. Supported are JSON
+lists (ALBEF's files for COCO, Flickr30K, SNLI-VE and VQA v2), jsonl (Localized Narratives), and the
+files of Winoground, WinoGAViL, SugarCrepe and ARO.
 
-In all of them `image_root` is the folder of the images, or its URL, where it is another than next
-to the file, and `image_name` how a file's name follows from what names the image, such as "{}.jpg"
-or, for COCO's numbers, "{:0>12}.jpg". A file that is missing, or a row that is not as expected, is
-a ValueError that names it.
+`image_root` is the folder of the images, or its URL, if it is not next to the file. `image_name` is
+a format that maps the image's name or number to a file name, such as "{}.jpg" or, for COCO's
+numbers, "{:0>12}.jpg". A missing file or a malformed row is a ValueError that names it.
 """
 
 from __future__ import annotations
@@ -41,10 +40,10 @@ _CAPTION_FIELDS = (*CAPTION_NAMES, "sentence", "question")
 
 
 def read_rows(path: str, what: str = "a JSON list of objects") -> list[dict[str, Any]]:
-    """Reads the rows of a `.json` list or a `.jsonl` file; a ValueError names file and row."""
+    """Reads the rows of a `.json` list or a `.jsonl` file; errors name the file and the row."""
     if path.endswith(".jsonl"):
         rows = []
-        # Not `splitlines`: JSON texts may hold other characters that it takes for line breaks.
+        # Not `splitlines`, which also splits at characters that JSON strings may contain.
         for number, line in enumerate(read_text(path, what).split("\n"), start=1):
             if line.strip():
                 try:
@@ -65,11 +64,11 @@ def annotation_units(
     image_column: str | None = None,
     image_name: str = "{}",
 ) -> Units:
-    """One pair per image, in the order in which the images first occur.
+    """Returns one pair per image, in the order in which the images first occur.
 
     A pair has the captions of all rows (`samples.CAPTION_NAMES`, `sentence` or `question`), and the
-    rows themselves as `metadata["rows"]`; `image_column` is the field of a row that names the
-    image, or one of `samples.IMAGE_NAMES` where it is None.
+    rows themselves as `metadata["rows"]`. `image_column` is the row field that names the image; if
+    None, it is one of `samples.IMAGE_NAMES`.
     """
     by_image: dict[str, list[dict[str, Any]]] = {}
     for number, row in enumerate(read_rows(path)):
@@ -100,10 +99,10 @@ def annotation_units(
 def winoground_units(
     path: str, *, image_root: str | None = None, image_name: str = "{}.png"
 ) -> Units:
-    """Both images of every example of Winoground (arXiv 2204.03162), one after the other.
+    """Returns both images of each Winoground example (arXiv 2204.03162), one after the other.
 
-    The caption is the image's own; `metadata` holds `example` (number of its row) and `side` (0 or
-    1).
+    The caption is the one that belongs to the image; `metadata` has `example` (row number) and
+    `side` (0 or 1).
     """
     items = []
     for number, row in enumerate(read_rows(path, "Winoground's examples.jsonl")):
@@ -118,11 +117,11 @@ def winoground_units(
 def winogavil_units(
     path: str, *, image_root: str | None = None, image_name: str = "{}.jpg"
 ) -> Units:
-    """WinoGAViL (arXiv 2207.12576): a csv of games in which a cue goes with some of the images.
+    """Reads WinoGAViL (arXiv 2207.12576): a csv of games, each with a cue and candidate images.
 
-    Images occur in several games; one pair comes out for each. Its `metadata["games"]` lists the
-    games of the image, by `game` (number of the row), `cue`, `is_association` and the number of
-    `candidates`.
+    An image that occurs in several games is one pair. Its `metadata["games"]` lists its games, with
+    `game` (row number), `cue`, `is_association` (whether the cue goes with the image) and the
+    number of `candidates`.
     """
     games: dict[str, list[dict[str, Any]]] = {}
     for number, row in enumerate(read_csv(path, "WinoGAViL's winogavil_dataset.csv")):
@@ -172,22 +171,22 @@ def _read_images(path: str, number: int, row: dict[str, str], column: str) -> li
 
 _SUBSETS = "add_att add_obj replace_att replace_obj replace_rel swap_att swap_obj"
 SUGARCREPE_SUBSETS = tuple(_SUBSETS.split())
-# Pairs of attributes with fewer test cases count for no macro accuracy in ARO's code.
+# ARO's code leaves pairs of attributes with fewer test cases out of the macro accuracy.
 FEWEST_OF_ATTRIBUTES = 25
-# Relations that ARO's notebook "Replicate ARO!" leaves out of the macro accuracy as symmetric.
+# Symmetric relations that ARO's notebook "Replicate ARO!" leaves out of the macro accuracy.
 UNCOUNTED_RELATIONS = frozenset(
     pathlib.Path(__file__).with_name("aro_symmetric.txt").read_text("utf-8").splitlines()
 )
 
-# Boxes of a picture (None: the whole), each with its questions.
+# Maps boxes of a picture (None: the whole picture) to their questions.
 _Questions = dict[Box | None, list[dict[str, Any]]]
 
 
 def sugarcrepe_units(path: str, *, image_root: str | None = None) -> Units:
-    """The pictures of SugarCrepe (arXiv 2306.14610), each once, with the questions on it.
+    """Returns the pictures of SugarCrepe (arXiv 2306.14610), each once, with its questions.
 
     Args:
-        path: one of the seven files, or a folder that holds them all: then the subsets are groups.
+        path: one of the seven files, or the folder of all; each file is then a group.
         image_root: folder of COCO's val2017, or its URL; `val2017` next to the files by default.
     """
     is_file = path.endswith(".json")
@@ -204,14 +203,14 @@ def sugarcrepe_units(path: str, *, image_root: str | None = None) -> Units:
 
 
 def aro_units(path: str, *, image_root: str | None = None) -> Units:
-    """The pictures of a file of ARO (arXiv 2210.01936), cut to their boxes, with their questions.
+    """Returns the pictures of a file of ARO (arXiv 2210.01936), cropped to boxes, with questions.
 
     Args:
         path: `visual_genome_relation.json`, `visual_genome_attribution.json`, or the test cases of
-            an order, which ARO's code makes when it is run, as a JSON list of
+            an order, which ARO's code generates at run time, as a JSON list of
             {"image": ..., "caption_options": [the right one, shuffled ones]}.
         image_root: folder of the pictures, or its URL; by default `images` next to a file of Visual
-            Genome, the folder itself of an order.
+            Genome, and the file's own folder for an order.
     """
     rows = read_rows(path, "one of ARO's files, such as visual_genome_relation.json")
     is_order = bool(rows) and "caption_options" in rows[0]
@@ -239,7 +238,7 @@ _TEXTS = ("image_path", "true_caption", "false_caption")
 
 
 def _groups_of(rows: Sequence[Mapping[str, Any]]) -> Callable[[Mapping[str, Any]], str | None]:
-    """Makes a function that finds the group of a row for ARO's macro accuracy."""
+    """Returns a function that maps a row to its group for ARO's macro accuracy."""
 
     def name(row: Mapping[str, Any]) -> str | None:
         if isinstance(row.get("attributes"), list):
@@ -265,7 +264,7 @@ def _box_of(path: str, number: int, row: Mapping[str, Any]) -> Box:
 
 
 def _picture_units(by_picture: Mapping[str, _Questions], root: str) -> Units:
-    """Pairs with `metadata["questions"]`, as `protocols.caption_choice` takes them."""
+    """Returns pairs with `metadata["questions"]`, as `protocols.caption_choice` expects."""
     items = []
     for name, boxes in by_picture.items():
         pairs = []

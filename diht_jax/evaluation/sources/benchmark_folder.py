@@ -8,8 +8,8 @@ The layout is that of CLIP_benchmark 1.6, `clip_benchmark/datasets/builder.py`:
     DIR/zeroshot_classification_templates.txt   one a line, with "{c}" for the class name
     DIR/dataset_type.txt             "retrieval", "multilabel"; without it "classification"
 
-A KEY.npy with a KEY.cls holds numbers of the picture, as in DataComp's versions of WILDS, GeoDE and
-Dollar Street: where and when it was taken, and the like. DIR may be a URL.
+A KEY.npy next to a KEY.cls holds numbers about the picture, such as where and when it was taken, as
+in DataComp's versions of WILDS, GeoDE and Dollar Street. DIR may be a URL.
 """
 
 from __future__ import annotations
@@ -41,25 +41,25 @@ _LARGEST_NOTE_BYTES = 2**24
 
 
 def open_benchmark_folder(text: str) -> tuple[Units, dict[str, Any]]:
-    """Opens a data set; reads no image.
+    """Opens a data set without reading an image.
 
-    `metadata["label"]` of a pair is an int for a classification, and `metadata["numbers"]` lists
-    what a KEY.npy of the same key holds; for a multi-label set `metadata["labels"]` lists the
-    numbers of its classes, and `metadata["ignored_labels"]` those of the classes for which it does
-    not count. Those pairs have no caption. A damaged archive is a ValueError.
+    Pairs have no caption, except for retrieval. For classification, `metadata["label"]` is an int
+    and `metadata["numbers"]` lists the values of the KEY.npy, if any. For a multi-label set,
+    `metadata["labels"]` lists the class numbers, and `metadata["ignored_labels"]` the classes for
+    which the image does not count. A damaged archive is a ValueError.
 
     Args:
         text: "DIR[:SPLIT]"; DIR may be a URL.
 
     Returns:
-        One unit for each shard; and what of a task comes with the data: `kind`, and `class_names`
-        and `templates` where the folder has them.
+        One unit per shard; and the task fields that the data defines: `kind`, and `class_names`
+        and `templates` if the folder has them.
 
     Raises:
-        ValueError: not such a folder, or shards are missing.
+        ValueError: the folder has another layout, or shards are missing.
     """
     folder, _, split = text.rpartition(":")
-    if not folder or "/" in split:  # the colon of a URL, or none
+    if not folder or "/" in split:  # no colon, or the colon of a URL
         folder, split = text, ""
     paths = _list_tars(folder, split or DEFAULT_SPLIT)
     type_file = join(folder, "dataset_type.txt")
@@ -69,13 +69,13 @@ def open_benchmark_folder(text: str) -> tuple[Units, dict[str, Any]]:
         raise ValueError(f"{type_file}: expected one of {known}, got '{kind[:99]}'")
 
     def count() -> int | None:
-        """Estimates the pictures by the first tar, but for those in a store."""
+        """Estimates the number of pictures from the first tar; None for tars in a store."""
         first = count_images(SourceShard("webdataset", paths[0]))
         return None if first is None else first * len(paths)
 
     units = Units([functools.partial(_read_shard, path, kind) for path in paths], count)
     words: dict[str, Any] = {"kind": kind}
-    if kind == RETRIEVAL:  # it needs no words, whose files may be empty
+    if kind == RETRIEVAL:  # has no class names or templates, whose files may be empty
         return units, words
     classes = join(folder, "classnames.txt")
     if exists(classes):
@@ -91,7 +91,7 @@ def open_benchmark_folder(text: str) -> tuple[Units, dict[str, Any]]:
 
 
 def _list_tars(folder: str, split: str) -> list[str]:
-    """The shards of a split, as many as its `nshards.txt` says."""
+    """Lists the shards of a split; `nshards.txt` states their number."""
     count_file = join(folder, split, "nshards.txt")
     if not exists(count_file):
         raise ValueError(
@@ -151,7 +151,7 @@ def _make_pair(key: str, members: list[tuple[str, bytes | None]], kind: str) -> 
         metadata: dict[str, Any] = {"label": int(note)}
     except ValueError as error:
         return Skipped(key, "bad_row", f"{note_name}: {error}")
-    # An npy of another form, such as features, is none of the picture's numbers.
+    # An npy of another form, such as features, is not metadata of the picture.
     with contextlib.suppress(ValueError):
         numbers = parse_npy(dict(members).get("npy") or b"")
         if numbers.ndim == 1 and numbers.dtype.kind in "biuf":
@@ -171,7 +171,7 @@ def _read_labels(note: bytes) -> dict[str, Any]:
 
 
 def _size_limit(name: str) -> int | None:
-    """As `tars.size_limit`, for the members that this layout has."""
+    """Returns the size limit of a member of this layout, like `tars.size_limit`."""
     key, extension = tars.split_name(name)
     if not key or not extension:
         return None

@@ -1,4 +1,4 @@
-"""Texts, tables and pictures of the layouts of benchmarks, local or in a store."""
+"""Reads the texts, tables and pictures of benchmark layouts, local or in a store."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from diht_jax.storage.stores import StorageError, is_remote
 
 
 def read_text(path: str, what: str = "a text file") -> str:
-    """Reads a UTF-8 text file, local or in a store, without a byte order mark.
+    """Reads a UTF-8 text file, local or in a store; a byte order mark is removed.
 
-    A file that is missing or no such text is a ValueError, which says `what` is expected; a
-    StorageError means that it cannot be read, now and after some attempts.
+    A missing file or other content is a ValueError that says `what` was expected. A StorageError
+    means that the file cannot be read, even after several attempts.
     """
     try:
         return read_bytes(path).decode("utf-8-sig")
@@ -34,7 +34,7 @@ def read_text(path: str, what: str = "a text file") -> str:
 
 
 def read_json(path: str, kind: type, what: str) -> Any:
-    """Reads a JSON file whose value is of a kind, `list` or `dict`; errors as `read_text`."""
+    """Reads a JSON file with a `list` or `dict` as its value; errors as in `read_text`."""
     try:
         value = json.loads(read_text(path, what))
     except (json.JSONDecodeError, RecursionError) as error:
@@ -45,7 +45,7 @@ def read_json(path: str, kind: type, what: str) -> Any:
 
 
 def read_csv(path: str, what: str, reader: Callable[..., Any] = csv.DictReader) -> list[Any]:
-    """Reads the rows of a csv file by one of Python's readers; errors as `read_text`."""
+    """Reads the rows of a csv file with one of Python's readers; errors as in `read_text`."""
     try:
         return list(reader(io.StringIO(read_text(path, what))))
     except csv.Error as error:
@@ -53,22 +53,22 @@ def read_csv(path: str, what: str, reader: Callable[..., Any] = csv.DictReader) 
 
 
 def check_texts(path: str, number: Any, row: Any, names: Sequence[str]) -> None:
-    """Raises ValueError where a row of a file lacks one of these texts; names file and row."""
+    """Raises ValueError, with file and row, if one of the named fields of a row is no text."""
     missing = [n for n in names if not (isinstance(row, dict) and isinstance(row.get(n), str))]
     if missing:
         raise ValueError(f"{path}: row {number!s:.20}: expected texts as {', '.join(missing)}")
 
 
-# File of a picture below some folder, and its pairs, still without the image; or why it has none.
+# A picture's path below some folder, and its pairs (still without the image), or why it has none.
 Item = tuple[str, "Sequence[Pair] | Skipped"]
 
 
 def picture_units(root: str, items: Sequence[Item]) -> Units:
-    """Divides pictures into units that read them; several at a time from a store.
+    """Divides pictures into units; a unit reads several pictures at a time from a store.
 
     Args:
-        root: folder of the pictures, or its URL. What leads out of it is refused.
-        items: a picture that cannot be read is one `Skipped`, however many pairs it has.
+        root: folder of the pictures, or its URL. Paths that lead out of it are refused.
+        items: pictures; one that cannot be read is a single `Skipped`, however many pairs it has.
     """
     root = root if is_remote(root) else os.path.realpath(root)
 

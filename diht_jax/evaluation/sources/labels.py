@@ -27,17 +27,17 @@ _LIST_HEADER = "path"
 
 
 def list_units(path: str, *, image_root: str | None = None, splits: str | None = None) -> Units:
-    """The pictures of one list, or of several, each picture once.
+    """Returns the pictures of one list, or of several; each picture occurs once.
 
-    Birdsnap's `test_images.txt` (a line "path", then "Acadian_Flycatcher/299764.jpg") and UCF-101's
-    `testlist01.txt` ("ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi") are such. A clip stands for a
-    picture of the same name, which is to be made of its middle frame.
+    Such lists are Birdsnap's `test_images.txt` (a header "path", then lines such as
+    "Acadian_Flycatcher/299764.jpg") and UCF-101's `testlist01.txt` (lines CLASS/CLIP.avi). A clip
+    stands for a picture of the same name, which users make from its middle frame.
 
     Args:
-        path: of the list; with `splits` its name holds a field for the number, such as
+        path: list file; with `splits` its name has a format field for the number, such as
             "testlist{:02}.txt".
-        image_root: folder of the pictures; that of the list by default.
-        splits: numbers of test splits with commas between them.
+        image_root: folder of the pictures; the folder of the list by default.
+        splits: comma-separated numbers of test splits.
     """
     items: list[Item] = []
     for name, members in _read_lists(path, splits).items():
@@ -54,13 +54,13 @@ def list_units(path: str, *, image_root: str | None = None, splits: str | None =
 def list_class_names(
     path: str, *, image_root: str | None = None, splits: str | None = None
 ) -> tuple[str, ...]:
-    """The folders in order, "_" as a space; those whose pictures are missing, too."""
+    """Returns the sorted folder names, with "_" as a space, even if their pictures are missing."""
     folders = sorted({name.split("/", 1)[0] for name in _read_lists(path, splits)})
     return tuple(folder.replace("_", " ") for folder in folders)
 
 
 def _read_lists(path: str, splits: str | None) -> dict[str, list[int]]:
-    """Picture -> the numbers of the lists that have it; in the order of the lists."""
+    """Maps each picture to the numbers of the lists that contain it, in list order."""
     if splits is None:
         return dict.fromkeys(_read_list(path), [])
     if not re.fullmatch(r"[1-9]\d?(,[1-9]\d?)*", splits):
@@ -81,9 +81,9 @@ def _read_lists(path: str, splits: str | None) -> dict[str, list[int]]:
 
 def _read_list(path: str) -> list[str]:
     lines = [line.strip() for line in read_text(path).splitlines()]
-    # A training list of UCF-101 has the number of the class behind each clip.
+    # UCF-101's training lists have the class number after each clip.
     names = [re.sub(r"\s+\d+$", "", line) for line in lines if line and line != _LIST_HEADER]
-    names = [posixpath.normpath(name) for name in names]  # "./Archery/..." is of Archery
+    names = [posixpath.normpath(name) for name in names]  # "./Archery/..." has class Archery
     bad = next((n for n in names if "/" not in n or n.partition("/")[0] in ("", "..")), None)
     if bad is not None or not names:
         raise ValueError(
@@ -94,9 +94,9 @@ def _read_list(path: str) -> list[str]:
 
 
 def objectnet_units(folder: str) -> Units:
-    """The pictures of the 113 classes that ObjectNet shares with ImageNet, below `images`.
+    """Returns the pictures below `images` of the 113 classes that ObjectNet shares with ImageNet.
 
-    The red border of two pixels around each picture stays.
+    The red border of two pixels around each picture is kept.
     """
     images = join(folder, "images")
     items: list[Item] = []
@@ -111,12 +111,12 @@ def objectnet_units(folder: str) -> Units:
 
 
 def objectnet_class_names(folder: str) -> tuple[str, ...]:
-    """The names of the shared classes, by their folders; lower case, as in CLIP_benchmark."""
+    """Returns the names of the shared classes in folder order, lower case as in CLIP_benchmark."""
     return tuple(label.lower() for _, label in _shared_classes(folder))
 
 
 def _shared_classes(folder: str) -> list[tuple[str, str]]:
-    """(folder, ObjectNet's name) of each class that is one of ImageNet, too."""
+    """Returns (folder, ObjectNet's name) of each class that is also in ImageNet."""
     names = _read_mapping(join(folder, "mappings", "folder_to_objectnet_label.json"))
     shared = _read_mapping(join(folder, "mappings", "objectnet_to_imagenet_1k.json"))
     unknown = sorted(set(shared) - set(names.values()))
@@ -133,11 +133,11 @@ def _read_mapping(path: str) -> dict[str, str]:
 
 
 def stored_class_units(url: str) -> Units | None:
-    """The pictures of a folder of classes in a store: the entries of `readers.image_folder`.
+    """Returns the pictures of a folder of classes in a store, like `readers.image_folder`.
 
-    The sorted sub-folders are the classes, numbered from 0; the order of the pictures is that of a
-    local folder, as are errors. None where the URL does not name such a folder: a reader knows it
-    or a file in it, or no sub-folder has a picture.
+    The sorted sub-folders are the classes, numbered from 0. The order of the pictures and the
+    errors are those of a local folder. None if the URL is no such folder: a reader handles it or a
+    file in it, or no sub-folder has a picture.
     """
     root = url.rstrip("/")
     if _is_read_otherwise(url) or any(
@@ -172,7 +172,7 @@ def _is_read_otherwise(url: str, *, is_named: bool = True) -> bool:
     return is_known or is_glob(open_system(url)[1])
 
 
-# In the devkit's order, the one of the alphabet.
+# In the devkit's order, which is alphabetical.
 _VOC_CLASSES = """
     aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person
     pottedplant sheep sofa train tvmonitor
@@ -180,16 +180,16 @@ _VOC_CLASSES = """
 VOC_CLASSES = tuple(_VOC_CLASSES.split())
 _VOC_STATES = {"1": "labels", "0": "ignored_labels", "-1": None}
 
-# Metadata field -> numbers of classes of an image.
+# Maps a metadata field to the class numbers of an image.
 _Labels = dict[str, list[int]]
 
 
 def voc_units(folder: str) -> Units:
-    """The test images of VOC 2007, or of another year with the same files.
+    """Returns the test images of VOC 2007, or of another year with the same files.
 
-    The folder, such as VOCdevkit/VOC2007, has ImageSets/Main/CLASS_test.txt and JPEGImages. As in
-    the devkit, an image does not count for a class of which all its objects are marked as difficult
-    (0 in the list of the class): `metadata["ignored_labels"]`.
+    The folder, such as VOCdevkit/VOC2007, has ImageSets/Main/CLASS_test.txt and JPEGImages. If all
+    objects of a class are marked as difficult (0 in the list of the class), the image does not
+    count for the class, as in the devkit: `metadata["ignored_labels"]`.
     """
     images: dict[str, _Labels] = {}
     for number, name in enumerate(VOC_CLASSES):
@@ -207,10 +207,10 @@ def voc_units(folder: str) -> Units:
 
 
 def open_images_units(folder: str) -> Units:
-    """The validation images of Open Images with their verified image-level labels.
+    """Returns the validation images of Open Images with their verified image-level labels.
 
-    Ours: an image counts for those classes alone of which people have verified whether they are
-    there, a handful of 601: `metadata["counted_labels"]`.
+    Our own rule: an image only counts for classes whose presence or absence people have verified,
+    a handful of 601: `metadata["counted_labels"]`.
     """
     numbers = {mid: number for number, (mid, _) in enumerate(_open_images_classes(folder))}
     path = join(folder, "validation-annotations-human-imagelabels-boxable.csv")
@@ -232,12 +232,12 @@ def open_images_units(folder: str) -> Units:
 
 
 def open_images_class_names(folder: str) -> tuple[str, ...]:
-    """The 601 names of the boxable classes, in the order of their file."""
+    """Returns the 601 names of the boxable classes, in file order."""
     return tuple(name for _, name in _open_images_classes(folder))
 
 
 def _open_images_classes(folder: str) -> list[tuple[str, str]]:
-    """(label, name) of each class; V7 has a line of column names, older versions have not."""
+    """Returns (label, name) of each class; only V7 starts with a line of column names."""
     path = join(folder, "class-descriptions-boxable.csv")
     found = read_csv(path, "Open Images' names of the boxable classes", csv.reader)
     rows = [tuple(row) for row in found if row]

@@ -1,9 +1,9 @@
-"""The way in to evaluation data: what `diht_jax.readers` reads, and layouts of benchmarks.
+"""Opens evaluation data: the sources of `diht_jax.readers`, and layouts of benchmarks.
 
-In addition to the texts of `diht_jax.readers` there are those of `LAYOUTS`, such as
-"clip_benchmark:DIR" and "voc:DIR", which docs/reference/tasks.md describes. They hold labels,
-questions, choices or pairs of pairs, which are nothing to train on. Files and folders may be URLs,
-and so may a folder of classes. Parquet files need no captions here.
+Besides the sources of `diht_jax.readers` there are `LAYOUTS`, such as "clip_benchmark:DIR" and
+"voc:DIR", described in docs/reference/tasks.md. They hold labels, questions, choices or pairs of
+pairs, which are no training data. Files and folders, and also folders of classes, may be URLs.
+Parquet files need no captions here.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from diht_jax.storage.stores import input_size, is_remote
 
 BENCHMARK, ANNOTATIONS = "clip_benchmark", "annotations"
 
-# Few enough that processes can share the table of a small set.
+# Small enough that processes can share the table of a small set.
 _TABLE_ROWS_PER_UNIT = 256
 
 
 class Layout(NamedTuple):
-    """A form of evaluation data, named by what stands before the colon of a source."""
+    """A format of evaluation data, named by the prefix of a source before its colon."""
 
-    # Divides it; takes what is behind the colon, and the options. Raises ValueError.
+    # Makes units from the text after the colon and the options. Raises ValueError.
     units: Callable[..., Units]
-    options: tuple[str, ...] = ()  # their names
-    # Those that come with the data, from the same arguments; None for no classes.
+    options: tuple[str, ...] = ()  # names of its options
+    # Class names that come with the data, from the same arguments; None for a layout without.
     class_names: Callable[..., tuple[str, ...]] | None = None
 
 
@@ -52,16 +52,16 @@ OPTIONS = tuple(dict.fromkeys(name for layout in LAYOUTS.values() for name in la
 
 
 def open_units(source: str, options: Mapping[str, Any]) -> Units:
-    """Divides a source into parts that can be read on their own, in the order of their entries.
+    """Divides a source into units that can be read independently, in source order.
 
     Reads no image.
 
     Args:
-        source: "LAYOUT:PATH", or a text of `readers.list_shards`.
-        options: of the source.
+        source: "LAYOUT:PATH", or a source for `readers.list_shards`.
+        options: options of the source.
 
     Raises:
-        ValueError: it cannot be read; names it.
+        ValueError: the source cannot be read; the message names it.
     """
     kind, _, rest = source.partition(":")
     if kind in LAYOUTS:
@@ -76,17 +76,17 @@ def open_units(source: str, options: Mapping[str, Any]) -> Units:
     shards = registry.list_shards(source, **{"rows_per_shard": _TABLE_ROWS_PER_UNIT, **options})
     units = []
     for shard in shards:
-        # Labels are enough in parquet files, as Hugging Face has them.
+        # In parquet files labels are enough, as in data sets of Hugging Face.
         shard = dataclasses.replace(shard, needs_caption=shard.kind != "parquet")
         units.append(functools.partial(registry.read_pairs, shard))
     return Units(units, functools.partial(count_shards, shards))
 
 
 def count_shards(shards: Sequence[SourceShard]) -> int | None:
-    """About how many entries shards have, for progress bars; None where that is unknown.
+    """Estimates the number of entries of shards, for progress bars; None if unknown.
 
-    Shards of formats that count without reading a file are counted; else the first one is, and the
-    others are estimated by their bytes.
+    Shards of formats that can be counted without reading are counted. Otherwise the first one is
+    counted, and the others are estimated from their size in bytes.
     """
     total = 0
     for shard in shards:
@@ -101,9 +101,9 @@ def count_shards(shards: Sequence[SourceShard]) -> int | None:
 
 
 def words_of_source(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a task that come with data in one of `LAYOUTS`: `kind`, `class_names`, `templates`.
+    """Returns task fields that come with the data: `kind`, `class_names`, `templates`.
 
-    Errors are those of `open_units`.
+    Applies to sources in one of `LAYOUTS`; errors as in `open_units`.
     """
     kind, _, rest = source.partition(":")
     _refuse_options(source, options, LAYOUTS[kind].options)

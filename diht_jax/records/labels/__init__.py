@@ -1,1 +1,1 @@
-"""Concept labels and embeddings in shards of their own, next to the record shards."""
+"""Shards of concept labels and CLIP embeddings, stored separately from the record shards."""

@@ -1,4 +1,4 @@
-"""Embeddings that frozen CLIPs make of every pair, stored next to the record shards.
+"""Embeddings of every pair by frozen CLIP teachers, stored next to the record shards.
 
 The label of a record (`shards.py`) has the features
 
@@ -7,12 +7,12 @@ The label of a record (`shards.py`) has the features
     image_emb  [k, D] of k views of the picture
     text_emb   [D] of the caption
 
-as int8 or little-endian float16; D is the sum of the widths of all teachers, one behind the other.
-In int8 a teacher's vector has 127 as its largest number. Its length is not stored: embeddings are
-L2-normalised where they are used. A record that could not be embedded has no embeddings.
+as int8 or little-endian float16. D is the sum of the widths of all teachers, whose embeddings are
+concatenated. In int8, each vector of a teacher is scaled to a maximum of 127. Norms are not stored:
+embeddings are L2-normalised when they are used. A record that could not be embedded has none.
 
-The views are k fixed crops, or the centre alone. A crop is a function of (seed, key of the record,
-number), so that training shows the student the very crop that a teacher has seen.
+The views are k fixed crops, or the centre alone. A crop is a function of the seed, the record's key
+and the number of the crop, so training shows the student exactly the crops that a teacher saw.
 
 Source: the reinforced data of MobileCLIP, arXiv 2311.17049.
 """
@@ -43,15 +43,15 @@ from diht_jax.records.train_data import parse_train, resolve_source
 DTYPES = ("int8", "float16")
 
 _KEY, _SEAL, _IMAGE, _TEXT = "key", "seal", "image_emb", "text_emb"
-_LARGEST = 127  # of int8
+_LARGEST = 127  # largest int8
 
 
 class ClipTeacher(NamedTuple):
-    """A frozen CLIP."""
+    """A frozen CLIP teacher."""
 
-    name: str  # as it was given to `load_model`
-    fingerprint: str  # of its parameters
-    width: int  # D, of its embeddings
+    name: str  # argument of `load_model`
+    fingerprint: str  # hash of the parameters
+    width: int  # D, size of its embeddings
     image_size: int  # px
     logit_scale: float  # after exp
 
@@ -60,10 +60,10 @@ class ClipTeacher(NamedTuple):
 class Crops:
     """The fixed crops of a record."""
 
-    count: int  # k; 0 stands for one view, the centre
-    scale: tuple[float, float]  # range of a crop's share of the picture's area
-    seed: int  # of the crops
-    boxes: str = ""  # a hash of some crops, to notice another generator of random numbers
+    count: int  # k; 0 means one view, the centre
+    scale: tuple[float, float]  # range of crop area / picture area
+    seed: int  # seed of the crops
+    boxes: str = ""  # a hash of some crops, to detect a changed random number generator
 
     @property
     def num_views(self) -> int:
@@ -71,7 +71,7 @@ class Crops:
         return max(self.count, 1)
 
     def generator(self, key: str, number: int) -> np.random.Generator:
-        """The generator that draws a crop."""
+        """Returns the generator that draws one crop of a record."""
         text = f"{self.seed} {number} {key}".encode("utf-8", "surrogatepass")
         words = np.frombuffer(hashlib.blake2b(text, digest_size=16).digest(), "<u8")
         return np.random.Generator(np.random.Philox(key=words))
@@ -86,20 +86,20 @@ class ClipViews(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ClipFacts:
-    """The teachers, crops and dtype that all CLIP embeddings of a folder have in common."""
+    """The teachers, crops and dtype shared by all CLIP embeddings of a folder."""
 
     teachers: tuple[ClipTeacher, ...]  # in the order of their columns
-    crops: Crops  # that they have seen
-    dtype: str  # of the stored numbers, one of `DTYPES`
+    crops: Crops  # crops that the teachers saw
+    dtype: str  # dtype of the stored numbers, one of `DTYPES`
 
     @property
     def width(self) -> int:
-        """D of all teachers together."""
+        """D, summed over all teachers."""
         return sum(teacher.width for teacher in self.teachers)
 
     @property
     def meaning(self) -> dict[str, Any]:
-        """The meaning of the numbers, JSON-able; the names of the teachers do not matter."""
+        """What the numbers mean, JSON-able; excludes the names of the teachers."""
         return {
             "teachers": [teacher[1:] for teacher in self.teachers],
             "crops": dataclasses.asdict(self.crops),
@@ -107,12 +107,12 @@ class ClipFacts:
 
     @property
     def hash(self) -> str:
-        """16 hex digits that stand for `meaning`."""
+        """16 hex digits of a hash of `meaning`."""
         text = json.dumps(self.meaning, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def describe(self) -> dict[str, Any]:
-        """A JSON-able form, for the index of the folder."""
+        """Returns a JSON-able form, for the index of the folder."""
         teachers = [teacher._asdict() for teacher in self.teachers]
         return {
             "teachers": teachers,
@@ -122,7 +122,7 @@ class ClipFacts:
 
     @classmethod
     def parse(cls, facts: Mapping[str, Any]) -> ClipFacts:
-        """The inverse of `describe`."""
+        """Inverts `describe`."""
         crops: dict[str, Any] = {**facts["crops"], "scale": tuple(facts["crops"]["scale"])}
         return cls(
             tuple(ClipTeacher(**teacher) for teacher in facts["teachers"]),
@@ -131,7 +131,7 @@ class ClipFacts:
         )
 
     def encode(self, key: str, seal: int, vectors: np.ndarray | None) -> bytes:
-        """The label of a record of float [views + 1, D], the text last; None without embeddings."""
+        """Encodes the label of a record: float [views + 1, D] with the text last, or None."""
         named = {_KEY: encode_key(key), _SEAL: seal.to_bytes(4, "little")}
         if vectors is None:
             return encode_features(named)
@@ -142,9 +142,9 @@ class ClipFacts:
         return encode_features(named | views)
 
     def decode(self, label: Label, key: str) -> ClipViews | None:
-        """The inverse of `encode`; a ValueError for the label of another record than the key's."""
+        """Inverts `encode`; raises ValueError if the label does not belong to the record `key`."""
         found = decode_features(label.data)
-        if found:  # empty for all records of a shard that could not be embedded
+        if found:  # empty if the whole shard could not be embedded
             label.check(int.from_bytes(found.get(_SEAL, b""), "little"), key)
         if _IMAGE not in found:
             return None
@@ -165,14 +165,14 @@ class ClipFacts:
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddedRecord(Record):
-    """A record with its CLIP embeddings, and the crops that these are of; both None without any."""
+    """A record with its CLIP embeddings, None if it could not be embedded, and their crops."""
 
     clip_views: ClipViews | None = None
     crops: Crops | None = None
 
 
 def quantize(vectors: np.ndarray, dtype: str) -> np.ndarray:
-    """Vectors of a teacher, float [..., D], as they are stored; their length is lost."""
+    """Converts a teacher's vectors, float [..., D], to the stored dtype; int8 loses their norm."""
     if dtype == "float16":
         return vectors.astype(np.float16)
     largest = np.abs(vectors).max(axis=-1, keepdims=True)
@@ -186,7 +186,7 @@ class ClipEmbeddings(LabelRecords):
 
     @functools.cached_property
     def clip_facts(self) -> ClipFacts:
-        """The facts that they have in common."""
+        """The facts shared by all embeddings."""
         return ClipFacts.parse(self.facts)
 
     def _join(self, record: Record, label: Label) -> Record:
@@ -195,10 +195,10 @@ class ClipEmbeddings(LabelRecords):
 
 
 def find_clip_embeddings(train: Any, labels: str | None) -> ClipFacts | None:
-    """The facts about the CLIP embeddings of the training data; None where there are none.
+    """Returns the facts about the CLIP embeddings of the training data; None without embeddings.
 
     Raises:
-        ValueError: sources with embeddings of different teachers or crops; names both.
+        ValueError: sources have embeddings of different teachers or crops; names both.
     """
     found: dict[str, ClipFacts] = {}
     for source in map(resolve_source, parse_train(train, labels)):

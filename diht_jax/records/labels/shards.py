@@ -7,22 +7,20 @@ A folder that `data_prep.label` writes has
     vocabulary_*.tsv                what the ids mean
 
 Each of the two folders has an `.idx` for each shard, and a `dataset.index`. The JSON in the head of
-that index states under `labels` which record shard each of them belongs to, by its name, number of
-records, bytes and digest (`Fingerprint`), so that labels of other records are noticed at the start
-of a run, and the record shards may be anywhere. A label also holds a checksum of the record that it
-belongs to (`seal`), so that labels in another order, or in another file, are noticed when they are
-read.
+that index has an entry `labels`. It states the record shard of each shard of labels, by name,
+number of records, bytes and digest (`Fingerprint`). A run therefore detects labels of other records
+when it starts, wherever the record shards are. A label also holds a checksum of its record
+(`seal`), which detects reordered or exchanged labels when they are read.
 
-A label is a `tf.train.Example` with features of bytes. That of concepts is `labels`,
-little-endian::
+A label is a `tf.train.Example` with features of bytes. The label of concepts has the feature
+`labels`, little-endian::
 
     uint32 seal of the record | uint8 number of objects | uint8 of attributes
     ids | float16 probabilities
 
 First come the ids of the objects, likeliest first, then those of the attributes; the probabilities
 are in the same order. Ids are uint16, or uint32 for vocabularies above 65,536. Ten of each kind
-take 120 bytes with the frame of a TFRecord. A record without labels has no ids, or no feature at
-all.
+take 120 bytes including the TFRecord frame. A record without labels has no ids, or no feature.
 """
 
 from __future__ import annotations
@@ -55,18 +53,18 @@ _ADVICE = "copy the whole folder again, or run `python -m data_prep.label` again
 _FEATURE = "labels"
 _HEAD = struct.Struct("<IBB")
 _PROBABILITY = np.dtype("<f2")
-# Name, records, bytes and digest of a record shard, as in a `Fingerprint`.
+# (name, records, bytes, digest) of a record shard, as in a `Fingerprint`.
 ShardIdentity = tuple[str, int, int, str]
-# Ids and probabilities of one kind of concepts, likeliest first.
+# (ids, probabilities) of one kind of concepts, likeliest first.
 Concepts = tuple[np.ndarray, np.ndarray]
 NO_CONCEPTS: Concepts = (np.zeros(0, np.int32), np.zeros(0, np.float32))
 
 
 class LabelShard(NamedTuple):
-    """A shard of labels."""
+    """A shard of labels and its record shard."""
 
-    name: str  # of the file
-    digest: str  # of all its records
+    name: str  # file name
+    digest: str  # digest of all its records
     source: ShardIdentity  # the record shard that it belongs to
 
 
@@ -74,29 +72,29 @@ class Label(NamedTuple):
     """The label of one record."""
 
     data: bytes  # a serialised `tf.train.Example`
-    where: str  # its file, for messages
+    where: str  # path of the file, for messages
     shard: ShardIdentity  # the record shard that it belongs to
-    number: int  # of the record within either
+    number: int  # number of the record in both shards
 
     def check(self, found: int, key: str) -> None:
-        """Raises ValueError where `found`, the seal in the label, is that of another record."""
+        """Raises ValueError if `found`, the seal in the label, does not match the record `key`."""
         if found != seal(self.shard, self.number, key):
             raise ValueError(f"the label belongs to another record than '{key}'; {_REMAKE}")
 
 
 def seal(shard: ShardIdentity, number: int, key: str) -> int:
-    """A CRC32C of what a label belongs to: digest of the record shard, number within it, key."""
+    """Returns a CRC32C of the record shard's digest, the record's number in it, and its key."""
     return google_crc32c.value(f"{shard[3]} {number} ".encode() + encode_key(key))
 
 
 def label_shard_name(shard: str) -> str:
-    """The file name of the labels of a record shard."""
+    """Returns the file name of the label shard of a record shard."""
     name = os.path.basename(shard)
     return name if kind_of(name) == "tfrecord" else f"{name}.tfrecord"
 
 
 def encode_features(features: Mapping[str, bytes]) -> bytes:
-    """A serialised `tf.train.Example` of bytes; equal features give equal bytes."""
+    """Serialises bytes features as a `tf.train.Example`; equal features give equal bytes."""
     example = Example()
     for name, data in features.items():
         example.features.feature[name].bytes_list.value.append(data)
@@ -104,7 +102,7 @@ def encode_features(features: Mapping[str, bytes]) -> bytes:
 
 
 def decode_features(data: bytes) -> dict[str, bytes]:
-    """The inverse of `encode_features`; raises ValueError where it is no such example."""
+    """Inverts `encode_features`; raises ValueError for other bytes."""
     features = {}
     for name, feature in parse_example(data).items():
         if len(feature.bytes_list.value) != 1:
@@ -114,22 +112,22 @@ def decode_features(data: bytes) -> dict[str, bytes]:
 
 
 def encode_key(key: str) -> bytes:
-    """The bytes of a record's key, also of one that is not UTF-8."""
+    """Encodes a record's key as bytes, even if it is not valid UTF-8."""
     return key.encode("utf-8", "surrogatepass")
 
 
 def decode_key(data: bytes) -> str:
-    """The inverse of `encode_key`."""
+    """Inverts `encode_key`."""
     return data.decode("utf-8", "surrogatepass")
 
 
 def describe_labels(
     shards: Sequence[LabelShard], inputs: Sequence[str], facts: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The entry `labels` in the `dataset.index` of a folder of labels.
+    """Returns the entry `labels` for the `dataset.index` of a folder of labels.
 
-    `inputs` are paths or URLs of the labelled records, made by `relative_input`; `facts` are
-    further JSON-able facts about the labels.
+    `inputs` are paths or URLs of the labelled records, from `relative_input`. `facts` are further
+    JSON-able facts about the labels.
     """
     rows = [[shard.name, shard.digest, list(shard.source)] for shard in shards]
     return {"inputs": list(inputs), "shards": rows, "facts": dict(facts or {})}
@@ -138,11 +136,11 @@ def describe_labels(
 def read_labels_index(
     kind: str, folder: str, key: str = "config.data.labels"
 ) -> DatasetIndex | None:
-    """The index of a folder of labels; None where it has none of this kind.
+    """Reads the index of a folder of labels; None if it has no labels of this kind.
 
     Raises:
-        ValueError: it is damaged, or was not written by `data_prep.label`, or those of concepts
-            are missing.
+        ValueError: the index is damaged or was not written by `data_prep.label`, or the concept
+            labels are missing.
     """
     index = read_index(os.path.join(folder, kind))
     if index is None and kind == LABELS:
@@ -161,11 +159,11 @@ def read_labels_index(
 class LabelRecords(Sequence[Label]):
     """The labels of the records of a data set, by the number of the record.
 
-    It can be pickled and shared by threads. A shard in a store is copied to this host when one of
-    its records is read, once for all processes of the host.
+    Can be pickled and shared by threads. A label shard in a store is copied to this host when one
+    of its records is first read, once for all processes of the host.
 
     Attributes:
-        facts: of `describe_labels`.
+        facts: the facts given to `describe_labels`.
     """
 
     kind: str  # `LABELS` or `CLIP_EMBEDDINGS`
@@ -178,7 +176,7 @@ class LabelRecords(Sequence[Label]):
         cache_dir: str | None = None,
         patiently: Callable[[Callable[[], Any]], Any] | None = None,
     ):
-        """Reads no label yet; `records` are the shards of labels, in the order of `shards`.
+        """Stores the label shards without reading labels; `records` is in the order of `shards`.
 
         For the other arguments see `open`.
         """
@@ -191,10 +189,10 @@ class LabelRecords(Sequence[Label]):
         return len(self._records)
 
     def __getitem__(self, index: int) -> Label:
-        """The label of a record.
+        """Reads the label of a record.
 
         Raises:
-            TFRecordError: it is damaged, or its shard was replaced.
+            TFRecordError: the label is damaged, or its shard was replaced.
         """
         path, number = self._records.locate(index)
         shard, (_, _, num_bytes, _) = self._shards[path]
@@ -208,10 +206,10 @@ class LabelRecords(Sequence[Label]):
             raise DamagedRecordError(f"{error} ({_REMAKE})") from error
 
     def join(self, record: Record, index: int) -> Record:
-        """The record of a number with its label.
+        """Joins a record with the label of the given number.
 
         Raises:
-            ValueError: the label of another record, or a damaged one; names its file and number.
+            ValueError: the label is damaged or of another record; names its file and number.
         """
         label = self[index]
         try:
@@ -223,7 +221,7 @@ class LabelRecords(Sequence[Label]):
         raise NotImplementedError
 
     def fingerprint(self) -> tuple[ShardIdentity, ...]:
-        """Rows of a `Fingerprint` for the shards of labels."""
+        """Returns the rows of a `Fingerprint` for the label shards."""
         rows = (self._shards[path] for path in self._records.paths)
         return tuple(
             (f"{self.kind}/{name}", count, size, shard.digest)
@@ -240,21 +238,21 @@ class LabelRecords(Sequence[Label]):
         cache_dir: str | None = None,
         patiently: Callable[[Callable[[], Any]], Any] | None = None,
     ) -> Self | None:
-        """The labels of some records, after it is checked that they belong to them.
+        """Opens the labels of some records, after checking that they belong to these records.
 
-        No shard of labels is opened, and no record shard that a `dataset.index` describes.
+        Opens no label shard, and no record shard that a `dataset.index` describes.
 
         Args:
-            folder: path or URL, as `data_prep.label` has written it.
-            cache_dir: gets the copies of shards in a store; None is a folder of this user in the
+            folder: path or URL of an output folder of `data_prep.label`.
+            cache_dir: folder for copies of shards in a store. None uses a per-user folder in the
                 system's temporary one.
-            patiently: calls a function until a store answers; once where None.
+            patiently: calls a function until a store answers; None calls it once.
 
         Returns:
-            None where the folder has no labels of this kind.
+            None if the folder has no labels of this kind.
 
         Raises:
-            ValueError: a shard of labels is missing or was replaced, or a record shard has none.
+            ValueError: a label shard is missing or was replaced, or a record shard has none.
         """
         index = read_labels_index(cls.kind, folder, key)
         if index is None:
@@ -281,7 +279,7 @@ class LabelRecords(Sequence[Label]):
         return cls(source, shards, index.labels["facts"], cache_dir, patiently)
 
 
-# The cache locks in C: there is no lock of ours that a fork could inherit locked.
+# The cache locks in C, so a fork cannot inherit a locked Python lock.
 @functools.lru_cache(_MAX_OPEN_COPIES)
 def _open_copy(
     cache_dir: str | None,
@@ -290,7 +288,7 @@ def _open_copy(
     name: str,
     num_bytes: int,
 ) -> TFRecordSource:
-    """The records of the copy of a shard; its index is made when it is opened first."""
+    """Opens the records of a shard's local copy; the first call builds the copy's index."""
     advice = "name another folder by config.data.cache_dir"
     copy = functools.partial(cached_copy, url, name, num_bytes, cache_dir, advice)
     return TFRecordSource([patiently(copy) if patiently else copy()])
@@ -299,7 +297,7 @@ def _open_copy(
 def _match_shards(
     kind: str, stated: Sequence[LabelShard], records: ShardedRecords, where: str
 ) -> list[LabelShard]:
-    """The shard of labels of every record shard, in their order; ValueError where one has none."""
+    """Returns the label shard of every record shard, in order; ValueError if one is missing."""
     by_source = {shard.source: shard for shard in stated}
     by_name = {shard.source[0]: shard for shard in stated}
     matched = []
@@ -321,13 +319,13 @@ def _match_shards(
 
 
 def id_dtype(vocabulary: Mapping[str, Any]) -> np.dtype:
-    """The type of stored ids."""
+    """Returns the dtype of the stored ids for a vocabulary."""
     largest = max(part["size"] for part in vocabulary.values())
     return np.dtype("<u2" if largest <= 2**16 else "<u4")
 
 
 def encode_label(seal: int, concepts: Sequence[Concepts], ids_type: np.dtype) -> bytes:
-    """The label of a record with the concepts of its objects, and of its attributes."""
+    """Encodes the label of a record from the concepts of its objects and attributes."""
     head = _HEAD.pack(seal, *(len(ids) for ids, _ in concepts))
     ids = b"".join(ids.astype(ids_type).tobytes() for ids, _ in concepts)
     probs = b"".join(probs.astype(_PROBABILITY).tobytes() for _, probs in concepts)
@@ -335,10 +333,10 @@ def encode_label(seal: int, concepts: Sequence[Concepts], ids_type: np.dtype) ->
 
 
 def decode_label(label: Label, key: str) -> list[Concepts]:
-    """Ids int32 [k] and probabilities float32 [k] of each kind, of the label of a record.
+    """Decodes a concept label into (ids int32 [k], probabilities float32 [k]) of each kind.
 
     Raises:
-        ValueError: the label of another record than that of the key, or one that is damaged.
+        ValueError: the label is damaged, or belongs to another record than `key`.
     """
     packed = decode_features(label.data).get(_FEATURE)
     if packed is None:
@@ -364,7 +362,7 @@ def decode_label(label: Label, key: str) -> list[Concepts]:
 
 
 class ConceptLabels(LabelRecords):
-    """Concept labels of records, which come in place of concepts of the records' own."""
+    """Concept labels of records, which replace any concepts in the records themselves."""
 
     kind = LABELS
 
@@ -378,7 +376,7 @@ class ConceptLabels(LabelRecords):
 
 
 def open_labels(folder: str, records: ShardedRecords, key: str, **options: Any) -> ConceptLabels:
-    """The concept labels of some records; arguments and errors of `LabelRecords.open`."""
+    """Opens the concept labels of some records; arguments and errors as in `LabelRecords.open`."""
     found = ConceptLabels.open(folder, records, key, **options)
     assert found is not None
     return found

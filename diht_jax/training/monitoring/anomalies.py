@@ -1,8 +1,8 @@
 """Watches a run for skipped updates, loss spikes and a saturated logit scale.
 
-Skipping itself happens inside the jitted step. With `config.debug_nans` the step of a skipped
-update is computed once more, eagerly and with every module watched, to find where the numbers go
-wrong; the step that trains stays as fast as it is.
+The jitted step itself skips non-finite updates. With `config.debug_nans` the step of a skipped
+update is recomputed eagerly, with every module watched, to find the first non-finite values; the
+training step stays as fast as it is.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from diht_jax.training.program import TrainProgram
 from diht_jax.training.recipe import pictures_of
 from diht_jax.training.step import TrainState, encode_examples, loss_gradients, with_kept_patches
 
-# A window's mean loss this far above the lowest one so far is called a spike.
+# A window whose mean loss exceeds the lowest one so far by this much is called a spike.
 SPIKE_FACTOR, SPIKE_MARGIN = 1.5, 0.5
-# Keys of a batch that a message names; each may cost the decoding of a picture.
+# Keys of a batch that a message shows; each may cost decoding a picture.
 SHOWN_KEYS = 8
 _NAMES_SHOWN = 5
 
@@ -44,11 +44,11 @@ class DivergedError(ValueError):
 
 @dataclasses.dataclass
 class AnomalyMonitor:
-    """Watches a run's metrics, and logs or ends the run where they are wrong."""
+    """Watches a run's metrics; warns about or ends a run that goes wrong."""
 
     config: ml_collections.ConfigDict
     keys_of_step: Callable[[int], str]  # names this process's records in the batch of a step
-    lowest_loss: float = math.inf  # of the windows before, where a run is resumed
+    lowest_loss: float = math.inf  # over earlier windows, for a resumed run
     _in_a_row: int = 0
     _scale_is_capped: bool = False
 
@@ -56,7 +56,7 @@ class AnomalyMonitor:
         """Reports a skipped update.
 
         Raises:
-            DivergedError: `config.max_skipped_steps` in a row.
+            DivergedError: `config.max_skipped_steps` updates in a row were skipped.
         """
         if not float(metrics["skipped"]):
             self._in_a_row = 0
@@ -79,7 +79,7 @@ class AnomalyMonitor:
             )
 
     def check_window(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Warns of a loss spike, and once of a logit scale that has reached its cap."""
+        """Warns of a loss spike, and once of a logit scale that reached its cap."""
         loss = scalars["loss"]
         # A loss without its positive in the denominator (alpha 0) falls below 0.
         rise = (SPIKE_FACTOR - 1) * max(self.lowest_loss, 0.0) + SPIKE_MARGIN
@@ -101,9 +101,9 @@ class AnomalyMonitor:
 
 
 def lowest_loss(workdir: epath.Path, start_step: int) -> float:
-    """The lowest loss in the metrics of a run up to a step.
+    """Returns the lowest loss in a run's metrics up to a step.
 
-    Those of later steps, which process 0 removes, may still be there for the other processes.
+    Process 0 removes later lines, but the other processes may still see them.
     """
     rows = read_metrics(workdir)
     losses = (row["loss"] for row in rows if row["step"] <= start_step and "loss" in row)
@@ -111,7 +111,7 @@ def lowest_loss(workdir: epath.Path, start_step: int) -> float:
 
 
 class NonFiniteError(DivergedError):
-    """Loss or gradients were not finite; the message names where it begins."""
+    """Loss or gradients were not finite; the message says where it starts."""
 
 
 def explain_nonfinite(
@@ -120,13 +120,13 @@ def explain_nonfinite(
     state: TrainState,
     batch: dict[str, jax.Array],
 ) -> str:
-    """Looks for the first value that is not finite in the order of the computation.
+    """Finds the first non-finite value in the order of the computation.
 
-    Modules are compared by their outputs, innermost first: `vision/blocks/3/mlp/fc_in` is named
-    and not the block around it. All processes of a job must call.
+    Compares the outputs of modules, innermost first: it names `vision/blocks/3/mlp/fc_in` and not
+    the block around it. All processes of a job must call it.
 
     Returns:
-        A sentence for people.
+        A sentence for the user.
     """
     before = dataclasses.replace(state, step=state.step - 1)
     where = _first_in_towers(program, config, before, batch)
@@ -140,7 +140,7 @@ def explain_nonfinite(
 
 
 class _Found(Exception):
-    """Ends the watched computation."""
+    """Aborts the watched computation."""
 
 
 def _first_in_towers(
@@ -211,14 +211,14 @@ def _watching_class(kind: type, name: str) -> type:
 
 
 class _WatchedDefinition:
-    """The definition of the same model with modules that look at what goes in and out."""
+    """A definition of the same model whose modules check their inputs and outputs."""
 
     def __init__(self, plain: ModelDefinition):
         self.arch, self.dtype, self.execution = plain.arch, plain.dtype, Execution(attention="xla")
         self._plain = plain
 
     def build(self, key: jax.Array, execution: Execution) -> nnx.Module:
-        """See `ModelDefinition`; `merge_model` builds the model by it."""
+        """See `ModelDefinition`; `merge_model` calls it to build the model."""
         model = self._plain.build(key, execution)
         for path, module in list(nnx.iter_modules(model)):
             name = "/".join(map(str, path))
@@ -243,7 +243,7 @@ def _nonfinite_names(tree: Any) -> list[str]:
 
 
 def _backward_order(name: str) -> tuple[int, int]:
-    """Small for what the backward pass reaches early: heads, then blocks from the top down."""
+    """Sorts by the order of the backward pass: heads first, then blocks from the top down."""
     block = re.search(r"/blocks/(\d+)/", name)
     if block:
         return 1, -int(block[1])

@@ -1,4 +1,4 @@
-"""Metrics of a run (`metrics.jsonl`, trackers, a picture of curves), and what its time was for.
+"""Metrics of a run: `metrics.jsonl`, trackers, a plot of curves, and accounting of wall time.
 
 Only the first process of a job writes.
 """
@@ -41,22 +41,22 @@ _WALL_SECS = "wall_secs/"
 
 
 class MetricWriter:
-    """Writes scalars by step. On other processes than the first it does nothing."""
+    """Writes scalars by step; does nothing except on the first process."""
 
     def __init__(
         self, workdir: str | epath.Path, start_step: int, config: ml_collections.ConfigDict
     ):
-        """Opens the files of a run that starts or goes on after `start_step` steps.
+        """Opens the files of a run that starts, or resumes after `start_step` steps.
 
-        Lines of later steps, and half a line, both left by a killed run, are dropped: those steps
-        will be trained again.
+        Drops the lines of later steps and an incomplete line, which a killed run leaves: those
+        steps are trained again.
 
         Args:
             config: the whole training config, for the trackers.
         """
         self._lines: GrowingFile | None = None
-        self._trackers: list[Tracker] = []  # one that fails is left out
-        self.has_failed = False  # an error ends the run
+        self._trackers: list[Tracker] = []  # failing ones are removed
+        self.has_failed = False  # whether an error ends the run
         if jax.process_index() != 0:
             return
         workdir = epath.Path(workdir)
@@ -64,25 +64,25 @@ class MetricWriter:
         for row in read_metrics(workdir):
             if row["step"] <= start_step:
                 kept += json.dumps(row) + "\n"
-        # At once: a kill here must not cost the lines of weeks.
+        # Written at once: a kill here must not cost the lines of weeks.
         self._lines = GrowingFile(workdir / METRICS_FILE, kept.encode())
         run = TrackedRun(workdir, start_step, json.loads(config.to_json_best_effort()))
         for name in tracker_names(config.trackers):
             try:
                 self._trackers.append(TRACKERS[name](run))
-            except Exception as error:  # each client has its own
+            except Exception as error:  # each client has its own types
                 warn_without(TRACKERS[name], error)
 
     @property
     def takes_pictures(self) -> bool:
-        """True if `write_picture` does something."""
+        """Whether `write_picture` has an effect."""
         return any(tracker.takes_pictures for tracker in self._trackers)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Appends one line, and gives the same scalars to the trackers.
+        """Appends a line, and passes the same scalars to the trackers.
 
-        A line for which there is no room, or that a store does not take, is kept, and written
-        before the next one.
+        A line that cannot be written (a full disk, a failing store) is kept and written before the
+        next one.
         """
         row = dict(zip(scalars, map(float, scalars.values()), strict=True))
         if self._lines is not None:
@@ -90,16 +90,16 @@ class MetricWriter:
         self._call_trackers("write", step, row)
 
     def write_picture(self, step: int, name: str, picture: bytes) -> None:
-        """Gives a picture, encoded as PNG, to the trackers that take any."""
+        """Passes a PNG picture to the trackers that take pictures."""
         self._call_trackers("write_picture", step, name, picture)
 
     def sync(self) -> None:
-        """Makes the lines so far outlive a crash of the machine."""
+        """Makes the lines so far durable against a crash of the machine."""
         if self._lines is not None:
             self._lines.sync()
 
     def close(self) -> None:
-        """Writes what was kept; a warning where that cannot be written now either."""
+        """Writes pending lines; logs a warning if that fails again."""
         self.sync()
         self._call_trackers("close", self.has_failed)
 
@@ -107,16 +107,16 @@ class MetricWriter:
         for tracker in tuple(self._trackers):
             try:
                 getattr(tracker, method)(*arguments)
-            except Exception as error:  # each client has its own
+            except Exception as error:  # each client has its own types
                 self._trackers.remove(tracker)
                 warn_without(type(tracker), error)
 
 
 def read_metrics(workdir: str | epath.Path) -> list[dict[str, float]]:
-    """The rows of a run's `metrics.jsonl`; empty where there is none.
+    """Reads the rows of a run's `metrics.jsonl`; empty if there is none.
 
-    A half-written last line, which a killed run may leave, is skipped with a warning, and so is a
-    line that is no row of numbers with a step.
+    Skips, with a warning, a half-written last line, which a killed run may leave, and any line that
+    is no row of numbers with a step.
     """
     path = epath.Path(workdir) / METRICS_FILE
     if not path.exists():
@@ -138,8 +138,8 @@ def plot_curves(workdir: str | epath.Path) -> bytes | None:
     """Draws `curves.png`: loss, batch accuracy, logit scale and evaluation results by step.
 
     Returns:
-        The picture; None where that fails, of which a warning is logged, and on other processes
-        than the first.
+        The picture. None on processes other than the first, and if drawing fails, which is logged
+        as a warning.
     """
     if jax.process_index() != 0:
         return None
@@ -148,7 +148,7 @@ def plot_curves(workdir: str | epath.Path) -> bytes | None:
         picture = _draw_curves(read_metrics(workdir))
         path.write_bytes(picture)
         return picture
-    except Exception as error:  # what it is depends on the store
+    except Exception as error:  # the type depends on the store
         logging.warning("%s cannot be written: %s", path, str(error) or type(error).__name__)
         return None
 
@@ -180,11 +180,11 @@ def _draw_curves(rows: Sequence[Mapping[str, float]]) -> bytes:
 
 
 class WallTime:
-    """Wall time of a run by its use, over all starts in the same work directory.
+    """Accounts for the wall time of a run by use, over all starts in the same work directory.
 
-    docs/guides/train/metrics.md has the uses; "start" is the time of the first process up to its
-    first step: imports, peers, data, parameters. The time between two starts, in which no process
-    ran, is not known. The first process alone reads what was before from the work directory, and
+    docs/guides/train/metrics.md lists the uses. "start" is the time of the first process until its
+    first step: imports, peers, data, parameters. Time between two starts, in which no process ran,
+    is unknown. Only the first process reads earlier records from the work directory, and
     writes.
     """
 
@@ -196,12 +196,12 @@ class WallTime:
         began: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """Goes on from what the earlier starts have left.
+        """Continues from the records of earlier starts.
 
         Args:
             workdir: of the run, before lines of later steps are removed from its metrics.
-            start_step: of the checkpoint that the run goes on from.
-            began: the clock's time at the start of this process; now by default.
+            start_step: step of the checkpoint that the run resumes from.
+            began: time of `clock` at the start of this process; now by default.
         """
         self._path = epath.Path(workdir) / WALL_TIME_FILE
         self._clock = clock
@@ -213,10 +213,10 @@ class WallTime:
         self.save()
 
     def _add_earlier(self, workdir: str | epath.Path, start_step: int) -> None:
-        """Takes over what was, with the steps after `start_step` as lost."""
+        """Adds the time of earlier starts, counting the steps after `start_step` as lost."""
         rows = [row for row in read_metrics(workdir) if _WALL_SECS + "step" in row]
         found = None
-        with contextlib.suppress(Exception):  # each store has its own
+        with contextlib.suppress(Exception):  # each store has its own types
             found = parse_checked_object(self._path.read_bytes(), needs_checksum=True)
         if found:
             self._secs, self._starts = _known(found["secs"]), found["starts"] + 1
@@ -238,7 +238,7 @@ class WallTime:
 
     @contextlib.contextmanager
     def during(self, use: str) -> Generator[None]:
-        """Counts what is done within as one use; compiling once more, at a restart, is lost."""
+        """Attributes the time of its context to one use; compiling again at a restart is lost."""
         before = self._use
         self.switch("lost" if (use, before) == ("compile", "lost") else use)
         try:
@@ -247,13 +247,13 @@ class WallTime:
             self.switch(before)
 
     def count_hidden(self, secs: float) -> None:
-        """Takes from the waits for batches what the devices spent on a step meanwhile."""
+        """Moves time in which the devices ran a step from waits for batches to training."""
         secs = min(max(0.0, secs), self._secs["input"])
         self._secs["input"] -= secs
         self._secs["step"] += secs
 
     def scalars(self) -> dict[str, float]:
-        """`goodput`, the share of the time that was spent on steps which count, and the seconds."""
+        """Returns `goodput`, the share of time spent on steps that count, and the seconds."""
         self.switch(self._use)
         total = sum(self._secs.values())
         scalars = {"goodput": self._secs["step"] / total if total else 0.0}
@@ -262,7 +262,7 @@ class WallTime:
         return scalars
 
     def save(self) -> None:
-        """Writes the file; a warning where that fails."""
+        """Writes the file; logs a warning if that fails."""
         if jax.process_index() != 0:
             return
         self.switch(self._use)
@@ -270,11 +270,11 @@ class WallTime:
         data = json.dumps(add_checksum({"starts": self._starts, "secs": secs}), indent=1) + "\n"
         try:
             replace_file(self._path, data.encode())
-        except Exception as error:  # few errors of stores are an OSError
+        except Exception as error:  # errors of stores are rarely an OSError
             logging.warning("%s cannot be written: %s", self._path, error)
 
     def close(self) -> None:
-        """Says what the time was spent on, and keeps it for the next start."""
+        """Logs what the time was spent on, and saves it for the next start."""
         self.save()
         total = sum(self._secs.values())
         shares = collections.Counter(self._secs).most_common()
@@ -287,12 +287,12 @@ class WallTime:
         )
 
     def switch(self, use: str) -> None:
-        """Counts as one use what is nothing else from here on."""
+        """Attributes the time from here on to a use, except within `during`."""
         now = self._clock()
         self._secs[self._use] += now - self._marked
         self._marked, self._use = now, use
 
 
 def _known(secs: Mapping[str, float], prefix: str = "") -> dict[str, float]:
-    """The seconds of each use in a file or a row; zeros for those that it lacks."""
+    """Returns the seconds of each use in a file or a row; zeros for missing ones."""
     return {use: float(secs.get(prefix + use, 0.0)) for use in USES}

@@ -1,4 +1,4 @@
-"""Speed of a run: images and FLOPs per second, MFU, whether the input keeps up, and profiles."""
+"""Speed of a run: images and FLOPs per second, MFU, supply of input, and profiles."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from diht_jax.training.program import TrainProgram
 from diht_jax.training.step import OPTIMIZER_SCOPE
 
 PROFILE_DIRECTORY = "profile"
-# Of training, before the first look: a run starts with empty buffers.
+# Training time before the first check: a run starts with empty buffers.
 _FIRST_LOOK_SECS = 60.0
-# Between two warnings.
+# Time between two warnings.
 _WARNING_SECS = 600.0
-# Workers that are busy for less than this share of their time wait for storage.
+# Workers that are busy for less than this share of their time are waiting for storage.
 _BUSY_SHARE = 0.6
-# A window that lost less of its time to waiting than this is not worth a word.
+# Waiting times below this share of a window are not reported.
 _LEAST_LOSS = 0.1
 
 
@@ -38,13 +38,13 @@ def model_flops(
     devices: Sequence[jax.Device],
     traced: jax.stages.Traced | None = None,
 ) -> int:
-    """FLOPs of the matrix products that one step of the recipe needs, over all devices.
+    """Computes the matrix-product FLOPs that one step of the recipe needs, over all devices.
 
-    Model FLOPs in the sense of PaLM (arXiv 2204.02311, appendix B), a multiply-add being two:
-    without what docs/guides/train/metrics.md names, and without the optimiser's own products.
+    Model FLOPs as defined by PaLM (arXiv 2204.02311, appendix B); a multiply-add counts as two.
+    Excludes the operations named in docs/guides/train/metrics.md and the optimiser's products.
 
     Args:
-        traced: its step, where that is at hand: one that computes nothing twice is counted as it
+        traced: the traced step, if available. One that recomputes nothing is counted as it
             is, which saves tracing another one.
     """
     plain = config.copy_and_resolve_references()
@@ -58,7 +58,7 @@ def model_flops(
         plain.captioning.chunk_tokens = max(plain.captioning.chunk_tokens, tokens)
         plain.captioning.remat = "none"
     computes_once = plain == config
-    # No length of a run changes what a step computes.
+    # A step does not depend on the length of the run.
     plain.optimizer.update(schedule="cosine", decay_steps=None)
     program = TrainProgram(plain, plain.optimizer.warmup_steps + 1, devices)
     kernels = {tower.kernel for tower in program.attention().values()}
@@ -71,13 +71,13 @@ def model_flops(
 
 
 def mesh_peak_flops(mesh: Mesh) -> float | None:
-    """Peak of all devices together in bfloat16 operations per second; None where not known."""
+    """Returns the peak bfloat16 FLOP/s of all devices together; None if unknown."""
     chip = find_chip(mesh.devices.flat[0].device_kind)
     return chip.peak_flops * mesh.size if chip else None
 
 
 def log_flops(flops_per_step: int, batch_size: int, mesh: Mesh) -> None:
-    """Logs what a step costs, and what MFU will be measured against."""
+    """Logs the cost of a step, and the peak that MFU refers to."""
     peak, kind = mesh_peak_flops(mesh), mesh.devices.flat[0].device_kind
     logging.info(
         "%.3f TFLOP a step, %.2f GFLOP an image; %s",
@@ -91,20 +91,20 @@ def log_flops(flops_per_step: int, batch_size: int, mesh: Mesh) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class InputRate:
-    """Speed of the input, and of a step that never waits for it, over one window."""
+    """Speed of the input, and of a step that never waits for it, in one window."""
 
-    supplied: float  # images per second of the window
-    # Images per second of a step that has its batch; None where no step was measured that the
-    # devices were waiting for.
+    supplied: float  # images per second in the window
+    # Images per second of a step whose batch is ready. None if no step was measured for which the
+    # devices had been waiting.
     possible: float | None
-    # Most steps found the devices idle when their batch came, and waiting for batches is most of
-    # what the window lost.
+    # Whether the devices were idle at most steps when their batch came, and waiting for batches is
+    # most of the time that the window lost.
     is_short: bool
-    hidden_secs: float  # of the waits for batches, in which the devices worked on a step
+    hidden_secs: float  # part of the waits for batches in which the devices ran a step
 
 
 class ThroughputWindow:
-    """Measurements since the last line of the metrics: means, speed, waiting time."""
+    """Measurements since the last line of the metrics: means, speed, and waiting time."""
 
     def __init__(
         self,
@@ -118,31 +118,31 @@ class ThroughputWindow:
         self._flops_per_step = flops_per_step
         self._peak_flops = mesh_peak_flops(mesh)
         self._clock = clock
-        self._last: dict[str, jax.Array] | None = None  # of the step before
+        self._last: dict[str, jax.Array] | None = None  # metrics of the previous step
         self._arrived_secs = 0.0
-        self._was_idle = False  # the devices, when the last batch came
-        self.input_rate = InputRate(0.0, None, False, 0.0)  # of the window that `summary` closed
+        self._was_idle = False  # whether the devices were, when the last batch came
+        self.input_rate = InputRate(0.0, None, False, 0.0)  # of the last window closed by `summary`
         self._reset()
 
     @property
     def num_steps(self) -> int:
-        """Steps since the last line."""
+        """Number of steps since the last line."""
         return len(self._measured)
 
     def timed(self, get_batch: Callable[..., Any], *arguments: Any) -> Any:
         """Calls `get_batch(*arguments)` and counts its time as waiting for data."""
         if self._was_idle and self._step_secs is None:
-            # Nothing ran before this step, so its time is what a step takes. Once in a window: the
-            # host cannot work ahead meanwhile.
+            # Nothing ran before this step, so its time is that of a step. Measured once per window,
+            # since the host cannot run ahead meanwhile.
             jax.block_until_ready(self._last)
             self._step_secs = self._clock() - self._arrived_secs
         start = self._clock()
         batch = get_batch(*arguments)
         self._arrived_secs = self._clock()
         self._data_wait_secs += self._arrived_secs - start
-        if self._last is None:  # nothing runs meanwhile
+        if self._last is None:  # the devices run nothing meanwhile
             self._idle_wait_secs += self._arrived_secs - start
-        last: Any = self._last  # of arrays, whose type does not know `is_ready`
+        last: Any = self._last  # the type of arrays lacks `is_ready`
         self._was_idle = last is not None and last["loss"].is_ready()
         self._num_idle += self._was_idle
         return batch
@@ -153,20 +153,20 @@ class ThroughputWindow:
         jax.block_until_ready(self._measured)
         start = self._clock()
         result = function()
-        self._last, self._was_idle = None, False  # the devices are idle for another reason
+        self._last, self._was_idle = None, False  # idle, but not because of the input
         self._start += self._clock() - start
         return result
 
     def add(self, metrics: dict[str, jax.Array]) -> None:
-        """Keeps one step's metrics, without waiting for them."""
+        """Stores one step's metrics without waiting for them."""
         self._measured.append(metrics)
         self._last = metrics
 
     def summary(self) -> dict[str, float]:
-        """Means of the step's metrics, and speed; starts the next window.
+        """Returns means of the metrics, and speeds; starts the next window.
 
-        In addition to the means: `images_per_sec`; `data_wait_secs`, and `data_wait_share` of the
-        time; `model_flops_per_sec`; and `mfu`, where the devices' peak is known.
+        In addition to the means: `images_per_sec`; `data_wait_secs`, and its share of the time,
+        `data_wait_share`; `model_flops_per_sec`; and `mfu`, if the devices' peak is known.
         """
         measured = jax.device_get(self._measured)  # waits for the devices
         scalars: dict[str, float] = jax.tree.map(lambda *x: float(np.mean(x)), *measured)
@@ -218,7 +218,7 @@ class InputSupply:
         self._is_short: bool | None = None
 
     def check(self, rate: InputRate) -> None:
-        """Looks at the window that has just ended."""
+        """Checks the window that has just ended."""
         now, worker_secs = time.monotonic(), workers.processor_secs()
         (before, secs_before), self._before = self._before, (now, worker_secs)
         if now < self._look_at:
@@ -263,16 +263,16 @@ class InputSupply:
 
 
 class StepProfiler:
-    """Traces the steps from `start_step` to `stop_step`, both included, into `workdir/profile`.
+    """Traces the steps from `start_step` to `stop_step`, inclusive, into `workdir/profile`.
 
-    The trace is the JAX profiler's: TensorBoard's profile plug-in, XProf and Perfetto read it.
+    JAX's profiler writes the trace for TensorBoard's profile plug-in, XProf and Perfetto.
     """
 
     def __init__(self, config: ml_collections.ConfigDict, workdir: epath.Path):
-        """Takes the section `profile`; nothing is traced where both steps are None.
+        """Takes the section `profile`; traces nothing if both steps are None.
 
         Raises:
-            ValueError: one of the two is missing, or they are no range of steps.
+            ValueError: only one of them is set, or they are no range of steps.
         """
         first, last = config.start_step, config.stop_step
         if (first is None) != (last is None) or (first is not None and not 1 <= first <= last):
@@ -285,9 +285,9 @@ class StepProfiler:
         self._is_tracing = False
 
     def step(self, step: int) -> contextlib.AbstractContextManager:
-        """Surrounds step number `step` (from 1); starts the trace where that is due.
+        """Returns a context for step number `step` (from 1); starts the trace when due.
 
-        A run that is resumed within the range traces what is left of it.
+        A run that resumes within the range traces the rest of it.
         """
         if step in self._steps and not self._is_tracing:
             jax.profiler.start_trace(str(self._directory))
@@ -295,7 +295,7 @@ class StepProfiler:
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
     def close(self) -> None:
-        """Ends the trace, if one is under way, and writes it."""
+        """Stops a running trace and writes it."""
         if self._is_tracing:
             self._is_tracing = False
             jax.profiler.stop_trace()

@@ -1,4 +1,4 @@
-"""Trackers of experiments, which get the metrics of a run, and files that grow while it goes on.
+"""Experiment trackers, which receive the metrics of a run, and files that grow during a run.
 
 A new tracker is a subclass of `Tracker` and an entry of `TRACKERS`.
 """
@@ -29,23 +29,23 @@ from diht_jax.storage.stores import is_remote
 RUN_FILE = "trackers.json"
 METRICS_FILE = "metrics.jsonl"
 _PROJECT = "diht_jax"
-# For the end of a run, or of a machine that is taken away: what W&B has not sent by then stays on
-# disk, where `wandb sync` finds it.
+# Time limit at the end of a run, or when a machine is taken away. What W&B has not sent by then
+# stays on disk, where `wandb sync` finds it.
 _FINISH_SECS = 60.0
 _LOCAL_MODES = ("offline", "dryrun", "disabled")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrackedRun:
-    """A run, as its trackers know it."""
+    """A run as presented to its trackers."""
 
     workdir: epath.Path  # its work directory
-    start_step: int  # steps that it has behind it; more than 0 where it goes on
+    start_step: int  # number of finished steps; more than 0 for a resumed run
     config: Mapping[str, Any]  # its config, JSON-able
 
     @functools.cached_property
     def id(self) -> str:
-        """The same for as long as the work directory exists."""
+        """Identifier that stays the same as long as the work directory exists."""
         path = join(self.workdir, RUN_FILE)
         found = (read_object(path) or {}).get("id")
         if not isinstance(found, str):
@@ -55,56 +55,56 @@ class TrackedRun:
 
     @property
     def name(self) -> str:
-        """Name for people."""
+        """Display name."""
         return self.config["tracking"]["name"] or self.workdir.name or "run"
 
     @property
     def project(self) -> str | None:
-        """The project that it belongs to; None where the recipe names none."""
+        """Project of the run; None if the recipe names none."""
         return self.config["tracking"]["project"]
 
 
 class Tracker:
-    """Writes the metrics of one run to one place.
+    """Writes the metrics of one run to one destination.
 
-    A new one is opened where a run starts or goes on. Any method may raise: the run then goes on
-    without the tracker. None may wait for the network for long.
+    Created when a run starts or resumes. Any method may raise: the run then continues without the
+    tracker. No method may wait long for the network.
     """
 
-    title: ClassVar[str]  # name for people
-    package: ClassVar[str] = ""  # that it needs and that does not come with this one; "" for none
-    takes_pictures: ClassVar[bool] = True  # `write_picture` does something
+    title: ClassVar[str]  # display name
+    package: ClassVar[str] = ""  # required package that is not a dependency of this one, or ""
+    takes_pictures: ClassVar[bool] = True  # whether `write_picture` has an effect
 
     def __init__(self, run: TrackedRun):
-        """Opens the run, or goes on with the one of the same id."""
+        """Opens the run, or resumes the one with the same id."""
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Adds metrics of a step; those of evaluations come in a call of their own."""
+        """Adds metrics of a step; those of evaluations come in a separate call."""
         raise NotImplementedError
 
     def write_picture(self, step: int, name: str, picture: bytes) -> None:
-        """Adds a picture, encoded as PNG."""
+        """Adds a PNG picture."""
 
     def close(self, failed: bool) -> None:
-        """Writes what is left; `failed` where an error ended the run."""
+        """Writes pending data; `failed` says whether an error ended the run."""
 
 
 class TensorBoard(Tracker):
     """Writes TFRecord files of `Event` messages, one for each start of a run.
 
-    TensorBoard's own writer is not used: it writes in a thread that dies with the first error, and
-    then blocks the run. Pictures are left out, since a file in an object store is written anew for
-    each line.
+    Replaces TensorBoard's own writer, whose thread dies with the first error and then blocks the
+    run. Pictures are not written, because a file in an object store is rewritten for each
+    line.
     """
 
     title = "TensorBoard"
     takes_pictures = False
 
     def __init__(self, run: TrackedRun):
-        """Begins a file; TensorBoard hides what earlier files hold of later steps."""
+        """Starts a file; TensorBoard hides later steps that earlier files contain."""
         from tensorboard.compat.proto import event_pb2
 
-        # Seconds alone would let a quick restart overwrite the file.
+        # With seconds alone a quick restart would overwrite the file.
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         first = _event(file_version="brain.Event:2")
@@ -112,7 +112,7 @@ class TensorBoard(Tracker):
         self._events = GrowingFile(run.workdir / "tensorboard" / name, first)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Appends an event; one that cannot be written now is kept."""
+        """Appends an event; keeps it if it cannot be written now."""
         from tensorboard.compat.proto import summary_pb2
 
         summary = summary_pb2.Summary()
@@ -121,12 +121,12 @@ class TensorBoard(Tracker):
         self._events.append(_event(step=step, summary=summary))
 
     def close(self, failed: bool) -> None:
-        """Writes what was kept."""
+        """Writes pending events."""
         self._events.sync()
 
 
 def _event(**fields: Any) -> bytes:
-    """The record of an event in a file."""
+    """Encodes an event as a record of the file."""
     from tensorboard.compat.proto import event_pb2
 
     data = event_pb2.Event(wall_time=time.time(), **fields).SerializeToString()
@@ -134,11 +134,11 @@ def _event(**fields: Any) -> bytes:
 
 
 class WeightsAndBiases(Tracker):
-    """Writes by W&B's client, which sends in a process of its own.
+    """Writes with W&B's client, which sends data from its own process.
 
-    Its environment variables count (WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY, WANDB_DIR, ...). The
-    step is a metric, and all others are drawn over it: W&B drops what comes for a step of its own
-    that is in the past, such as an evaluation that was caught up on.
+    The client's environment variables apply (WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY, WANDB_DIR,
+    ...). The step is a metric, and the x-axis of all others: W&B drops values for an earlier one of
+    its own steps, such as those of an evaluation that was caught up on.
     """
 
     title = "Weights & Biases"
@@ -148,13 +148,13 @@ class WeightsAndBiases(Tracker):
         """Opens the run.
 
         Raises:
-            Exception: no login, no network, or what else W&B's client reports.
+            Exception: no login, no network, or another error of W&B's client.
         """
         import wandb
 
         settings = wandb.Settings(finish_timeout=_FINISH_SECS)
         folder = os.fspath(run.workdir)
-        # Without `prompt`, a run without a login would wait for somebody at the terminal.
+        # Without `prompt`, a run without a login would wait for input at the terminal.
         sends = wandb.setup().settings.mode not in _LOCAL_MODES
         if sends and not wandb.login(prompt=False, verify=False):
             raise ValueError("no login: call `wandb login`, or set WANDB_API_KEY or WANDB_MODE")
@@ -172,29 +172,29 @@ class WeightsAndBiases(Tracker):
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Hands metrics over to the client."""
+        """Passes metrics to the client."""
         self._run.log({"step": step, **scalars})
 
     def write_picture(self, step: int, name: str, picture: bytes) -> None:
-        """Hands a picture over to the client."""
+        """Passes a picture to the client."""
         from PIL import Image
 
         image = self._wandb.Image(Image.open(io.BytesIO(picture)))
         self._run.log({"step": step, name: image})
 
     def close(self, failed: bool) -> None:
-        """Waits until all is sent, a minute at most."""
+        """Waits until everything is sent, at most a minute."""
         self._run.finish(exit_code=int(failed))
 
 
 class Trackio(Tracker):
-    """Writes by trackio's client, into TRACKIO_DIR or, with TRACKIO_SPACE_ID, a Space."""
+    """Writes with trackio's client, to TRACKIO_DIR or, with TRACKIO_SPACE_ID, to a Space."""
 
     title = "trackio"
     package = "trackio"
 
     def __init__(self, run: TrackedRun):
-        """Opens the run. trackio finds one that goes on by its name, so the id belongs there."""
+        """Opens the run; its name contains the id, because trackio resumes runs by name."""
         import trackio
 
         self._trackio = trackio
@@ -207,18 +207,18 @@ class Trackio(Tracker):
         )
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Hands metrics over to the client's thread."""
+        """Passes metrics to the client's thread."""
         self._run.log(dict(scalars), step=step)
 
     def write_picture(self, step: int, name: str, picture: bytes) -> None:
-        """Hands a picture over to the client's thread."""
+        """Passes a picture to the client's thread."""
         from PIL import Image
 
         image = self._trackio.Image(Image.open(io.BytesIO(picture)))
         self._run.log({name: image}, step=step)
 
     def close(self, failed: bool) -> None:
-        """Waits until all is written, half a minute at most."""
+        """Waits until everything is written, at most half a minute."""
         self._run.finish()
 
 
@@ -230,7 +230,7 @@ TRACKERS: dict[str, type[Tracker]] = {
 
 
 def tracker_names(trackers: Sequence[str]) -> list[str]:
-    """The names in `config.trackers`; `--config.trackers=a,b` gives one text of two."""
+    """Returns the names in `config.trackers`; `--config.trackers=a,b` is one text with two."""
     names = dict.fromkeys(filter(None, map(str.strip, ",".join(trackers).split(","))))
     for name in names:
         if name not in TRACKERS:
@@ -240,12 +240,12 @@ def tracker_names(trackers: Sequence[str]) -> list[str]:
 
 
 def check_trackers(trackers: Sequence[str]) -> None:
-    """Checks that this process could open them; only the first process of a job opens any."""
+    """Checks that this process could open the trackers; only the first process opens them."""
     for name in tracker_names(trackers):
         package = TRACKERS[name].package
         if package and jax.process_index() == 0:
             spec = importlib.util.find_spec(package)
-            if spec is None or spec.origin is None:  # a folder of the same name has none
+            if spec is None or spec.origin is None:  # a mere folder of that name has no origin
                 raise ValueError(
                     f"config.trackers: '{name}' needs the package {package}, which is not "
                     f"installed: `pip install {package}`, or leave it out of --config.trackers"
@@ -253,7 +253,7 @@ def check_trackers(trackers: Sequence[str]) -> None:
 
 
 def warn_without(kind: type[Tracker], error: Exception) -> None:
-    """Logs that a run goes on without a tracker."""
+    """Logs that a run continues without a tracker."""
     logging.warning(
         "the run goes on without %s (%s); %s holds the same numbers",
         kind.title,
@@ -263,10 +263,10 @@ def warn_without(kind: type[Tracker], error: Exception) -> None:
 
 
 def replace_file(path: epath.Path, data: bytes) -> None:
-    """Writes a file that appears whole or not at all.
+    """Writes a file atomically.
 
     Raises:
-        Exception: it cannot be written; which one depends on the storage.
+        Exception: the file cannot be written; the type depends on the storage.
     """
     if is_remote(os.fspath(path)):
         path.write_bytes(data)
@@ -276,22 +276,22 @@ def replace_file(path: epath.Path, data: bytes) -> None:
 
 
 class GrowingFile:
-    """Appends to a file, on a disk or in an object store, while the run goes on.
+    """Appends to a file on a disk or in an object store.
 
-    A kill leaves whole records. Nothing here waits for a store that fails: what cannot be written
-    is kept, and a later call tries again.
+    A kill leaves only whole records. It never waits for a failing store: data that cannot be
+    written are kept, and a later call tries again.
 
-    Nothing can be appended to an object of a store: it is written anew whenever it grows.
+    Objects of a store cannot be appended to, so the object is rewritten whenever it grows.
     """
 
     def __init__(self, path: epath.Path, data: bytes):
-        """Writes the file at once; errors are those of `replace_file`."""
+        """Writes the file at once; errors as in `replace_file`."""
         self._path, self._data, self._waiting = path, data, b""
         self._is_remote = is_remote(os.fspath(path))
         replace_file(path, data)
 
     def append(self, data: bytes) -> None:
-        """Adds to the end, after what was kept; a warning where that cannot be written now."""
+        """Appends pending and new data; logs a warning if they cannot be written now."""
         self._waiting += data
         try:
             if self._is_remote:
@@ -299,10 +299,10 @@ class GrowingFile:
             else:
                 with open(self._path, "r+b") as file:
                     file.seek(len(self._data))
-                    file.truncate()  # a part of what could not be written before
+                    file.truncate()  # removes a partial write of an earlier attempt
                     file.write(self._waiting)
             self._data, self._waiting = self._data + self._waiting, b""
-        except Exception as error:  # few errors of stores are an OSError
+        except Exception as error:  # errors of stores are rarely an OSError
             logging.warning(
                 "%s: a line is kept for later, it cannot be written: %s",
                 self._path,
@@ -310,7 +310,7 @@ class GrowingFile:
             )
 
     def sync(self) -> None:
-        """Writes what was kept, and makes the file outlive a crash of the machine."""
+        """Writes pending data, and makes the file durable against a crash of the machine."""
         if self._waiting:
             self.append(b"")
         if not self._is_remote:

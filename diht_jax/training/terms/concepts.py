@@ -18,14 +18,14 @@ from diht_jax.losses.objective import Parameters, Term
 HEADS = "concept_heads"
 
 
-# Head, which is also the kind of vocabulary: what its keys, fields and metrics begin with.
+# Maps a head, which is also a kind of vocabulary, to the prefix of its keys, fields and metrics.
 _STEMS = {"objects": "object", "attributes": "attribute"}
 
 
 class ConceptDistillation(Term):
-    """Soft-target cross-entropy of two linear heads; a weight of 0 leaves its head out.
+    """Soft-target cross-entropy of two linear heads; a weight of 0 removes its head.
 
-    The data must be labelled (`data_prep.label`) with vocabularies that the heads have room for.
+    The data must be labelled (`data_prep.label`); the vocabularies must fit the heads.
 
     Source: DiHT, arXiv 2301.02280, "Concept distillation".
     """
@@ -48,7 +48,7 @@ class ConceptDistillation(Term):
 
     @property
     def active_heads(self) -> dict[str, str]:
-        """The heads that count in this run."""
+        """The heads with a weight in this run."""
         return {head: kind for head, kind in _STEMS.items() if self.section[f"{kind}_weight"] > 0}
 
     @property
@@ -66,12 +66,12 @@ class ConceptDistillation(Term):
         return ((f"^{HEADS}/", *factors),)
 
     def bind_data(self, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-        """The config with the hashes of the vocabularies that the data are labelled with.
+        """Returns the config with the hashes of the vocabularies that label the data.
 
-        They are part of the run's config, so that a run cannot be resumed on data whose ids mean
-        other concepts.
+        As part of the run's config they prevent resuming on data whose ids mean other
+        concepts.
         """
-        # Here, since the defaults of a config are read without any data.
+        # Imported here, since the defaults of a config are read without any data.
         from diht_jax.records.train_data import describe_train
         from diht_jax.records.vocabulary import find_train_vocabulary
 
@@ -103,7 +103,7 @@ class ConceptDistillation(Term):
         return config
 
     def parameters(self, key: jax.Array, widths: dict[str, int], dtype: DTypeLike) -> Parameters:
-        """Heads of zeros: the first predictions are uniform for any features."""
+        """Returns heads of zeros, whose initial predictions are uniform."""
         width = widths[self.section.feature]
         heads = {}
         for head in self.active_heads:
@@ -120,7 +120,7 @@ class ConceptDistillation(Term):
         features: dict[str, Float[Array, "b ..."]],
         examples: dict[str, Shaped[Array, "b ..."]],
     ) -> dict[str, Float[Array, " b"]]:
-        """The losses of each example, 0 for unlabelled ones; see `Term.of_examples`."""
+        """Computes the losses of each example, 0 if unlabelled; see `Term.of_examples`."""
         return {
             f"{kind}_loss": concept_losses_in_chunks(
                 features[self.section.feature],
@@ -141,7 +141,7 @@ class ConceptDistillation(Term):
         *,
         mesh: Mesh,
     ) -> dict[str, tuple[float, Float[Array, ""]]]:
-        """The means over labelled examples; see `Term.of_batch`."""
+        """Computes the means over labelled examples; see `Term.of_batch`."""
         losses = {}
         for kind in self.active_heads.values():
             is_labelled = jnp.sum(examples[f"{kind}_probs"], axis=1) > 0

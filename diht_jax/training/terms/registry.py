@@ -1,4 +1,4 @@
-"""The terms of the objective by name, which is the name of their section in the config."""
+"""The terms of the objective, keyed by name, which is also their config section."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Checkpoints: training state and position in the data, written by Orbax in the background.
 
-Each also holds checksums of the two and a fingerprint of the data set, so that a damaged checkpoint
-and a changed data set are noticed.
+Each checkpoint also holds checksums of both and a fingerprint of the data set, which reveal a
+damaged checkpoint and a changed data set.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from diht_jax.training.workdir.saved_run import (
 
 
 class SaveError(TemporaryError):
-    """A checkpoint could not be written; there may be room the next time."""
+    """A checkpoint could not be written; it may succeed the next time."""
 
 
 @dataclasses.dataclass
 class BestStep:
-    """Orbax's policy that preserves the checkpoint with the best value."""
+    """Orbax preservation policy that keeps the checkpoint with the best value."""
 
-    lower_is_better: bool = False  # whether that is the lowest, not the highest
-    # By step; the latest of equal ones counts.
+    lower_is_better: bool = False  # whether the lowest value is the best
+    # Values by step; among ties the latest step counts.
     values: dict[int, float] = dataclasses.field(default_factory=dict)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
@@ -58,7 +58,7 @@ class BestStep:
         return [checkpoint.step == best for checkpoint in checkpoints]
 
     def step(self, steps: Sequence[int]) -> int | None:
-        """The best of the steps; None where none was measured."""
+        """Returns the best of the steps; None if none was measured."""
         sign = -1 if self.lower_is_better else 1
         measured = [
             (sign * self.values[step], step)
@@ -71,11 +71,11 @@ class BestStep:
 class Checkpointer:
     """Saves and restores a run in `workdir/checkpoints/STEP`.
 
-    A checkpoint counts once it is complete; what a killed process left of one is removed when the
-    run goes on.
+    A checkpoint counts once it is complete. When the run resumes, it removes incomplete ones, which
+    a killed process leaves.
 
     Attributes:
-        restored_dataset: what `save` kept as `dataset` in the restored checkpoint; empty before.
+        restored_dataset: the `dataset` stored in the restored checkpoint; empty before.
     """
 
     def __init__(
@@ -87,13 +87,13 @@ class Checkpointer:
         best: BestStep | None = None,
         dataset: dict[str, Any] | None = None,
     ):
-        """Opens or creates the directory. All processes of a job must call.
+        """Opens or creates the directory. All processes of a job must call it.
 
         Args:
-            keep_last: how many of the latest checkpoints stay.
-            keep_step: the checkpoint of this step stays too.
-            best: knows the best step, whose checkpoint stays as well; it may learn of later ones.
-            dataset: what the data look like, JSON-able; kept in every checkpoint.
+            keep_last: number of latest checkpoints to keep.
+            keep_step: step of a checkpoint to keep in addition.
+            best: policy for the best step, which is kept too; values may be added later.
+            dataset: JSON-able description of the data, stored in every checkpoint.
         """
         self._root = checkpoint_root(workdir)
         self._keep_last = keep_last
@@ -104,7 +104,7 @@ class Checkpointer:
         self._failure: SaveError | None = None
         self.restored_dataset: dict[str, Any] = {}
         self._found = shared_steps(self._root)
-        # Where there are checkpoints, `restore` opens it, once it is known which are whole.
+        # If there are checkpoints, `restore` opens it once it knows which ones are intact.
         self._manager: Any = None if self._found else self._open()
 
     @property
@@ -116,18 +116,18 @@ class Checkpointer:
 
     @property
     def steps(self) -> list[int]:
-        """Steps of the checkpoints, that under way included; once it is open."""
+        """Steps of the checkpoints, including one being saved; needs an open manager."""
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, iterator: TrainIterator | Position) -> None:
-        """Starts saving, unless this step is saved; returns before the files are finished.
+        """Starts saving, unless this step is already saved; returns before the files are finished.
 
-        Where a checkpoint cannot be written (a full disk, say), an error is logged and the run goes
-        on with the earlier ones; the next call tries again. A job of several processes ends
+        If a checkpoint cannot be written (such as on a full disk), an error is logged and the run
+        continues with the earlier ones; the next call tries again. A job of several processes ends
         instead.
 
         Raises:
-            SaveError: in a job of several processes, one could not be written.
+            SaveError: a checkpoint could not be written, in a job of several processes.
         """
         self._finish_saving()
         step = int(state.step)
@@ -151,18 +151,18 @@ class Checkpointer:
                     }
                 ),
             )
-        except Exception as error:  # what it is depends on where the storage fails
+        except Exception as error:  # the type depends on where the storage fails
             self._report_failure(error)
 
     def restore(self, target: TrainState, iterator: TrainIterator) -> TrainState:
-        """The latest state that is whole, sharded like `target`.
+        """Restores the latest intact state, sharded like `target`.
 
-        Damaged checkpoints after it are moved to `corrupt_checkpoints/`, so that their steps can
+        Moves damaged checkpoints after it to `corrupt_checkpoints/`, so that their steps can
         be saved again.
 
         Raises:
-            ValueError: no checkpoint can be read; with the reason for each.
-            TemporaryError: a process does not see one yet.
+            ValueError: no checkpoint can be read; has the reason for each.
+            TemporaryError: a process does not see a checkpoint yet.
         """
         problems: dict[int, str] = {}
         for step in reversed(self._found):
@@ -174,7 +174,7 @@ class Checkpointer:
                 problem = str(error)
             problem = first_text(problem)
             if problem is None:
-                # A computation of all processes: only once each of them has read its part.
+                # A collective computation, so only after each process has read its part.
                 problem = first_text(describe_difference(checks, state))
             if problem is None:
                 break
@@ -220,14 +220,14 @@ class Checkpointer:
                 # The loop decides when to save.
                 save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),
                 cleanup_tmp_directories=True,
-                # What the first process finds, so that all save and remove the same steps.
+                # Listed by the first process, so that all save and remove the same steps.
                 single_host_load_and_broadcast=True,
             ),
             item_names=(STATE_ITEM, DATA_ITEM, CHECKS_ITEM),
         )
 
     def _remove_surpassed(self, best: BestStep) -> None:
-        """Removes what was the best until the last evaluation; `save` does so for those before."""
+        """Removes the checkpoint that was best until the last evaluation; `save` removes others."""
         if not best.values or self._failure is not None:
             return
         steps = self.steps
@@ -236,7 +236,7 @@ class Checkpointer:
             self._manager.delete(step)
 
     def _finish_saving(self) -> None:
-        """Waits for the save that is under way, and reports its failure."""
+        """Waits for a save in progress, and reports its failure."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:  # as in `save`
@@ -256,14 +256,14 @@ class Checkpointer:
         if jax.process_count() > 1:
             raise self._failure from error
         logging.error("%s; the run goes on and tries again at its next checkpoint", self._failure)
-        with contextlib.suppress(Exception):  # the same error once more
+        with contextlib.suppress(Exception):  # repeats the same error
             self._manager.close()
-        self._manager = self._open()  # removes what was written of it
+        self._manager = self._open()  # removes the incomplete checkpoint
 
     def _check_seen(self, step: int) -> None:
-        """Raises where a process does not see a checkpoint that the first one has found.
+        """Raises if a process does not see a checkpoint that the first process has found.
 
-        It is not damaged: the folders of a network file system may reach some hosts later.
+        It is not damaged: on a network file system, folders may become visible later to some hosts.
         """
         seen = gather_texts("seen" if (self._root / str(step)).exists() else "")
         if not all(seen):
@@ -278,7 +278,7 @@ class Checkpointer:
         if jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             if "://" in os.fspath(folder):
-                # In a bucket, a folder exists once there is an object in it.
+                # In a bucket, a folder exists only if there is an object in it.
                 (folder / "README.txt").write_text("Damaged checkpoints, by step.\n")
             number = len(list(folder.glob(f"{step}-*")))
             (self._root / str(step)).rename(folder / f"{step}-{number}")

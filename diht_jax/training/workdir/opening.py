@@ -1,7 +1,7 @@
-"""Opens a run: its work directory and its data, as they were when it started.
+"""Opens a run's work directory and data, and checks that they are as when it started.
 
 Config and data must be the same on all hosts and since the checkpoint, and the hosts of a job must
-share the directory: another config, other data or another run there are refused.
+share the directory. Another config, other data or another run in the directory are errors.
 """
 
 from __future__ import annotations
@@ -45,27 +45,27 @@ from diht_jax.training.recipe import check_config, key_of, pictures_of, steps_be
 from diht_jax.training.workdir.saved_run import read_config, steps_of_run
 from diht_jax.training.workdir.stored_run import LOCK_FILE, StagedDirectory
 
-# At a file of the first process, before hosts are taken to share no folder.
+# Checks for a file of the first process, before concluding that hosts share no folder.
 _LOOKS, _POLL_SECONDS = 10, 1.0
 
 
 @contextlib.contextmanager
 def open_workdir(workdir: str | os.PathLike[str], staging: str | None) -> Generator[epath.Path]:
-    """Locks it for as long as the context lasts. All processes of a job must call.
+    """Locks the work directory while the context lasts. All processes of a job must call it.
 
     Args:
-        workdir: a path or a URL. All URLs are staged in a local folder, `gs://` only with
+        workdir: a path or a URL. URLs are staged in a local folder; `gs://` only with
             `staging`.
         staging: `config.checkpoint.staging`.
 
     Yields:
-        Where to work. Of a run in a store it is the folder on disk; at the end of the context all
-        of it is in the store.
+        The folder to work in. For a run in a store it is a local folder, which is completely copied
+        to the store at the end of the context.
 
     Raises:
-        ValueError: another run works there, or it cannot be read or written; hosts do not share
-            the folder on disk, which is that of the run or the one it is staged in; nothing
-            installed knows such URLs.
+        ValueError: another run uses the directory, or it cannot be read or written; hosts do not
+            share the local folder (the run's own or its staging folder); no installed package
+            handles such URLs.
     """
     name = os.fspath(workdir)
     is_staged = is_remote(name) and (bool(staging) or not name.startswith("gs://"))
@@ -89,11 +89,11 @@ def open_workdir(workdir: str | os.PathLike[str], staging: str | None) -> Genera
 
 
 def _check_shared(folder: epath.Path, workdir: str) -> None:
-    """Raises where a process does not see the lock file that the first one has just written."""
+    """Raises if a process does not see the lock file that the first one has just written."""
     lock = folder / LOCK_FILE
     for look in range(_LOOKS):
         if look:
-            time.sleep(_POLL_SECONDS)  # a network file system may show it a moment later
+            time.sleep(_POLL_SECONDS)  # on a network file system it may appear a moment later
         seen = gather_texts(lock.read_text() if lock.exists() else "")
         if len(set(seen)) == 1:
             return
@@ -107,10 +107,10 @@ def _check_shared(folder: epath.Path, workdir: str) -> None:
 
 
 def bind_order(config: ml_collections.ConfigDict, workdir: epath.Path) -> ml_collections.ConfigDict:
-    """The config with the order of the examples in place of "auto".
+    """Returns the config with the actual order of the examples instead of "auto".
 
-    A run that is there already goes on in its own order, also when its data has moved to or from an
-    object store.
+    An existing run keeps its order, even if its data has moved to or from an object
+    store.
     """
     stored = _values(read_config(workdir)) if steps_of_run(workdir) else {}
     bound = config.copy_and_resolve_references()
@@ -119,7 +119,7 @@ def bind_order(config: ml_collections.ConfigDict, workdir: epath.Path) -> ml_col
         key = f"data.train.{source.name}.order" if source.name else "data.order"
         order, path = source.order or data.order, source.path
         if isinstance(path, str) and not is_remote(path):
-            path = resolve_source(source).path  # labels may be here, and the records in a store
+            path = resolve_source(source).path  # labels may be local and the records in a store
         resolved, before = resolve_order(order, path), stored.get(key)
         with bound.unlocked():
             section = data.train[source.name] if source.name else data
@@ -128,10 +128,10 @@ def bind_order(config: ml_collections.ConfigDict, workdir: epath.Path) -> ml_col
 
 
 def check_same_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-    """Refuses to mix two runs in one directory; names the keys that differ.
+    """Raises an error if the directory has a run with another config; names the changed keys.
 
-    A run that ended before its first checkpoint may begin anew with any config. With
-    `optimizer.schedule="wsd"` another length may be right: see `check_same_start`.
+    A run that ended before its first checkpoint may restart with any config. With
+    `optimizer.schedule="wsd"` another length may be valid: see `check_same_start`.
     """
     if not steps_of_run(workdir):
         if config.lora.rank and not config.model.init_from:
@@ -153,7 +153,7 @@ def check_same_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> No
 def check_same_start(
     config: ml_collections.ConfigDict, workdir: epath.Path, *, num_examples: int
 ) -> None:
-    """Refuses another end of the run behind checkpoints that the end before has shaped."""
+    """Rejects another end of the run if the old end has already shaped the checkpoints."""
     steps = steps_of_run(workdir)
     if not steps:
         return
@@ -172,7 +172,7 @@ def check_same_start(
 
 
 def check_hosts_share_config(config: ml_collections.ConfigDict) -> None:
-    """Refuses hosts with different configs: each would compute another step. All must call."""
+    """Rejects hosts with different configs, which would compute different steps; all must call."""
     own = {
         name: json.dumps(value, sort_keys=True)
         for name, value in _values(config).items()
@@ -192,7 +192,7 @@ def check_hosts_share_config(config: ml_collections.ConfigDict) -> None:
 
 
 def open_data(config: ml_collections.ConfigDict, tokenizer: FileTokenizer | None = None) -> Mixture:
-    """The records of the run, with what makes examples of them. All processes must call.
+    """Opens the records of the run and their decoding. All processes must call it.
 
     Args:
         tokenizer: of the model; None is CLIP's.
@@ -203,7 +203,7 @@ def open_data(config: ml_collections.ConfigDict, tokenizer: FileTokenizer | None
     if num_concepts:
         vocabulary = find_train_vocabulary(config.data.train, config.data.labels)
     is_sampled = config.data.captions == "sample"
-    decoder = functools.partial(  # of the template of each source's texts
+    decoder = functools.partial(  # still without the template of each source's texts
         DecodeExample,
         arch.image_size,
         arch.context_length,
@@ -233,7 +233,7 @@ def open_data(config: ml_collections.ConfigDict, tokenizer: FileTokenizer | None
 def bind_records(
     config: ml_collections.ConfigDict, mixture: Mixture, workdir: epath.Path
 ) -> ml_collections.ConfigDict:
-    """The config, with the number of records where the loss keeps a mean of each.
+    """Returns the config with the number of records, if the loss keeps a mean for each.
 
     Raises:
         ValueError: the config, or the run in `workdir`, has another number, or there are too many.
@@ -259,7 +259,7 @@ def bind_records(
 
 
 def open_iterator(config: ml_collections.ConfigDict, mixture: Mixture) -> TrainIterator:
-    """The batches of this process, as the config asks for them."""
+    """Opens this process's batches, as configured."""
     return TrainIterator(
         mixture,
         config.data,
@@ -271,7 +271,7 @@ def open_iterator(config: ml_collections.ConfigDict, mixture: Mixture) -> TrainI
 
 
 def check_hosts_agree(train: Any, fingerprint: Fingerprint) -> None:
-    """Refuses hosts that see different data: each would train on another order."""
+    """Rejects hosts that see different data, which would train in different orders."""
     check_same(
         fingerprint.digest,
         lambda _, others: (
@@ -284,7 +284,7 @@ def check_hosts_agree(train: Any, fingerprint: Fingerprint) -> None:
 def check_same_data(
     config: ml_collections.ConfigDict, saved: dict[str, Any], fingerprint: Fingerprint
 ) -> None:
-    """Refuses to go on with other data than the checkpoint's, unless that is allowed."""
+    """Rejects other data than the checkpoint's, unless the config allows it."""
     if saved["digest"] == fingerprint.digest:
         return
     changes = describe_changes(Fingerprint.unpack(saved), fingerprint)
@@ -304,7 +304,7 @@ def check_same_data(
 def _changed_keys(
     old: ml_collections.ConfigDict, new: ml_collections.ConfigDict, policies: Sequence[str]
 ) -> list[str]:
-    """Dotted names of the keys of some policies (FIXED, END, FREE) that differ."""
+    """Returns the dotted names of differing keys with one of the policies (FIXED, END, FREE)."""
     old_values, new_values = _values(old), _values(new)
     return sorted(
         name
@@ -314,5 +314,5 @@ def _changed_keys(
 
 
 def _values(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Values by dotted name, as JSON keeps them."""
+    """Returns values by dotted name, in their JSON form."""
     return flatten_dict(json.loads(config.to_json_best_effort()), sep=".")

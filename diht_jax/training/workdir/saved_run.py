@@ -1,7 +1,7 @@
-"""Files of a run in its work directory: its config, its tokenizer, its checkpoints.
+"""Files of a run in its work directory: config, tokenizer and checkpoints.
 
-Orbax checks its index files, but not the values: it restores an array file with a flipped bit
-without an error. So each checkpoint has checksums of its own.
+Orbax verifies its index files but not the values: it restores an array file with a flipped bit
+without an error. Each checkpoint therefore has additional checksums.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from diht_jax.weights.tokenizer_file import copy_tokenizer, is_copy, read_tokeni
 CONFIG_FILE = "config.json"
 CHECKPOINT_DIRECTORY = "checkpoints"
 CORRUPT_DIRECTORY = "corrupt_checkpoints"
-TOKENIZER_DIRECTORY = "tokenizer"  # its files are copied: the run needs no others
-# What a checkpoint is made of.
+TOKENIZER_DIRECTORY = "tokenizer"  # a copy of the files, so that the run is self-contained
+# The items of a checkpoint.
 STATE_ITEM, DATA_ITEM, CHECKS_ITEM = "state", "data", "checks"
 CHECKSUMS = "checksums"  # key of the checks for `tree_checksums`
 _LONGEST_CAUSE = 600
@@ -50,16 +50,16 @@ def write_config(workdir: str | epath.Path, config: ml_collections.ConfigDict) -
     """Writes the config into the work directory, as JSON."""
     if jax.process_index() != 0:
         return
-    # Whole or not at all: a kill must not leave a run that cannot be resumed.
+    # Atomic: a kill must not leave a run that cannot be resumed.
     text = config.to_json_best_effort(indent=2) + "\n"
     replace_file(epath.Path(workdir) / CONFIG_FILE, text.encode())
 
 
 def read_config(workdir: str | epath.Path) -> ml_collections.ConfigDict:
-    """The config that `write_config` left, with the defaults of the keys that it lacks.
+    """Reads the config written by `write_config`, with defaults for missing keys.
 
     Raises:
-        ValueError: the file is missing, is no JSON or no training config.
+        ValueError: the file is missing, no JSON or no training config.
     """
     path = epath.Path(workdir) / CONFIG_FILE
     if not path.exists():
@@ -76,13 +76,13 @@ def read_config(workdir: str | epath.Path) -> ml_collections.ConfigDict:
 def open_tokenizer(
     config: ml_collections.ConfigDict, workdir: str | epath.Path | None
 ) -> FileTokenizer | None:
-    """The tokenizer of a run, from its work directory, or else from `config.model.tokenizer`.
+    """Opens the tokenizer of a run, from its work directory or else `config.model.tokenizer`.
 
     Args:
-        workdir: None for a run that begins: what is there may be of an attempt before.
+        workdir: None for a new run, since existing files may be left from an earlier attempt.
 
     Returns:
-        None where it is CLIP's.
+        The tokenizer; None for CLIP's.
     """
     if config.model.tokenizer is None:
         return None
@@ -107,7 +107,7 @@ def open_tokenizer(
 def keep_tokenizer(
     found: FileTokenizer, workdir: str | epath.Path, *, replace: bool = False
 ) -> None:
-    """Copies a tokenizer into the work directory, unless one is there that it does not replace."""
+    """Copies a tokenizer to the work directory; keeps an existing one unless `replace`."""
     folder = files.join(os.fspath(workdir), TOKENIZER_DIRECTORY)
     names = files.list_names(folder)
     if jax.process_index() != 0 or (is_copy(names) and not replace):
@@ -118,7 +118,7 @@ def keep_tokenizer(
 
 
 def _local_folder(folder: str, names: list[str]) -> str:
-    """The folder, or a copy of that of a store on this host."""
+    """Returns the folder, or a local copy of a folder in a store."""
     if not is_remote(folder):
         return folder
     name = f"tokenizer-{hashlib.sha256(folder.encode()).hexdigest()[:16]}"
@@ -131,28 +131,28 @@ def _local_folder(folder: str, names: list[str]) -> str:
 def read_checkpoint(
     directory: epath.Path, target: TrainState
 ) -> tuple[TrainState, dict[str, int], dict[str, Any]]:
-    """This process's part of a checkpoint.
+    """Reads this process's part of a checkpoint.
 
-    Uses Orbax's handlers without the manager, which synchronises all processes: one that fails
-    alone must not leave the others waiting.
+    Uses Orbax's handlers without the manager, which synchronises all processes: if one process
+    fails, the others must not wait.
 
     Returns:
-        The state, sharded like `target`; the position in the data, of `TrainIterator.get_state`;
-        and the checks: `checksums` (of `tree_checksums`), `place` (of `json_checksum`, for the
-        position) and `dataset`.
+        The state, sharded like `target`; the position in the data, from
+        `TrainIterator.get_state`; and the checks: `checksums` (from `tree_checksums`), `place`
+        (from `json_checksum`, for the position) and `dataset`.
 
     Raises:
-        ValueError: names the part that cannot be read.
+        ValueError: an item cannot be read; the message names it.
     """
     position, checks = read_position(directory)
     try:
         return read_state(directory, target), position, checks
-    except Exception as error:  # a damaged file may lead to any
+    except Exception as error:  # damaged files raise errors of any type
         raise ValueError(f"{directory / STATE_ITEM}: {explain_error(error)}") from error
 
 
 def read_position(directory: epath.Path) -> tuple[dict[str, int], dict[str, Any]]:
-    """Position in the data and checks of a checkpoint, as `read_checkpoint` returns them."""
+    """Reads data position and checks of a checkpoint, as in `read_checkpoint`."""
     item = directory / DATA_ITEM
     try:
         position = ocp.JsonCheckpointHandler().restore(item)
@@ -162,12 +162,12 @@ def read_position(directory: epath.Path) -> tuple[dict[str, int], dict[str, Any]
             item = directory / DATA_ITEM
             raise ValueError("its contents are not what was saved")
         return dict(position), checks
-    except Exception as error:  # a damaged file may lead to any
+    except Exception as error:  # damaged files raise errors of any type
         raise ValueError(f"{item}: {explain_error(error)}") from error
 
 
 def read_state(directory: epath.Path, target: Any) -> Any:
-    """The arrays of a checkpoint that `target` has, with its shapes, dtypes and shardings."""
+    """Reads the arrays of a checkpoint that `target` has, in its shapes, dtypes and shardings."""
     return ocp.PyTreeCheckpointHandler().restore(
         directory / STATE_ITEM,
         args=ocp.args.PyTreeRestore(
@@ -179,64 +179,64 @@ def read_state(directory: epath.Path, target: Any) -> Any:
 
 
 def read_checks(directory: epath.Path) -> dict[str, Any]:
-    """Checksums of a checkpoint, and the fingerprint of its data set."""
+    """Reads the checksums of a checkpoint, and the fingerprint of its data set."""
     return dict(ocp.JsonCheckpointHandler().restore(directory / CHECKS_ITEM))
 
 
 def finished_steps(root: epath.Path) -> list[int]:
-    """Steps of the finished checkpoints in a folder of some, the latest last.
+    """Returns the steps of the finished checkpoints in a folder, latest last.
 
-    In a bucket, one that is being saved has its final name from the beginning.
+    In a bucket, a checkpoint has its final name even while it is being saved.
     """
     names = map(operator.attrgetter("name"), ocp.utils.checkpoint_steps_paths(root))
     return sorted(map(int, filter(str.isdigit, names)))
 
 
 def steps_of_run(workdir: str | epath.Path) -> list[int]:
-    """Steps of the finished checkpoints in a work directory; none where there is no run."""
+    """Returns the steps of finished checkpoints in a work directory; empty without a run."""
     is_run = (epath.Path(workdir) / CONFIG_FILE).exists()
     return finished_steps(checkpoint_root(workdir)) if is_run else []
 
 
 def shared_steps(root: epath.Path) -> list[int]:
-    """Like `finished_steps`, but the steps that the first process of the job sees.
+    """Returns `finished_steps` as the first process of the job sees them.
 
-    Listings of a network file system may be older on some hosts, and a run that goes on may save
-    and remove checkpoints between two looks.
+    On a network file system listings may be stale on some hosts, and a running job may save and
+    remove checkpoints between two listings.
     """
     return share_from_first(functools.partial(finished_steps, root))
 
 
 def checkpoint_root(workdir: str | epath.Path) -> epath.Path:
-    """Folder of a run's checkpoints; absolute, as Orbax wants it."""
+    """Returns the folder of a run's checkpoints; absolute, as Orbax requires."""
     path = epath.Path(workdir) / CHECKPOINT_DIRECTORY
     return path if "://" in os.fspath(path) else path.absolute()
 
 
 def tree_checksums(tree: Any) -> dict[str, int]:
-    """Checksums of 32 bits, one for each array, the same on any mesh.
+    """Computes a 32-bit checksum per array, independent of the mesh.
 
-    `sum_i mix(bits_i + 0x9E3779B9 i)` modulo 2^32, with `bits_i` the value at index i as an
-    unsigned integer and `mix` a bijection that spreads each bit over all. Integer sums do not
-    depend on their order, hence not on how an array is split; any single flipped bit changes the
-    number, and so do, but for one case in 2^32, several of them and exchanged values. Computed on
-    the arrays' own devices.
+    It is `sum_i mix(bits_i + 0x9E3779B9 i)` modulo 2^32, with `bits_i` the value at index i as an
+    unsigned integer and `mix` a bijection that spreads each bit over all bits. Integer sums do not
+    depend on their order, and thus not on the sharding. Any single flipped bit changes the
+    checksum. Several flipped bits and exchanged values change it except for one case in 2^32.
+    Computed on the devices of the arrays.
 
     Args:
-        tree: arrays, of values up to 32 bits wide. In a job of several processes all must call.
+        tree: arrays of values up to 32 bits wide. All processes of a job must call it.
 
     Returns:
-        Path such as `params/vision/projection/kernel` -> number in [0, 2^32).
+        Maps a path such as `params/vision/projection/kernel` to an integer in [0, 2^32).
     """
     numbers = np.asarray(_checksums(jax.tree.leaves(tree))).tolist()
     return dict(zip(parameter_shapes(tree), numbers, strict=True))
 
 
 def describe_difference(checks: dict[str, Any], tree: Any, part: str = "") -> str | None:
-    """Names arrays that are not those that were saved; None if all are. All processes must call.
+    """Names arrays that differ from the saved ones; None if none do. All processes must call it.
 
     Args:
-        part: beginning of the paths of the arrays that are in it.
+        part: prefix of the paths of the arrays to compare.
     """
     if CHECKSUMS not in checks:
         return "its checksums are missing, or of another kind"
@@ -246,18 +246,18 @@ def describe_difference(checks: dict[str, Any], tree: Any, part: str = "") -> st
 
 
 def json_checksum(value: Any) -> int:
-    """CRC32C of a JSON-able value."""
+    """Computes the CRC32C of a JSON-able value."""
     return google_crc32c.value(json.dumps(value, sort_keys=True).encode())
 
 
 @jax.jit
 def _checksums(arrays: list[jax.Array]) -> jax.Array:
-    # One program for all: on CPU devices, many small ones with sums over devices can wait for each
-    # other for ever.
+    # A single program for all arrays: on CPU devices, many small programs with sums over devices
+    # can deadlock.
     return jnp.stack(list(map(_checksum, arrays)))
 
 
-@jax.jit  # traced once for all arrays of a shape
+@jax.jit  # traced once per shape
 def _checksum(array: jax.Array) -> jax.Array:
     array = jnp.asarray(array)
     width = array.dtype.itemsize
@@ -268,15 +268,15 @@ def _checksum(array: jax.Array) -> jax.Array:
         steps = jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
         index += steps * jnp.uint32(math.prod(array.shape[axis + 1 :]) % 2**32)
     bits += index * jnp.uint32(0x9E3779B9)
-    # The finalizer of MurmurHash3: a bijection; each bit changes half of those of the result.
+    # The finalizer of MurmurHash3, a bijection: each input bit flips half of the output bits.
     bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
     bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
     return jnp.sum(bits ^ (bits >> 16), dtype=jnp.uint32)
 
 
 def explain_error(error: BaseException) -> str:
-    """The innermost cause in one line: Orbax wraps it in a page of settings."""
+    """Returns the innermost cause on one line: Orbax wraps it in a page of settings."""
     error = error_chain(error)[-1]
-    # TensorStore adds all its settings to its messages.
+    # TensorStore appends all its settings to its messages.
     text = " ".join(str(error).split()).split(" [tensorstore_spec=")[0] or type(error).__name__
     return text if len(text) <= _LONGEST_CAUSE else f"{text[:_LONGEST_CAUSE]}..."

@@ -1,12 +1,12 @@
-"""Runs in object stores: the folder on disk in which such a run works, and copies for reading.
+"""Runs in object stores: a local staging folder for training, and local copies for reading.
 
-Orbax writes arrays to files and to `gs://`. A run anywhere else that fsspec knows (`s3://`, `az://`,
-`memory://`) works in a folder of this machine; a thread copies each finished checkpoint, and with
-it metrics and config, to the store.
+Orbax writes arrays to files and to `gs://`. For any other store that fsspec supports (`s3://`,
+`az://`, `memory://`), a run works in a local folder, and a thread copies each finished checkpoint,
+with metrics and config, to the store.
 
-The store has the files of the work directory under their own names, and `manifests/STEP.json` with
-size and CRC32C of a checkpoint's files, written last and removed first: a checkpoint without one
-does not count.
+The store has the files of the work directory under the same names. In addition,
+`manifests/STEP.json` has size and CRC32C of a checkpoint's files. It is written last and removed
+first: a checkpoint without a manifest does not count.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from diht_jax.training.workdir.saved_run import (
 
 LOCK_FILE = "run.lock"
 MANIFEST_DIRECTORY = "manifests"
-# In the folder: the steps that it has in common with the store. Without it, a store that was
-# emptied to start anew would get the old run back.
+# In the staging folder: the steps that are also in the store. Without this record, emptying the
+# store to start over would bring the old run back.
 _RECORD_FILE = "uploaded.json"
 _NOT_FILES = (
     CHECKPOINT_DIRECTORY,
@@ -47,7 +47,7 @@ _NOT_FILES = (
     MANIFEST_DIRECTORY,
     LOCK_FILE,
     _RECORD_FILE,
-    "wandb",  # the client writes there all the time, and sends it elsewhere
+    "wandb",  # written continuously by the client, which sends it elsewhere
 )
 _DEFAULT_STAGING = "~/.cache/diht_jax/staging"
 _COPIES = "~/.cache/diht_jax/runs"
@@ -55,26 +55,26 @@ _POLL_SECONDS = 1.0
 _RETRY_SECONDS = 30.0
 _READ_BYTES = 2**22
 
-# A file's path below the checkpoint: its size in bytes, CRC32C and CRC32. The first is the same for
-# all files of a size that end with their own CRC32C, as some of Orbax's do.
+# Maps a file's path within the checkpoint to its size in bytes, CRC32C and CRC32. CRC32C alone is
+# equal for all files of one size that end with their own CRC32C, as some of Orbax's do.
 Manifest = dict[str, list[int]]
 
 
 class StagedDirectory:
-    """A work directory in a store, and the folder that stands for it here.
+    """A work directory in a store, with its local staging folder.
 
-    One process of a job holds it. Call `fetch`, then `start`, work in `folder`, then `close_after`.
+    One process of a job owns it. Call `fetch`, then `start`, work in `folder`, then `close_after`.
 
     Attributes:
         url: of the work directory.
-        folder: its files on this machine.
+        folder: local folder with its files.
     """
 
     def __init__(self, url: str, staging: str | None = None):
-        """Opens the store; nothing is copied yet.
+        """Opens the store without copying anything.
 
         Raises:
-            ValueError: nothing installed knows such URLs.
+            ValueError: no installed package handles such URLs.
         """
         self.url = url.rstrip("/")
         open_system(self.url)
@@ -85,10 +85,10 @@ class StagedDirectory:
         self._thread = threading.Thread(target=self._run, name="upload", daemon=True)
 
     def fetch(self) -> None:
-        """Makes the folder what the store is.
+        """Synchronises the folder with the store.
 
-        A folder that has gone on from the store's checkpoints keeps what it has: it may be ahead by
-        what never reached the store. Any other is fetched anew.
+        If the folder has continued from the store's checkpoints, it is kept: it may have work that
+        never reached the store. Otherwise it is fetched anew.
         """
         self._checkpoints.mkdir(parents=True, exist_ok=True)
         try:
@@ -103,22 +103,22 @@ class StagedDirectory:
                     _remove_checkpoint(self.url, step)
                     del stored[step]
             self._write_record(set(stored))
-            # What a killed process left of others.
+            # Left by processes that were killed.
             names = _find_files(files.join(self.url, CHECKPOINT_DIRECTORY))
             for step in {name.split("/")[0] for name in names} - set(map(str, stored)):
                 _remove_checkpoint(self.url, step)
-        except Exception as error:  # what it is depends on the store
+        except Exception as error:  # the type depends on the store
             raise TemporaryError(f"{self.url} cannot be read: {error}") from error
 
     def start(self) -> None:
-        """Starts copying finished checkpoints as they come."""
+        """Starts the thread that copies finished checkpoints."""
         self._thread.start()
 
     def close_after(self, error_type: type[BaseException] | None, *_: object) -> None:
-        """Copies what is left.
+        """Copies the remaining files.
 
         Raises:
-            SaveError: it cannot be written, and no other error is under way.
+            SaveError: the store cannot be written, and no other error is being handled.
         """
         self._ended.set()
         if self._thread.is_alive():
@@ -135,10 +135,10 @@ class StagedDirectory:
             logging.error("%s", problem)
 
     def send(self) -> None:
-        """Copies what is new, removes from the store what is gone; returns when that is done.
+        """Copies new files, and removes from the store what is gone; returns when done.
 
         Raises:
-            Exception: the store cannot be written; which one depends on the store.
+            Exception: the store cannot be written; the type depends on the store.
         """
         record, local = self._read_record(), self._local_steps()
         for step in sorted(local - record):
@@ -156,7 +156,7 @@ class StagedDirectory:
         wait = _POLL_SECONDS
         while not self._ended.wait(wait):
             try:
-                # The folder may be on a network, where a mere listing may fail for a moment.
+                # The folder may be on a network file system, whose listing may fail for a moment.
                 if self._local_steps() != self._read_record():
                     self.send()
                 wait = _POLL_SECONDS
@@ -171,12 +171,12 @@ class StagedDirectory:
                 wait = _RETRY_SECONDS
 
     def _has_gone_on_from(self, stored: dict[int, Manifest]) -> bool:
-        """Returns whether the folder has what the store has, but for what it has removed since."""
+        """Returns whether the folder has all that the store has, except what it removed since."""
         record = self._read_record()
         local = {step: make_manifest(self._checkpoints / str(step)) for step in self._local_steps()}
         return (
             not record & local.keys() - stored.keys()
-            # The run makes room for later ones only.
+            # A run only removes checkpoints in favour of later ones.
             and stored.keys() - local.keys() <= record
             and max(local, default=0) >= max(stored, default=0)
             and not any(
@@ -185,12 +185,12 @@ class StagedDirectory:
         )
 
     def _begin_anew(self) -> None:
-        """Makes the files those of the store, and removes all checkpoints."""
+        """Replaces the run's files by those of the store, and removes all checkpoints."""
         shutil.rmtree(self._checkpoints)
         self._checkpoints.mkdir()
         for path in self._local_files().values():
             path.unlink()
-        # Before the checkpoints: a folder that has these counts.
+        # Before the checkpoints, since a folder that has checkpoints is taken as complete.
         for name in filter(_is_file_of_run, _find_files(self.url)):
             path = self.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -205,11 +205,11 @@ class StagedDirectory:
                 self._sent_files[name] = stamp
 
     def _send_checkpoint(self, step: int) -> bool:
-        """Sends one; false where it was removed under our hands."""
+        """Sends a checkpoint; returns False if it was removed in the meantime."""
         folder = self._checkpoints / str(step)
         try:
             manifest = make_manifest(folder)
-            # Before the manifest: a run that goes on from here needs the lines up to here.
+            # Before the manifest: a run resumed from this step needs the metrics until then.
             self._send_files()
             for name in manifest:
                 _upload(folder / name, files.join(self.url, CHECKPOINT_DIRECTORY, str(step), name))
@@ -243,21 +243,21 @@ class StagedDirectory:
 def local_run(
     workdir: str | os.PathLike[str], step: int | None = None, mesh: Mesh | None = None
 ) -> str:
-    """A run that can be read: itself, or a copy of its config and one checkpoint on disk.
+    """Returns a local directory of a run: the run itself, or a copy of config and one checkpoint.
 
     Args:
         workdir: a path or a URL.
-        step: which checkpoint; the latest by default, of a job the latest for its first process.
-        mesh: devices that the run is read for; the processes of a job that have some of them must
+        step: step of the checkpoint; by default the latest, as seen by the first process of a job.
+        mesh: devices to read for; all processes of a job with some of these devices must call it.
             all call.
 
     Returns:
-        `workdir`, unless it is a URL with manifests; else the copy, in `~/.cache/diht_jax/runs`.
-        Orbax reads `gs://` runs without manifests itself.
+        `workdir`, unless it is a URL with manifests; otherwise the copy in
+        `~/.cache/diht_jax/runs`. Orbax itself reads `gs://` runs without manifests.
 
     Raises:
         ValueError: there is no run or no such checkpoint, or it is damaged; the store cannot be
-            read; nothing installed knows such URLs.
+            read; no installed package handles such URLs.
     """
     name = os.fspath(workdir)
     if not is_remote(name):
@@ -268,10 +268,10 @@ def local_run(
     def read() -> list[tuple[int, Manifest]]:
         try:
             return list(read_manifests(url).items())
-        except Exception as error:  # what it is depends on the store
+        except Exception as error:  # the type depends on the store
             raise ValueError(f"{url} cannot be read: {error}") from error
 
-    # One that goes on may save and remove checkpoints between the looks of two processes.
+    # A running job may save and remove checkpoints between the listings of two processes.
     stored = dict(share_from_first(read) if mesh and mesh.is_multi_process else read())
     if not stored and url.startswith("gs://"):
         return name
@@ -287,7 +287,7 @@ def local_run(
     folder = _folder_of(url, _COPIES) / f"{step}-{checksum:08x}"
     checkpoints = folder / CHECKPOINT_DIRECTORY
     checkpoints.mkdir(parents=True, exist_ok=True)
-    # One of the processes that share this home copies, and the others wait for it.
+    # One of the processes that share this home directory copies; the others wait for it.
     with lock_file(folder / ".download.lock"):
         if not (checkpoints / str(step)).exists():
             problem = _download_checkpoint(url, step, stored[step], checkpoints)
@@ -303,9 +303,9 @@ def local_run(
 
 
 def read_manifests(url: str) -> dict[int, Manifest]:
-    """The finished checkpoints in a store: step to files with size and CRC32C.
+    """Reads the manifests of finished checkpoints in a store: step -> file -> size and CRC32C.
 
-    A manifest that is cut off, where a store does not write whole files, is one not written yet.
+    A truncated manifest, left by a store without atomic writes, counts as not written yet.
     """
     names = [
         name.removesuffix(".json") for name in _find_files(files.join(url, MANIFEST_DIRECTORY))
@@ -315,7 +315,7 @@ def read_manifests(url: str) -> dict[int, Manifest]:
 
 
 def make_manifest(folder: pathlib.Path) -> Manifest:
-    """Size and checksums of each file below a folder, by its path from there."""
+    """Computes size and checksums of each file below a folder, by relative path."""
     return {
         path.relative_to(folder).as_posix(): [path.stat().st_size, *_file_checksums(path)]
         for path in sorted(folder.rglob("*"))
@@ -324,7 +324,7 @@ def make_manifest(folder: pathlib.Path) -> Manifest:
 
 
 def differing_files(found: Manifest, stated: Manifest) -> list[str]:
-    """Names of the files that are not as stated; manifests of earlier versions have no CRC32."""
+    """Returns the files that differ from the manifest; old manifests have no CRC32."""
     both = found.keys() & stated.keys()
     same = {name for name in both if all(map(operator.eq, found[name], stated[name]))}
     return sorted((found.keys() | stated.keys()) - same)
@@ -337,12 +337,12 @@ def _manifest_url(url: str, step: int | str) -> str:
 def _download_checkpoint(
     url: str, step: int, manifest: Manifest, checkpoints: pathlib.Path
 ) -> str | None:
-    """Copies one into a folder of checkpoints, where it appears whole or not at all.
+    """Copies a checkpoint atomically into a folder of checkpoints.
 
-    Nobody else may copy the same one there meanwhile.
+    No other process may copy the same checkpoint there at the same time.
 
     Returns:
-        What is wrong with it in the store; None where it is as its manifest says.
+        What is wrong with it in the store; None if it matches its manifest.
     """
     target, temporary = checkpoints / str(step), checkpoints / f".{step}.download"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -367,7 +367,7 @@ def _download_checkpoint(
 
 
 def _remove_checkpoint(url: str, step: int | str) -> None:
-    """Removes it from a store, its manifest first."""
+    """Removes a checkpoint from a store, its manifest first."""
     files.remove(_manifest_url(url, step))
     folder = files.join(url, CHECKPOINT_DIRECTORY, str(step))
     for name in _find_files(folder):
@@ -380,7 +380,7 @@ def _upload(path: pathlib.Path, url: str) -> None:
 
 
 def _find_files(url: str) -> list[str]:
-    """Paths of all files below a folder of a store, from there; none where it does not exist."""
+    """Returns the relative paths of all files below a folder of a store; empty if it is missing."""
     system, root = open_system(url, use_listings_cache=False)
     try:
         found = retry(lambda: system.find(root), url)
@@ -390,13 +390,13 @@ def _find_files(url: str) -> list[str]:
 
 
 def _folder_of(url: str, parent: str) -> pathlib.Path:
-    """The folder below `parent` that stands for a URL, and for no other."""
+    """Returns the folder below `parent` for a URL; unique to the URL."""
     name = f"{url.rsplit('/', 1)[-1]}-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
     return pathlib.Path(parent).expanduser().absolute() / name
 
 
 def _file_checksums(path: pathlib.Path) -> tuple[int, int]:
-    """CRC32C and CRC32 of a file."""
+    """Computes CRC32C and CRC32 of a file."""
     checksum, other = google_crc32c.Checksum(), 0
     with open(path, "rb") as file:
         for data in checksum.consume(file, _READ_BYTES):

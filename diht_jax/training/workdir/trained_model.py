@@ -1,4 +1,4 @@
-"""Reads the model of a run from its work directory: config and parameters, nothing else."""
+"""Reads the model of a run, config and parameters alone, from its work directory."""
 
 from __future__ import annotations
 
@@ -39,40 +39,40 @@ from diht_jax.weights.source import list_weight_files
 
 @dataclasses.dataclass(frozen=True)
 class TrainedModel:
-    """The model in a work directory."""
+    """A model read from a work directory."""
 
     config: ml_collections.ConfigDict  # the training config
     arch: Architecture  # sizes
-    # Nested dict of arrays, sharded by the partition rules, adapters merged; their moving average
-    # where that was asked for.
+    # Nested dict of arrays, sharded by the partition rules, with adapters merged; holds the moving
+    # average if that was requested.
     params: dict[str, Any]
-    learnt: dict[str, Any]  # what the objective has learnt next to the model
-    loss_scalars: dict[str, float]  # of these what the loss has learnt, such as `logit_bias`
+    learnt: dict[str, Any]  # parameters of the objective
+    loss_scalars: dict[str, float]  # those of the loss, such as `logit_bias`
     step: int  # optimiser step of the checkpoint
 
 
 def is_run(name: str) -> bool:
-    """Returns whether a path is a work directory of `diht_jax.train`, and no model directory."""
+    """Returns whether a path is a work directory of `diht_jax.train`, not a model directory."""
     path = epath.Path(name)
     if not (path / CONFIG_FILE).exists():
         return False
-    # transformers' directories have a config.json as well, next to the weights.
+    # Directories of transformers also have a config.json, but next to the weights.
     return (path / CHECKPOINT_DIRECTORY).exists() or not list_weight_files(path)
 
 
 def restore_model(
     workdir: str | epath.Path, mesh: Mesh, *, step: int | None = None, ema: bool = False
 ) -> TrainedModel:
-    """Reads config and parameters, and nothing else, of a run.
+    """Reads only config and parameters of a run.
 
     Args:
-        mesh: the devices to put the parameters on; the processes of a job that have some of them
-            must all call.
-        step: which checkpoint; the latest by default, of a job the latest for its first process.
-        ema: read the parameters' moving average instead of the parameters.
+        mesh: devices for the parameters; all processes of a job with some of these devices
+            must call it.
+        step: step of the checkpoint; by default the latest, as seen by the first process of a job.
+        ema: read the moving average of the parameters instead.
 
     Raises:
-        ValueError: `workdir` is no work directory, or has no such checkpoint or no average.
+        ValueError: `workdir` is no work directory, or lacks the checkpoint or the average.
     """
     config = read_config(workdir)
     if ema and config.ema.decay is None:
@@ -106,7 +106,7 @@ def restore_model(
         params = {part: found[part] for part in parts if part in found}
         if parameter_shapes(params) != shapes:
             raise ValueError(f"its parameters are not those of the model in {CONFIG_FILE}")
-    except Exception as error:  # a damaged file may lead to any
+    except Exception as error:  # damaged files raise errors of any type
         raise ValueError(
             f"{directory / STATE_ITEM} cannot be read: {explain_error(error)}; steps found: {steps}"
         ) from None
@@ -122,7 +122,7 @@ def restore_model(
 
 
 def _read_parameters(directory: epath.Path, name: str, mesh: Mesh) -> dict[str, Any]:
-    """The parameters of a checkpoint, or their average, on a mesh, with what is learnt besides."""
+    """Reads a checkpoint's parameters or average, on a mesh, with those of the objective."""
     stored = ocp.PyTreeCheckpointHandler().metadata(directory / STATE_ITEM).tree[name]
     target = jax.tree.map(
         lambda leaf, split: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split),
@@ -132,7 +132,7 @@ def _read_parameters(directory: epath.Path, name: str, mesh: Mesh) -> dict[str, 
     found = read_state(directory, {name: target})[name]
     try:
         problem = describe_difference(read_checks(directory), {name: found}, f"{name}/")
-    except Exception as error:  # a damaged file may lead to any
+    except Exception as error:  # damaged files raise errors of any type
         problem = f"{directory / CHECKS_ITEM}: {explain_error(error)}"
     if problem is not None:
         raise ValueError(problem)

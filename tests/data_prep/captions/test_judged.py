@@ -1,6 +1,6 @@
-"""How often the rules agree with judgements that were made before any parser saw the captions.
+"""Agreement of the caption rules with judgements that were made before any parser was run.
 
-And what the repairs make of parses, by trees that were corrected by reading.
+Also checks the rules' repairs of parses against trees that were corrected by hand.
 """
 
 import pathlib
@@ -14,13 +14,13 @@ JUDGED = pathlib.Path(__file__).with_name("judged_captions.tsv")
 
 
 def read_rows(path: pathlib.Path) -> list[list[str]]:
-    """The rows below the comments and the names of the columns."""
+    """Returns the rows below the comments and the header."""
     lines = [line for line in path.read_text("utf-8").splitlines() if not line.startswith("#")]
     return [line.split("\t") for line in lines[1:]]
 
 
 def agreement(rows: list[list[str]]) -> tuple[int, int]:
-    """How many decisions and complexities are as they were judged."""
+    """Counts the decisions and the complexities that agree with the judgements."""
     pairs = list(zip(parse_captions([row[0] for row in rows]), rows, strict=True))
     decisions = sum((cat_reason(graph) is None) == (row[1] == "keep") for graph, row in pairs)
     return decisions, sum(graph.complexity == int(row[3]) for graph, row in pairs)
@@ -28,7 +28,7 @@ def agreement(rows: list[list[str]]) -> tuple[int, int]:
 
 @pytest.fixture(scope="module")
 def judged(shared_data) -> dict[str, list[list[str]]]:
-    """Name of a set -> rows of caption, decision, confidence and complexity."""
+    """Maps the name of a set to rows of caption, decision, confidence and complexity."""
     table = read_rows(shared_data.parent / "captions_judged.tsv")
     captions = (shared_data / "captions_web.txt").read_text("utf-8").split("\n")
     sets = {"first half": table[0::2], "second half": table[1::2]}
@@ -37,7 +37,7 @@ def judged(shared_data) -> dict[str, list[list[str]]]:
     return sets
 
 
-# The limits are what the rules reach. Nobody looked at draws 7, 9 and 11 while rules were made.
+# The limits are what the rules reach. Draws 7, 9 and 11 were not looked at while making rules.
 @pytest.mark.parametrize(
     ("name", "count", "decisions", "complexities"),
     [
@@ -64,7 +64,7 @@ def test_the_rules_agree_with_judgements(judged, name, count, decisions, complex
     assert found[1] >= complexities
 
 
-# Draw -> decisions and complexities that the rules reach on right trees.
+# Draw -> decisions and complexities that the rules reach on correct trees.
 ON_TREES = {"7": (114, 93), "8": (288, 254), "9": (185, 162), "10": (567, 482), "11": (284, 243)}
 
 

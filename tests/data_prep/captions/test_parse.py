@@ -1,4 +1,4 @@
-"""Gates and parser of captions against hand-made tables, and what holds on every caption."""
+"""Gates and parser of captions: hand-made tables, and properties that hold for all captions."""
 
 import pathlib
 import random
@@ -31,7 +31,7 @@ PARTS = ("objects", "actions", "relations", "decision")
 
 @pytest.fixture(scope="module")
 def graphs(parser):
-    """Graph of each example by its id."""
+    """Maps the id of each example to its graph."""
     parsed = parse_captions([example["caption"] for example in EXAMPLES], nlp=parser)
     return {example["id"]: graph for example, graph in zip(EXAMPLES, parsed, strict=True)}
 
@@ -120,7 +120,7 @@ def test_hostile_texts_do_not_hang(parser):
 
 
 def test_a_hyphenated_word_hangs_below_no_word_that_hangs_below_it(parser):
-    """The head of its first word is a dependent of its last one: the joined word is the root."""
+    """The head of the first part depends on the last part: the joined word becomes the root."""
     words = ["part", "of", "pizza", "-", "is", "crust"]
     spaces = [True, True, False, False, True, False]
     labels = ["nsubj", "prep", "pobj", "punct", "ROOT", "attr"]
@@ -132,7 +132,7 @@ def test_a_hyphenated_word_hangs_below_no_word_that_hangs_below_it(parser):
 
 @pytest.fixture
 def parsed(monkeypatch, parser):
-    """The captions that reach spaCy, in order, of a process that remembers none yet."""
+    """The captions that reach spaCy, in order, starting with an empty cache."""
     found = []
 
     def build_graph(doc, words):
@@ -228,7 +228,7 @@ def test_cat_reason_takes_the_first():
     ],
 )
 def test_gates(caption, reason, lemmatizer):
-    """Beside those of caption_examples.toml."""
+    """Further cases, in addition to caption_examples.toml."""
     assert gate_caption(caption, lemmatizer.lexicon)[1] == reason
 
 
@@ -237,7 +237,7 @@ def test_all_of_an_english_corpus_passes(web_captions, lemmatizer):
     assert not refused
 
 
-# Cleaning: two ways to write a caption have one graph
+# Cleaning: two spellings of a caption give the same graph
 
 
 @pytest.mark.parametrize(

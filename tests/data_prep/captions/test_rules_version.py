@@ -1,9 +1,9 @@
-"""What the caption rules make of fixed captions, by version: a change must raise `RULES_VERSION`.
+"""Results of the caption rules by version: a changed result must raise `RULES_VERSION`.
 
     python -m tests.data_prep.captions.test_rules_version
 
-writes the golden file anew, once the version was raised. It holds the graphs of the captions of
-caption_examples.toml (by id), and a digest of the graphs of 5,000 web captions.
+rewrites the golden file after the version was raised. The file holds the graphs of the captions
+in caption_examples.toml (by id), and a digest of the graphs of 5,000 web captions.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Lists of kept pairs for other programs."""
+"""The lists of kept pairs that other programs read."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from data_prep.decisions.table import DecisionWriter, decisions_path, pack_uid
 
 
 def _write(output: str, rows: list[tuple[str, str | None]]) -> None:
-    """Decisions about pairs that were kept, each behind one that was dropped."""
+    """Writes decisions for kept pairs, with a dropped pair before each of them."""
     writer = DecisionWriter()
     dropped = {"key": "dropped", "outcome": "caption", "uid": pack_uid("0123456789abcdef" * 2)}
     for number, (key, uid) in enumerate(rows):
@@ -26,11 +26,11 @@ def test_lists_of_keys_and_uids(tmp_path, monkeypatch):
         rows += [("repeated", uids[0]), ("without\na uid", "no uid")]
         outputs.append(str(tmp_path / f"{i}.tfrecord"))
         _write(outputs[-1], rows)
-    for block in (2**20, 40):  # written at once, and block by block
+    for block in (2**20, 40):  # in one write, and block by block
         monkeypatch.setattr(table, "_BLOCK_UIDS", block)
         table.write_lists(str(tmp_path), table.read_kept(outputs))
         found = np.load(tmp_path / "kept_uids.npy")
-        # As DataComp's own tools make the file.
+        # Built like in DataComp's own tools.
         expected = np.array(
             sorted({(int(uid[:16], 16), int(uid[16:32], 16)) for uid in uids}), np.dtype("u8,u8")
         )

@@ -1,4 +1,4 @@
-"""The report: numbers against a hand-made table, parts against the whole, filters by labels."""
+"""The report: numbers against a hand-made table, merged parts, and scores of the filters."""
 
 import importlib.metadata
 import json
@@ -27,7 +27,7 @@ _ROWS = [
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> pathlib.Path:
-    """`whole`: all rows in one job; `parts`: the same in shards of two rows."""
+    """`whole`: all rows in one shard; `parts`: the same rows in shards of two."""
     folder = tmp_path_factory.mktemp("report")
     rows = [{"image": "i.jpg", "caption": text, "quality": kind} for text, kind in _ROWS]
     picture = make.encoded(make.plain("red", (300, 90)), "JPEG")
@@ -78,7 +78,7 @@ def test_parts_make_the_whole(work):
     samples = [[s["outcome"], s["key"], s["graph"], s["image"]] for s in whole["samples"]]
     assert [[s["outcome"], s["key"], s["graph"], s["image"]] for s in parts["samples"]] == samples
     assert len(samples) == 6
-    # Jobs merge as shards do.
+    # Jobs are merged like shards.
     both = merge_reports([work / "whole", work / "parts"])
     assert (both["counts"]["read"], both["counts"]["kept"], len(both["jobs"])) == (12, 6, 2)
     assert both["measures"]["histograms"]["complexity"]["kept"] == {"1": 2, "2": 2, "3": 2}
@@ -140,7 +140,7 @@ def test_filters_are_scored_against_the_labels():
         "caption/complexity": {"title": 4, "clean": 6},
         "caption/no_action": {"title": 5},
     }
-    # Recall is of the pairs that came to a filter: of six titles that came to A five went.
+    # Recall counts only pairs that reach a filter: filter A drops 5 of the 6 titles that reach it.
     assert table_rows(labels, "clean") == [
         ["filter", "drops", "precision", "recall: text", "recall: title", "clean lost"],
         ["C: complexity", "10", "40.0%", "0.0%", "40.0%", "6.1%"],  # 6 of 98

@@ -1,4 +1,4 @@
-"""Inputs that fail, go, come or change: only they are scanned again, and the table follows."""
+"""Failed, new, removed and changed inputs: only they are scanned again; the table is updated."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def _write_tar(path, seeds) -> None:
 
 @pytest.fixture
 def tars(tmp_path):
-    """Three tars of four pairs; each one's first picture is the same."""
+    """Three tars of four pairs; all start with the same picture."""
     folder = tmp_path / "in"
     folder.mkdir()
     for name in range(3):
@@ -35,7 +35,7 @@ def tars(tmp_path):
 
 @pytest.fixture
 def scanned(monkeypatch):
-    """The names of the inputs that are scanned."""
+    """Records the names of the scanned inputs."""
     names = []
 
     def counted(unit, report, *, config):
@@ -101,7 +101,7 @@ def test_only_inputs_that_came_or_changed_are_scanned(tars, tmp_path, scanned):
     assert scanned == ["05.tar"]
     assert _dropped(out) == (10, {"1-0": "05-0", "2-0": "05-0"})
     made = (out / "dropped.arrow").stat().st_mtime_ns
-    os.utime(tars / "2.tar", ns=(1, 1))  # the same bytes: the search stands
+    os.utime(tars / "2.tar", ns=(1, 1))  # same bytes: no new search
     assert job.run(_config(tars, out)) == {}
     assert scanned == ["05.tar", "2.tar"]
     assert (out / "dropped.arrow").stat().st_mtime_ns == made
@@ -117,7 +117,7 @@ def test_only_inputs_that_came_or_changed_are_scanned(tars, tmp_path, scanned):
 
 
 def _when_first_scanned(monkeypatch, act):
-    """Calls a function after the first scan of 1.tar."""
+    """Calls a function once, after the first scan of 1.tar."""
     left = [act]
 
     def scan_and_act(unit, report, *, config):

@@ -1,4 +1,4 @@
-"""k-means, near-duplicates and windows of thumbnails against formulas, and on other devices."""
+"""k-means, near-duplicates and thumbnail windows against formulas, on one and eight devices."""
 
 import jax
 import numpy as np
@@ -29,7 +29,7 @@ def _unit(values: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def rows() -> np.ndarray:
-    """1,500 rows around 6 directions."""
+    """1,500 unit vectors around 6 directions."""
     generator = np.random.default_rng(0)
     centers = _unit(generator.standard_normal((6, 12)))
     return _unit(
@@ -38,7 +38,7 @@ def rows() -> np.ndarray:
 
 
 def _lloyd(rows: np.ndarray, centroids: np.ndarray, rounds: int) -> tuple[np.ndarray, np.ndarray]:
-    """Spherical k-means in float64, as it stands in books."""
+    """Spherical k-means in float64, written from its textbook definition."""
     rows, centroids = rows.astype(np.float64), centroids.astype(np.float64)
     for _ in range(rounds):
         nearest = (rows @ centroids.T).argmax(1)
@@ -67,7 +67,7 @@ def test_kmeans_is_that_of_the_books_on_any_number_of_devices(rows):
         np.testing.assert_allclose(found, centroids, atol=1e-6)
         assert (clusters == nearest).mean() > 0.999
         np.testing.assert_allclose(cosines, (rows @ found.T).max(1), atol=1e-6)
-        # From the second round on, the same as if nothing had stopped it.
+        # Resuming after the second round gives the same bytes as an uninterrupted fit.
         again = kmeans.fit(means, saved[1][0], numbers, rows.__getitem__, iterations=5, done=2)
         assert again.tobytes() == found.tobytes()
 
@@ -113,7 +113,7 @@ def test_near_duplicates_are_those_of_semdedup(keep, monkeypatch):
     monkeypatch.setattr("data_prep.duplicates.search._BLOCK", 64)
     near, second = find_candidates(rows[group.rows], 0.9, 2)
     (alone,) = find_candidates(rows[group.rows], 0.9)
-    # The reference: upper triangle of all cosines in the order of the rule, largest of a column.
+    # Reference: the upper triangle of all cosines, sorted by the rule; maximum of each column.
     rule = {"farthest": cosines, "largest": -pixels, "first": np.arange(230)}[keep]
     order = sorted(range(230), key=lambda i: (rule[i], i))
     assert group.rows.tolist() == order and group.sizes == (230,)
@@ -164,7 +164,7 @@ def test_windows_are_those_that_pillow_cuts():
         box = (left * SIDE, top * SIDE, (left + size) * SIDE, (top + size) * SIDE)
         cells = np.asarray(image.resize((16, 16), Image.Resampling.BOX, box=box), np.float64)
         cells = cells.ravel() - cells.mean()
-        # Pillow's box filter takes the nearest whole pixels; ours shares those at the edges.
+        # Pillow's box filter rounds to whole pixels; ours weights the pixels at the edges.
         assert row @ (cells / np.linalg.norm(cells)) > 0.985
 
 
@@ -175,7 +175,7 @@ def test_a_mirrored_crop_is_found_from_either_picture():
     windows = list(map(cut_windows, pictures))
     for one, other in ((0, 1), (1, 0)):
         found = lay_over(windows[one], windows[other], mirrored=True)
-        # The window is one of the whole picture, on whichever side that stands.
+        # The window is cut from the whole picture, whether that is the first or the second.
         assert found.correlation > 0.97 and found.is_mirrored
         assert found.is_first_cut == (one == 0)
         assert has_colors_of(pictures[0], pictures[1], found, 0.06)

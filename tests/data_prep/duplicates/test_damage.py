@@ -1,6 +1,6 @@
-"""Damaged files of the output: made again, or named by the filter.
+"""Damaged output files: the job makes them again, and the filter names them.
 
-That no damage is read is tried in `tests/fuzz/kinds/written.py`.
+`tests/fuzz/kinds/written.py` tests that damaged contents are never used.
 """
 
 import shutil
@@ -16,7 +16,7 @@ from tests.make import encoded
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Two tars, in which 20 of 40 pictures are copies, and the output for them."""
+    """Two tars of 20 pictures, the second with copies of the first, and the output for them."""
     folder = tmp_path_factory.mktemp("finished")
     pictures = {f"p{i:02d}": encoded(scene(i, 9)) for i in range(20)}
     write_pictures(folder / "in" / "0.tar", pictures)
@@ -27,13 +27,13 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def out(finished, tmp_path):
-    """A copy of the output."""
+    """A copy of the finished output."""
     return shutil.copytree(finished / "out", tmp_path / "out")
 
 
 @pytest.fixture
 def run(finished, out):
-    """Runs the job once more on the copy; settings may differ."""
+    """Runs the job again on the copy, with optional changes of the settings."""
     return lambda **changes: job.run(duplicates_config(finished / "in", out, **changes))
 
 
@@ -56,7 +56,7 @@ def test_the_same_command_makes_what_is_damaged_again(out, run, name):
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
     if name != "dropped.arrow":
-        (out / "duplicates.json").unlink()  # else nothing reads it
+        (out / "duplicates.json").unlink()  # otherwise nothing reads the file
     if name == "centroids.npz":
         (out / "clusters.npz").unlink()
     assert run() == {}
@@ -69,7 +69,7 @@ def test_a_damaged_scan_is_made_again(out, run, ending, monkeypatch):
     path = min((out / "scan").glob(f"*[0-9a-f]{ending}"))
     whole = path.read_bytes()
     path.write_bytes(whole[:-40] + bytes(40))
-    changes = {"threshold": 0.8}  # so that the scans are read
+    changes = {"threshold": 0.8}  # a change for which the job reads the scans
     scanned = []
 
     def counted(unit, report, *, config):

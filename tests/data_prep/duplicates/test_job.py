@@ -1,4 +1,4 @@
-"""The command on pairs with planted copies, its table, and the filter that reads it."""
+"""The command on pairs with planted copies, its output table, and the filter that uses it."""
 
 import json
 
@@ -44,7 +44,7 @@ def _with_files(source, output, files, **changes):
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """Twelve scenes in two tars; copies of some in the other, and a picture that is none."""
+    """Twelve scenes in two tars, copies of some in the second, and two broken pictures."""
     folder = tmp_path_factory.mktemp("pairs")
     scenes = {f"s{i:02d}": encoded(scene(i), "PNG") for i in range(12)}
     copies = {
@@ -62,7 +62,7 @@ def pairs(tmp_path_factory):
     return folder
 
 
-_EXPECTED = {  # with config.keep = "largest": the larger of two stays, the first of equal ones
+_EXPECTED = {  # with config.keep = "largest": keeps the larger one, or the first of equals
     "again": ("exact", "s00"),
     "jpeg": ("near", "s01"),
     "small": ("near", "s02"),
@@ -83,7 +83,7 @@ def test_planted_copies_are_found_and_nothing_else(found):
     table = read_rows(found)
     assert len(table) == 20
     assert read_dropped(found) == _EXPECTED
-    assert table["again_small"]["duplicate_of"] == "small"  # which is itself one of s02
+    assert table["again_small"]["duplicate_of"] == "small"  # itself a copy of s02
     assert table["jpeg"]["similarity"] > 0.98 and table["again"]["similarity"] == 1
     assert (table["s05"]["cluster"], table["broken"]["cluster"]) == (0, None)
     summary = json.loads((found / "duplicates.json").read_text())
@@ -96,7 +96,7 @@ def test_planted_copies_are_found_and_nothing_else(found):
 
 def test_a_finished_folder_is_read_and_another_threshold_goes_on(pairs, found, monkeypatch):
     scanned = {path: path.stat().st_mtime_ns for path in (found / "scan").iterdir()}
-    monkeypatch.setattr(job, "scan_unit", pytest.fail)  # nothing is read again
+    monkeypatch.setattr(job, "scan_unit", pytest.fail)  # no input is scanned again
     assert job.run(_config(pairs, found)) == {}
     assert job.run(_config(pairs, found, threshold=1.0)) == {}
     assert {key for key, (kind, _) in read_dropped(found).items() if kind == "near"} <= {"mirror"}
@@ -162,7 +162,7 @@ def test_given_embeddings_need_no_pictures(tmp_path):
     emb = generator.standard_normal((40, 8)).astype(np.float32)
     emb[30:] = emb[:10] + 0.01  # near copies of the first ten
     emb[33] *= 1e6
-    emb[34] *= 1e-8  # each beyond one end of float16
+    emb[34] *= 1e-8  # the two exceed float16's range
     keys = np.array([f"k{i}" for i in range(39)] + ["k5"])  # the last key names two pairs
     np.savez(tmp_path / "a.npz", key=keys[:25], image_emb=emb[:25])
     table = {"key": keys[25:].tolist(), "image_emb": emb[25:].tolist()}
@@ -174,7 +174,7 @@ def test_given_embeddings_need_no_pictures(tmp_path):
         )
         assert job.run(config) == {}
         found = Lookup(output).find([f"k{i}" for i in range(40)])
-        assert [i for i, row in enumerate(found) if row] == list(range(30, 39))  # k5 is left alone
+        assert [i for i, row in enumerate(found) if row] == list(range(30, 39))  # k5 is not dropped
         assert [row.duplicate_of for row in found if row] == [f"k{i}" for i in range(9)]
 
 
@@ -220,7 +220,7 @@ def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
             job.run(config)
     assert len(list((out / "groups").iterdir())) == 1
     calls.clear()
-    monkeypatch.setattr(job, "scan_unit", pytest.fail)  # nothing is made again
+    monkeypatch.setattr(job, "scan_unit", pytest.fail)  # no scan is repeated
     monkeypatch.setattr(kmeans, "fit", pytest.fail)
     monkeypatch.setattr(search, "compare_group", stop_at(3))
     assert job.run(config) == {}
@@ -248,7 +248,7 @@ def test_the_output_of_embed_is_joined_by_keys(pairs, tmp_path):
 
 @pytest.fixture(scope="module")
 def cropped(tmp_path_factory):
-    """Thirty scenes and, in another tar, crops of 90% of the first ten of them."""
+    """Thirty scenes and, in another tar, 90% crops of the first ten of them."""
     folder = tmp_path_factory.mktemp("cropped")
     generator = np.random.default_rng(0)
     scenes, crops = {}, {}
@@ -274,14 +274,14 @@ def test_crops_are_found_from_store_to_store_by_an_array_of_jobs(cropped, tmp_pa
     assert read_dropped(tmp_path / "out") == expected
     cosines = _config(cropped, tmp_path / "cosines", **changes | {"verify__correlation": None})
     assert job.run(cosines) == {}
-    assert read_dropped(tmp_path / "cosines").keys() > expected.keys()  # what they alone would drop
+    assert read_dropped(tmp_path / "cosines").keys() > expected.keys()  # what they alone drop
     system = fsspec.filesystem("s3")
     system.put(str(cropped), "bucket/duplicates/in", recursive=True)
     url = f"{s3_bucket}/duplicates"
     config = _config(cropped, f"{url}/out", **changes)
     config.input = f"{url}/in/*.tar"
     assert job.run(config, 0, 2) == {}
-    assert read_summary(f"{url}/out") is None  # the other tar is not scanned
+    assert read_summary(f"{url}/out") is None  # the other tar is not scanned yet
     assert job.run(config, 1, 2) == {}
     system.invalidate_cache()
     names = ("duplicates/00000.parquet", "duplicates/00001.parquet", "dropped.arrow")

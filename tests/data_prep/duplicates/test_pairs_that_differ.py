@@ -1,4 +1,4 @@
-"""What the recipe calls a duplicate: copies of a drawing, and no other drawing that is like it."""
+"""Duplicates by the recipe: copies of a drawing are found, and similar drawings are not."""
 
 import pytest
 from PIL import Image, ImageDraw
@@ -18,7 +18,7 @@ SIDE = 128
 
 
 def _draw(*shapes, ground="white") -> Image.Image:
-    """Shapes on a ground, each as name of a method of `ImageDraw`, coordinates and colour."""
+    """Draws shapes on a ground; each is an `ImageDraw` method, its coordinates and a colour."""
     image = Image.new("RGB", (SIDE, SIDE), ground)
     draw = ImageDraw.Draw(image)
     for method, coordinates, color in shapes:
@@ -123,7 +123,7 @@ _CAPTIONS = {"a0": "a cat", "a1": "a dog", "a2": " a  cat", "b0": "a cat", "b1":
 
 @pytest.fixture
 def captioned():
-    """Equal pictures and a copy that was encoded again; see `_CAPTIONS`."""
+    """Equal pictures and re-encoded copies of them; see `_CAPTIONS`."""
     picture = scene(3, 9)
     png, jpeg = encoded(picture), encoded(picture, "JPEG", quality=60)
     return {name: png if name[0] == "a" else jpeg for name in _CAPTIONS}
@@ -148,7 +148,7 @@ def test_captions_count_for_nothing_on_request(tmp_path, captioned):
 
 
 def test_the_copy_of_the_same_caption_is_preferred(tmp_path):
-    """The most similar picture of another caption does not hide the copy of the same one."""
+    """A closer picture with another caption must not hide the copy with the same caption."""
     picture = scene(4, 9)
     pictures = {
         "first": encoded(picture, "JPEG", quality=40),

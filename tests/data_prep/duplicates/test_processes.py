@@ -1,4 +1,4 @@
-"""Processes of `jax.distributed` share the scan, and find what one process finds."""
+"""Processes of `jax.distributed` that share the scan find the same as one process."""
 
 import pathlib
 from concurrent import futures
@@ -21,7 +21,7 @@ _CHANGES = {
 
 
 def _embed(folder: pathlib.Path) -> None:
-    """600 embeddings in six files; a third are near others, and two pairs share a key."""
+    """Writes 600 embeddings in six files: a third are near-duplicates, and two share a key."""
     generator = np.random.default_rng(0)
     emb = generator.standard_normal((600, 8)).astype(np.float32)
     emb[400:] = emb[generator.integers(0, 400, 200)]

@@ -1,4 +1,4 @@
-"""Small packages with the files of the real ones, for tests without a network."""
+"""Small packages with the same files as the real ones, for tests without a network."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer")
 
 
 def tgz(files: Mapping[str, bytes]) -> bytes:
-    """The bytes of a compressed tar."""
+    """Returns the bytes of a gzip-compressed tar."""
     return _tar(files, "w:gz")
 
 
@@ -49,7 +49,7 @@ def _tar(files: Mapping[str, bytes], mode: str) -> bytes:
 
 
 def deb(files: Mapping[str, bytes]) -> bytes:
-    """The bytes of a Debian package with these files, below `./`."""
+    """Returns the bytes of a Debian package with these files below `./`."""
     data = lzma.compress(_tar({f"./{name}": data for name, data in files.items()}, "w"))
     members = {"debian-binary": b"2.0\n", "control.tar.xz": b"odd", "data.tar.xz": data}
     archive = b"!<arch>\n"
@@ -60,7 +60,7 @@ def deb(files: Mapping[str, bytes]) -> bytes:
 
 
 def whl(files: Mapping[str, bytes]) -> bytes:
-    """The bytes of a wheel."""
+    """Returns the bytes of a wheel with these files."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in files.items():
@@ -69,27 +69,27 @@ def whl(files: Mapping[str, bytes]) -> bytes:
 
 
 def emoji(artist: str, table: list[Mapping[str, Any]], names: Mapping[str, bytes]) -> bytes:
-    """An emoji-datasource with this table and the pictures of some names."""
+    """Returns an emoji-datasource package with this table and the named pictures."""
     files = {"package/emoji.json": json.dumps(table).encode()}
     files |= {f"package/img/{artist}/64/{name}.png": data for name, data in names.items()}
     return tgz(files | {f"package/img/{artist}/sheets/64.png": b"all of them"})
 
 
 def cifar_rows(labels: list[int], pixels: np.ndarray) -> bytes:
-    """Rows of CIFAR-10's binary files; `pixels` is uint8 [n, 32, 32, 3]."""
+    """Encodes rows of CIFAR-10's binary files; `pixels` is uint8 [n, 32, 32, 3]."""
     rows = zip(labels, pixels, strict=True)
     return b"".join(bytes([label]) + each.transpose(2, 0, 1).tobytes() for label, each in rows)
 
 
 def cifar(train: bytes, test: bytes) -> bytes:
-    """CIFAR-10's archive of binary files, with one batch."""
+    """Returns an archive like CIFAR-10's binary version, with one training batch."""
     names = "\n".join(CIFAR_CLASSES).encode() + b"\n\n"
     files = {"batches.meta.txt": names, "data_batch_1.bin": train, "test_batch.bin": test}
     return tgz({f"cifar-10-batches-bin/{name}": data for name, data in files.items()})
 
 
 def small_packages() -> dict[str, list[bytes]]:
-    """The packages of each example but `openmoji`, in their order."""
+    """Returns the packages of each example except `openmoji`, in order."""
     table = [
         {"name": name.upper(), "image": f"{key}.png", "category": "Objects", "subcategory": "a"}
         for key, name in EMOJI.items()
@@ -116,7 +116,7 @@ def small_packages() -> dict[str, list[bytes]]:
 def replace_packages(
     monkeypatch: pytest.MonkeyPatch, contents: Mapping[str, list[bytes]]
 ) -> dict[str, bytes]:
-    """Puts other packages into the table of examples; returns their files by name."""
+    """Replaces packages in the table of examples; returns the new files by name."""
     files = {}
     for name, each in contents.items():
         packages = []
@@ -130,5 +130,5 @@ def replace_packages(
 
 
 def decode(data: bytes) -> np.ndarray:
-    """The pixels of a picture file."""
+    """Returns the pixels of a picture file."""
     return np.asarray(Image.open(io.BytesIO(data)))

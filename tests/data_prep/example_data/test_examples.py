@@ -1,4 +1,4 @@
-"""What the examples are made of: pictures, captions, order, and what is refused."""
+"""The example data sets: pictures, captions, order, and inputs that are rejected."""
 
 import csv
 import io
@@ -57,7 +57,7 @@ def read_tar(path):
 
 
 def downloaded(name):
-    """The local packages of an example; skips the test where there are none."""
+    """Returns the downloaded packages of an example; skips the test if one is missing."""
     folder = pathlib.Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/diht_jax").expanduser()
     paths = [folder / package.name for package in EXAMPLES[name].packages]
     if not all(path.exists() for path in paths):

@@ -1,4 +1,4 @@
-"""Packages come from their address, a mirror, or npm's other registry."""
+"""Sources of packages: their address, a mirror, or another npm registry."""
 
 import hashlib
 import urllib.error

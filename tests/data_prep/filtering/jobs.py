@@ -1,4 +1,4 @@
-"""What the tests of filter jobs share: inputs, configs, and what is read of an output."""
+"""Inputs, configs and readers of outputs that the tests of filter jobs share."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from diht_jax.records.schema import Record, decode_record
 from diht_jax.weights.tensor_files import write_safetensors
 from tests import make
 
-# Of processes that start a Ray cluster. Workers start when they are needed, not one for each core
-# at once, and do not wait for every other process of the machine. That a node is gone is noticed
-# after a few refused connections in two seconds; one that is slow has as long as ever.
+# For processes that start a Ray cluster. Workers start on demand instead of one per core at once,
+# and run at normal priority (niceness 0). Ray notices a lost node after a few refused connections
+# within two seconds; a slow node has as much time as by default.
 RAY_ENVIRONMENT = {
     "RAY_health_check_period_ms": "400",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -30,16 +30,16 @@ RAY_ENVIRONMENT = {
     "RAY_prestart_worker_first_driver": "0",
     "RAY_worker_niceness": "0",
 }
-# Where the input lay, and what tells how long it took.
+# Files that depend on the location of the input or on the run time.
 _NOT_COMPARED = re.compile(r"^report\.|\.(seconds|place)\.json$|^manifest\.json$")
 
 
 def job_config(
     source: str, output: pathlib.Path, recipe: str = "convert", **changes: Any
 ) -> ml_collections.ConfigDict:
-    """A recipe of configs/prep in this process; `section__key=value` changes it."""
+    """A recipe of configs/prep, without workers; set keys by `section__key=value`."""
     config = load_recipe(make.PREP_RECIPES / f"{recipe}.py")
-    # Text-spotting has tests of its own.
+    # Text-spotting has separate tests.
     config.update({"num_workers": 0, "text_spotting": False})
     config.update({"input": source, "output": str(output)})
     for name, value in changes.items():
@@ -51,7 +51,7 @@ def job_config(
 
 
 def snapshot(folder: pathlib.Path) -> dict[str, bytes]:
-    """All files but those that tell how long it took, and where the input lay."""
+    """Returns all files except those that depend on the run time or the input's location."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
@@ -60,7 +60,7 @@ def snapshot(folder: pathlib.Path) -> dict[str, bytes]:
 
 
 def write_tars(folder: pathlib.Path, count: int, pairs_per_tar: int = 5) -> str:
-    """Webdataset tars with one picture and captions "name TAR PAIR"; the pattern of their names."""
+    """Writes webdataset tars with one picture and captions "name TAR PAIR"; returns a glob."""
     image = make.encoded(make.plain("red"))
     for tar in range(count):
         members = [
@@ -74,7 +74,7 @@ def write_tars(folder: pathlib.Path, count: int, pairs_per_tar: int = 5) -> str:
 def write_table(
     folder: pathlib.Path, rows: Iterable[dict[str, Any]], pictures: Mapping[str, bytes]
 ) -> str:
-    """A jsonl table of rows, with the pictures that they name; its path."""
+    """Writes a jsonl table and the pictures that it names; returns the table's path."""
     folder.mkdir(exist_ok=True)
     for name, data in pictures.items():
         (folder / name).write_bytes(data)
@@ -83,14 +83,14 @@ def write_table(
 
 
 def write_clip(path: pathlib.Path, image_size: int) -> str:
-    """Weights of a small CLIP that was never trained; their path."""
+    """Writes random weights of a small CLIP; returns their path."""
     arch = make.small_architecture(image_size=image_size, embed_dim=24, context_length=8)
     write_safetensors(path, make.clip_tensors(arch))
     return str(path)
 
 
 def part_names(output: pathlib.Path) -> dict[str, str]:
-    """Path of each input below its root -> name of its part, in the order of the inputs."""
+    """Maps each input's path below its root to the name of its part, in the order of the inputs."""
     return {entry["path"]: entry["name"] for entry in read_manifest(str(_parts_folder(output)))}
 
 
@@ -99,7 +99,7 @@ def _parts_folder(output: pathlib.Path) -> pathlib.Path:
 
 
 def when_done(output: pathlib.Path) -> dict[str, int]:
-    """Path of each input whose part is done -> when that was noted."""
+    """Maps the path of each finished input to the time at which it was marked as done."""
     paths = {
         path: _parts_folder(output) / f"{n}.stats.json" for path, n in part_names(output).items()
     }
@@ -107,17 +107,17 @@ def when_done(output: pathlib.Path) -> dict[str, int]:
 
 
 def read_records(output: pathlib.Path) -> list[Record]:
-    """All records of an output, in their order."""
+    """Returns all records of an output, in order."""
     return [decode_record(data) for data in open_source(output)]
 
 
 def read_dropped(output: pathlib.Path) -> dict[str, dict[str, int]]:
-    """Stage -> reason -> pairs, of the stages that dropped any."""
+    """Returns stage -> reason -> pairs for the stages that dropped any."""
     return {stage: found for stage, found in read_counts(output)["dropped"].items() if found}
 
 
 def read_outcomes(output: pathlib.Path) -> list[tuple[str, str, str | None]]:
-    """Key, outcome and reason of every entry of the input, in order, by another reader."""
+    """Returns key, outcome and reason of every input entry, in order, read by pyarrow alone."""
     paths = [*output.glob("parts/*.decisions.parquet"), *output.glob("decisions/*.parquet")]
     tables = [pyarrow.parquet.read_table(path) for path in sorted(paths)]
     rows = pyarrow.concat_tables(tables).select(["key", "outcome", "reason"]).to_pylist()
@@ -125,11 +125,11 @@ def read_outcomes(output: pathlib.Path) -> list[tuple[str, str, str | None]]:
 
 
 def read_scores(output: pathlib.Path, name: str) -> list[float]:
-    """A column of the decisions of an output that has one part."""
+    """Returns a column of the decisions of an output with a single part."""
     (path,) = output.glob(f"parts/*{SUFFIX}")
     return [value for rows in read_decisions(str(path), [name]) for value in rows[name].to_pylist()]
 
 
 def read_counts(output: pathlib.Path) -> dict[str, Any]:
-    """The counts of the merged statistics."""
+    """Returns the counts of the merged statistics."""
     return json.loads((output / "stats.json").read_text())["counts"]

@@ -1,4 +1,4 @@
-"""Inputs that grow, shrink and change: each costs its own part, whatever lies before it."""
+"""Added, removed and changed inputs: each change filters only its own part again."""
 
 import contextlib
 import functools
@@ -28,7 +28,7 @@ from tests.data_prep.filtering.jobs import (
 
 
 def _when_filtered(monkeypatch, act) -> None:
-    """Calls `act` with each task when its part is there."""
+    """Calls `act` with each task after its part is written."""
     real = filter_job.filter_shard
 
     def filter_shard(task, report, **keywords):
@@ -41,14 +41,14 @@ def _when_filtered(monkeypatch, act) -> None:
 
 @pytest.fixture
 def filtered(monkeypatch) -> list[str]:
-    """Names of the inputs that were filtered, as they come."""
+    """Records the names of the filtered inputs, in order."""
     found: list[str] = []
     _when_filtered(monkeypatch, lambda task: found.append(pathlib.Path(task.source.path).name))
     return found
 
 
 def _add(folder: pathlib.Path, name: str, like: str) -> None:
-    """A new tar with keys and captions of its own."""
+    """Writes a copy of a tar under a new name, with new keys."""
     with tarfile.open(folder / like) as old, tarfile.open(folder / name, "w") as new:
         for member in old:
             data = old.extractfile(member)
@@ -56,7 +56,7 @@ def _add(folder: pathlib.Path, name: str, like: str) -> None:
             new.addfile(member, data)
 
 
-# What becomes of the parts' records: they are kept, found in the output shards, or the output.
+# Where the parts' records are: in kept parts, in the output shards, or in parts as the output.
 _KINDS = (
     {"keep_parts": True, "examples_per_shard": 4},
     {"keep_parts": False, "examples_per_shard": 4, "concepts": True},
@@ -76,7 +76,7 @@ def test_tars_in_the_middle_are_added_replaced_and_removed(tmp_path, filtered, s
     assert filtered == ["00002b.tar"]
     keys = (output / "kept_keys.txt").read_text().split()
     assert keys == [record.key for record in read_records(output)]
-    if config.examples_per_shard is not None:  # else in the order of the names
+    if config.examples_per_shard is not None:  # otherwise sorted by name
         assert keys[4:8] == ["2-0", "2-1", "00002b-0-0", "00002b-0-1"]
     assert {name: when_done(output)[name] for name in before} == before
     filtered.clear()
@@ -95,9 +95,9 @@ def test_tars_in_the_middle_are_added_replaced_and_removed(tmp_path, filtered, s
 
 
 def test_the_jobs_of_an_array_together_replace_no_more_than_one_job_would(tmp_path, filtered):
-    """Of 20 parts 3 may change: with all 20, each job refuses; with 3, none does.
+    """At most 3 of 20 parts may change: with 20 changes every job refuses, with 3 none does.
 
-    Nor does one fail that begins when the first of these is made again, and not yet the last.
+    A job that starts when only some of the 3 are made again must not fail either.
     """
     source, output = write_tars(tmp_path / "in", 20, pairs_per_tar=1), tmp_path / "out"
     config = job_config(source, output, max_changed_shards=0.15)
@@ -120,7 +120,7 @@ def test_the_jobs_of_an_array_together_replace_no_more_than_one_job_would(tmp_pa
 
 
 def _after(count: int, change, monkeypatch) -> None:
-    """Calls `change` once, when so many parts are there."""
+    """Calls `change` once, after `count` parts are written."""
     made = itertools.count(1)
     _when_filtered(monkeypatch, lambda task: change() if next(made) == count else None)
 
@@ -192,7 +192,7 @@ def test_parts_that_are_removed_while_the_filter_runs_are_an_error(tmp_path, mon
 def test_other_output_shards_are_copied_and_a_kill_while_they_are_loses_nothing(
     tmp_path, filtered, monkeypatch
 ):
-    """Before each change of the folder in turn; what was cleaned away is never filtered again."""
+    """Interrupts before every seventh change; parts that were removed are never filtered again."""
     source = write_tars(tmp_path / "in", 3, pairs_per_tar=3)
     run_filter(job_config(source, tmp_path / "done", concepts=True, examples_per_shard=4))
     run_filter(job_config(source, tmp_path / "wanted", concepts=True, examples_per_shard=2))
@@ -241,7 +241,7 @@ def test_parts_as_output_hold_what_shards_would(tmp_path):
     assert records == {record.key: record for record in read_records(tmp_path / "sharded")}
     paths = [[str(p) for p in (tmp_path / n).glob("*.tfrecord")] for n in ("out", "sharded")]
     found, expected = (read_concepts(names)[0] for names in paths)
-    assert found == expected  # what labels need beside a shard
+    assert found == expected  # the label command needs these files next to a shard
     index = read_index(str(output))
     assert index.starts.tolist() == [0, 2, 4, 6]
 
@@ -257,7 +257,7 @@ def test_a_few_failures_do_not_hold_up_the_output(tmp_path):
     assert not (output / "stats.json").exists()
     output = tmp_path / "array"
     config = job_config(source, output, max_failed_shards=0.25)
-    # Two jobs: the one that has all parts in sight writes the output without those of the other.
+    # Two jobs: the one that sees all parts writes the output, without the other's failed parts.
     assert not run_filter(config, 0, 2).output_written
     failures = run_filter(config, 1, 2)
     assert failures.output_written and set(failures) == {str(path) for path in broken}

@@ -1,4 +1,4 @@
-"""The filter command: decisions, counts, equal bytes, and what it refuses."""
+"""The filter command: decisions, counts, reproducible bytes, and rejected inputs."""
 
 import contextlib
 import io
@@ -28,7 +28,7 @@ from tests.make import REPOSITORY, encoded
 _RED = Image.new("RGB", (40, 20), "red")
 _PNG = encoded(_RED, "PNG")
 
-# Caption -> the reason of its drop. Written by hand from the rules of the method.
+# Caption -> the reason for its drop, written by hand from the published rules of the method.
 _CAPTIONS = {
     "A black cat is chasing a small brown bird": None,
     "a man riding a horse on the beach": None,
@@ -42,13 +42,13 @@ _CAPTIONS = {
 }
 
 
-# Two shards, in batches that end within them.
+# Two shards; batches end within a shard.
 _SETTINGS = {"concepts": True, "batch_size": 4, "source__rows_per_shard": 6}
 
 
 @pytest.fixture(scope="module")
 def captioned(tmp_path_factory) -> pathlib.Path:
-    """A table with every kind of caption, and the output of both filters on it."""
+    """A table with every kind of caption, and the output of the filter `cat` for it."""
     folder = tmp_path_factory.mktemp("captioned")
     rows = [{"image": "i.png", "caption": caption, "n": n} for n, caption in enumerate(_CAPTIONS)]
     rows.append({"image": "i.png", "caption": ["a red car", "a dog runs", "a cat sleeps"]})
@@ -69,7 +69,7 @@ def test_captions_are_dropped_by_reason(captioned):
     *records, several, one = read_records(captioned / "cat")
     assert [record.caption for record in records] == kept
     assert counts["kept"] == len(kept) + 2
-    # Bad captions of a good pair are gone.
+    # A kept pair loses its bad captions.
     assert (several.caption, one.caption) == ("a dog runs", "a dog runs")
     assert several.metadata == {"captions": ["a dog runs", "a cat sleeps"]}
     assert one.metadata == {}
@@ -79,7 +79,7 @@ def test_captions_are_dropped_by_reason(captioned):
     assert rows[: len(_CAPTIONS)] == [
         (f"t-{n:08d}", reason) for n, reason in enumerate(_CAPTIONS.values())
     ]
-    # What is explained is what the filter does by the same config.
+    # `explain` decides like the filter with the same config.
     by_cat, by_none = (job_config("unused", captioned, name) for name in ("cat", "convert"))
     for caption, reason in _CAPTIONS.items():
         decision = f"drop ({reason})" if reason else "keep"
@@ -97,7 +97,7 @@ _LOST = "a dog whose picture is gone"
     [
         ((*_NAMES, *[_LOST] * 20), "cat", True),
         (_NAMES, "convert", False),
-        (_SENTENCES, "cat", False),  # nothing is kept of these either
+        (_SENTENCES, "cat", False),  # also keeps nothing
         ((*_NAMES, "a dog is chasing a small brown bird"), "cat", False),
     ],
     ids=["names and lost pictures", "converted", "sentences", "some are kept"],
@@ -146,7 +146,7 @@ def test_images_are_dropped_by_reason(tmp_path):
 
     run_filter(job_config(source, tmp_path / "small", image__max_side=100, **limits))
     small = read_records(tmp_path / "small")
-    assert [r.image for r in small[:3]] == [r.image for r in records[:3]]  # they were small before
+    assert [r.image for r in small[:3]] == [r.image for r in records[:3]]  # already small enough
     shrunk = Image.open(io.BytesIO(small[3].image))
     assert (shrunk.format, shrunk.size) == ("JPEG", (100, 67))
     assert np.abs(np.asarray(shrunk).mean(axis=(0, 1)) - [0, 0, 250]).max() < 3

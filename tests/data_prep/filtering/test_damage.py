@@ -1,6 +1,6 @@
-"""Files of an output in the place of others, missing, or damaged: each is named.
+"""Output files that are swapped, missing or damaged: each is named in an error.
 
-Single damages of every file are tried in `tests/fuzz/kinds/written.py`.
+`tests/fuzz/kinds/written.py` tests single damages in every file.
 """
 
 import pathlib
@@ -20,7 +20,7 @@ from tests.data_prep.filtering.jobs import job_config, write_tars
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A finished folder of two parts and two shards."""
+    """A finished output folder with two parts and two shards."""
     folder = tmp_path_factory.mktemp("finished")
     source = write_tars(folder / "in", 2, pairs_per_tar=3)
     config = job_config(

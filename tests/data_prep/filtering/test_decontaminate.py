@@ -1,4 +1,4 @@
-"""Pictures of evaluation sets: the hashes against SciPy, and what the filter drops."""
+"""Decontamination: image hashes against SciPy, and the pictures that the filter drops."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def _scene(seed: int, side: int = 96) -> Image.Image:
 
 
 def _write_folder(folder, pictures: dict[str, bytes]) -> str:
-    """A table of pictures, whose names are the captions."""
+    """Writes a table of pictures with their names as captions."""
     return write_table(folder, [{"image": name, "caption": name} for name in pictures], pictures)
 
 
@@ -42,14 +42,14 @@ def test_the_perceptual_hash_is_that_of_the_cosine_transform(seed):
     for number, picture in enumerate((image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))):
         small = picture.convert("L").resize((32, 32), Image.Resampling.LANCZOS)
         lowest = scipy.fft.dctn(np.asarray(small, np.float64))[:8, :8]
-        # scipy scales row and column 0 by 1 like the others, as the formula does.
+        # Without normalisation, scipy scales row and column 0 like the others, as in the formula.
         bits = "".join("1" if value > np.median(lowest) else "0" for value in lowest.ravel())
         found = image_hashes.hash_picture(image).perceptual[number]
-        assert (found ^ int(bits, 2)).bit_count() <= number  # greys of a mirror image are rounded
+        assert (found ^ int(bits, 2)).bit_count() <= number  # mirrored greys may round otherwise
 
 
 def test_an_index_finds_what_a_loop_over_all_finds(monkeypatch):
-    monkeypatch.setattr(image_hashes, "_CHUNK", 50)  # in several portions
+    monkeypatch.setattr(image_hashes, "_CHUNK", 50)  # forces several chunks
     generator = np.random.default_rng(0)
     known = [int(value) for value in generator.integers(0, 2**63, 30, dtype=np.uint64)]
     pixels = np.arange(30 * 16, dtype=np.uint8).reshape(30, 16)
@@ -119,7 +119,7 @@ def test_pictures_of_evaluation_sets_are_dropped_and_counted_by_set(tmp_path):
     samples = {s["caption"]: s.get("evidence") for s in read_report(tmp_path / "out")["samples"]}
     assert samples["same.bmp"].endswith(" of first: equal pixels")
     assert " of second: " in samples["mirror.png"]
-    sets = {"first": first, "second": second}  # the same pictures, not as an index
+    sets = {"first": first, "second": second}  # the same pictures, as sources instead of an index
     config = job_config(
         source, tmp_path / "exact", decontaminate__sets=sets, decontaminate__perceptual=False
     )
@@ -151,7 +151,7 @@ def test_pictures_are_compared_by_embeddings_of_a_model_or_of_files(tmp_path):
         embed_source(loaded, path, tmp_path / "embedded" / name, options)
         (written,) = (tmp_path / "embedded" / name).glob("*.npz")
         rows[name] = np.load(written)["image_emb"]
-    # All pictures look much the same to a model that was never trained.
+    # An untrained model embeds all pictures similarly.
     first, second = ((rows["pairs"] @ rows[n].T).max(1) >= 0.9999 for n in sets)
     expected = {"first": int(first.sum()), "second": int((second & ~first).sum())}
     assert 0 < expected["second"] < expected["first"] < 16

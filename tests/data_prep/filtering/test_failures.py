@@ -1,4 +1,4 @@
-"""Inputs, disks and pairs that fail: what comes of a job."""
+"""Failing inputs, disks and pairs: their effect on a job."""
 
 import os
 import resource
@@ -20,7 +20,7 @@ from tests.data_prep.filtering.jobs import job_config, read_counts, read_records
 def test_of_a_tar_that_is_cut_off_the_pairs_before_are_kept_where_the_config_asks_for_it(tmp_path):
     pattern = write_tars(tmp_path / "in", 3, pairs_per_tar=4)
     cut = tmp_path / "in" / "00001.tar"
-    # A pair takes four blocks of 512 bytes: this is within the caption of the third.
+    # A pair takes four blocks of 512 bytes: this cuts within the caption of the third pair.
     cut.write_bytes(cut.read_bytes()[: 2 * 2048 + 1540])
     failures = run_filter(job_config(pattern, tmp_path / "strict"))
     assert list(failures) == [str(cut)]
@@ -54,7 +54,7 @@ def test_what_an_input_gave_before_it_was_damaged_is_no_part_of_a_replay(tmp_pat
 def test_an_output_that_may_not_become_larger_is_named_and_waited_for_no_time(
     tmp_path, output_format
 ):
-    """The limit of the operating system on the size of files, which rises until all have room."""
+    """Sets the operating system's file size limit, and raises it until all files fit."""
     source, output = write_tars(tmp_path / "in", 1, pairs_per_tar=40), tmp_path / "out"
     config = job_config(source, output, output_format=output_format, retries=0)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -88,7 +88,7 @@ def test_pipes_and_links_that_lead_nowhere_cost_only_themselves(tmp_path):
 
 
 class DeadlyStep(Step):
-    """Ends the process at a picture of the first tar."""
+    """Kills the process at one picture of the first tar."""
 
     name = "deadly"
     order = 15
@@ -127,13 +127,13 @@ def test_a_pair_is_blamed_only_where_two_deaths_agree():
     begun = CrashSearch()
     in_batch = begun.after(_record(BATCH, 256, 512))
     assert in_batch == CrashSearch(suspects=(256, 512))
-    # Another batch: as when memory ran out, now here, now there.
+    # Another batch, as when memory runs out at changing places.
     assert in_batch.after(_record(BATCH, 512, 700)) == CrashSearch(suspects=(512, 700))
     found = in_batch.after(_record(PAIR, 300, 301))
     assert found == CrashSearch(crashed=(300,))
     again = found.after(_record(BATCH, 256, 512)).after(_record(PAIR, 299, 300))
     assert again.crashed == (300, 299)
-    # Every pair alone does no harm, or nothing had begun: no pair is blamed, and it ends.
+    # Every pair alone succeeds, or nothing has begun: no pair is blamed, and the search ends.
     for record in (None, _record(BATCH, 256, 512)):
         search, deaths = in_batch, 0
         while search is not None:

@@ -1,6 +1,6 @@
-"""The filter as a job: run again, cleaned up, changed, shared among jobs, and with damaged input.
+"""The filter as a job: reruns, cleaned parts, changes, job arrays and damaged input.
 
-What is decided about a pair is in `test_command.py`; kills are in `test_kill_points.py`.
+`test_command.py` tests the decisions about pairs, and `test_kill_points.py` tests kills.
 """
 
 import json
@@ -54,7 +54,7 @@ def test_what_was_cleaned_away_is_read_again_only_where_it_is_needed(tmp_path):
     assert snapshot(tmp_path / "out") == before
     now = when_done(tmp_path / "out")
     assert [name for name in stats if now[name] != stats[name]] == ["00001.tar"]
-    for kind in ("decisions.parquet", "samples.tsv"):  # of one part, which nothing else holds
+    for kind in ("decisions.parquet", "samples.tsv"):  # of one part, without a second copy
         min((tmp_path / "out" / "parts").glob(f"*.{kind}")).unlink()
         run_filter(config)
         assert snapshot(tmp_path / "out") == before
@@ -76,7 +76,7 @@ def test_what_has_changed_is_said_and_made_again_only_within_the_limit(tmp_path)
     before = snapshot(tmp_path / "out")
     with pytest.raises(ValueError, match=r"image\.min_side 1 -> 2.*--overwrite"):
         run_filter(job_config(source, tmp_path / "out", image__min_side=2))
-    # Touched, but with the same contents: refused, unless size is enough.
+    # Touched, but with the same contents: refused, unless the identity is the size.
     os.utime(tmp_path / "in" / "00000.tar", ns=(1, 1))
     with pytest.raises(ValueError, match=r"input '.*00000\.tar'.*1 are made again, 0 re.* 2 stay"):
         run_filter(job_config(source, tmp_path / "out", max_changed_shards=0))
@@ -84,21 +84,21 @@ def test_what_has_changed_is_said_and_made_again_only_within_the_limit(tmp_path)
     run_filter(job_config(source, tmp_path / "out"))
     assert snapshot(tmp_path / "out") == before
     run_filter(job_config(source, tmp_path / "later"))
-    assert snapshot(tmp_path / "later") == before  # no time of change in any of it
-    # As many bytes, but others.
+    assert snapshot(tmp_path / "later") == before  # no output depends on the modification time
+    # The same size, but other bytes.
     path = tmp_path / "in" / "00001.tar"
     path.write_bytes(path.read_bytes().replace(b"name 1 4", b"NAME 1 4"))
     os.utime(path, ns=(1, 1))
     with pytest.raises(ValueError, match=r"1 shards .* changed: the input '.*00001\.tar'"):
         run_filter(job_config(source, tmp_path / "out", max_changed_shards=0))
     assert snapshot(tmp_path / "out") == before
-    # The recipe's share of 0.01 allows one of a few.
+    # The recipe's fraction of 0.01 allows at least one of several shards.
     assert run_filter(job_config(source, tmp_path / "out")) == {}
     assert [r.caption for r in read_records(tmp_path / "out")][9] == "NAME 1 4"
 
 
 def test_an_outage_costs_no_pair(tmp_path):
-    """The disk fails behind the first picture: the shard fails, and the next run has all pairs."""
+    """A lasting read error fails the shard; the next run has all pairs despite a brief error."""
     names = [f"{number:02d}.png" for number in range(27)]
     for name in names:
         Image.new("RGB", (40, 20), "red").save(tmp_path / name)
@@ -108,7 +108,7 @@ def test_an_outage_costs_no_pair(tmp_path):
     with FailingDisk(tmp_path / "05.png", failures=10**9).mounted():
         failures = run_filter(config)
     assert [*failures.values()][0].startswith(f"{tmp_path}/05.png: could not be read in 5 attempts")
-    with FailingDisk(tmp_path, failures=3, spared=20).mounted() as disk:  # a moment only
+    with FailingDisk(tmp_path, failures=3, spared=20).mounted() as disk:  # brief
         assert run_filter(config) == {}
     assert not disk.failures
     assert [record.caption for record in read_records(tmp_path / "out")] == [

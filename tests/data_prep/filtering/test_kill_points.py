@@ -1,10 +1,10 @@
-"""SIGKILL at the seams: before the changes that a job makes to its output folder, each in turn.
+"""SIGKILL before each change that a job makes to its output folder.
 
-So no moment is left to chance: during the filtering, the re-sharding, the lists, the report, and
-the cleaning. Before every change of an undisturbed run (a file opened for writing, a rename, a
-removal, a new folder) a forked child kills itself, and a second child runs to the end. Changes that
-differ in a number only, such as those of the first shard and of the second, are tried at one of
-them. The loss of a node of a cluster is in `jobs/test_ray.py`.
+This leaves no moment to chance: filtering, re-sharding, lists, report and cleaning are all
+covered. Before every change of an undisturbed run (a file opened for writing, a rename, a
+removal, a new folder) a forked child kills itself, and a second child runs to the end. Of changes
+that differ only in a number, such as those of the first and second shard, one is tested.
+`jobs/test_ray.py` tests the loss of a cluster node.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def test_pairs(tmp_path):
 
 
 class _Watch:
-    """Sees what this process changes in a folder, just before it happens, and may kill it then."""
+    """Records the changes of this process to a folder before they happen; may kill it then."""
 
     def __init__(self, output: pathlib.Path, kill_at: int):
         self._output, self._kill_at = str(output), kill_at
@@ -68,7 +68,7 @@ class _Watch:
 
 
 def _run(output: pathlib.Path, kill_at: int = -1) -> list[str]:
-    """What the job changes, in this process."""
+    """Runs the job in this process; returns its changes."""
     config = job_config(f"{output.parent}/in/*", output, examples_per_shard=4)
     watch = _Watch(output, kill_at)
     sys.addaudithook(watch)
@@ -77,7 +77,7 @@ def _run(output: pathlib.Path, kill_at: int = -1) -> list[str]:
 
 
 def _run_in_child(output: pathlib.Path, kill_at: int = -1) -> tuple[int, list[str]]:
-    """Status of the child, and what it changed."""
+    """Runs the job in a forked child; returns the child's status and its changes."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
@@ -93,7 +93,7 @@ def _run_in_child(output: pathlib.Path, kill_at: int = -1) -> tuple[int, list[st
 
 
 def _kill_and_repeat(output: pathlib.Path, kill_at: int, wanted: dict[str, bytes]) -> list[str]:
-    """What is wrong with the output of a run after a run that was killed."""
+    """Kills a run and repeats it; returns the problems of the second run's output."""
     status, _ = _run_in_child(output, kill_at)
     if not os.WIFSIGNALED(status):
         return [f"not killed: {status}"]
@@ -110,7 +110,7 @@ def _kill_and_repeat(output: pathlib.Path, kill_at: int, wanted: dict[str, bytes
 
 
 def _when_finished(output: pathlib.Path) -> dict[str, int]:
-    """Of every shard that is done, when that was noted."""
+    """Maps each finished shard to the time at which it was marked as done."""
     return {
         str(path.relative_to(output)): path.stat().st_mtime_ns
         for path in output.rglob("?*.stats.json")
@@ -118,20 +118,20 @@ def _when_finished(output: pathlib.Path) -> dict[str, int]:
 
 
 def _choose(changes: list[str]) -> list[int]:
-    """Of the changes that differ in numbers only, by turns the first and the last."""
+    """Returns one index per group of changes that differ only in numbers: the first or the last."""
     alike: dict[str, list[int]] = collections.defaultdict(list)
     for i, change in enumerate(changes):
-        # Names of temporary files end with a process and a random number.
+        # Names of temporary files end with a process id and a random number.
         alike[re.sub(r"\d+-[0-9a-f]{8}\.tmp|\d", "#", change)].append(i)
     return sorted(found[-(number % 2)] for number, found in enumerate(alike.values()))
 
 
 def main() -> None:
-    """Tries all of it, and prints as JSON what was tried and the problems that were found."""
+    """Tests all chosen changes; prints them and the problems found, as JSON."""
     folder = pathlib.Path(sys.argv[1])
-    os.fsync = lambda _: None  # of use when the power goes; nearly all of the time otherwise
+    os.fsync = lambda _: None  # matters only at power loss, and takes most of the time
     with contextlib.redirect_stdout(sys.stderr):
-        _run(folder / "warm")  # what is loaded once is loaded before the forks
+        _run(folder / "warm")  # loads shared state before the forks
     status, changes = _run_in_child(folder / "whole")
     assert status == 0
     wanted = snapshot(folder / "whole")

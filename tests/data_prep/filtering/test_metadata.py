@@ -1,4 +1,4 @@
-"""The caption stage on tables without images: the same rows as the parser says, untouched."""
+"""The caption stage on tables without images: keeps unchanged the rows that the parser keeps."""
 
 import functools
 import json
@@ -30,7 +30,7 @@ _config = functools.partial(job_config, recipe="metadata")
 
 @pytest.fixture
 def table() -> pyarrow.Table:
-    """Rows as LAION and DataComp have them, with columns of many types."""
+    """Rows like those of LAION and DataComp, with columns of many types."""
     count = len(_CAPTIONS)
     return pyarrow.table(
         {
@@ -65,7 +65,7 @@ def test_parquet_rows_are_kept_as_they_came(tmp_path, table):
     assert [tuple(map(int, uid)) for uid in uids] == [(0, i) for i in _KEPT]
     assert (tmp_path / "out" / "kept_keys.txt").read_text().split() == [f"{i:032x}" for i in _KEPT]
 
-    # In units of a row group, by two jobs: the same rows.
+    # Two jobs with one row group per unit give the same rows.
     config = _config(str(path), tmp_path / "units", source__caption_column="TEXT")
     config.source.rows_per_shard = 3
     run_filter(config, 0, 2)
@@ -141,7 +141,7 @@ def test_a_table_in_capitals_that_states_its_own_columns_is_replayed(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"caption": "a man riding a horse", "key": "z"}\n')
     assert run_filter(_config(f"{tmp_path}/b.jsonl,{source}", tmp_path / "out")) == {}
     assert pyarrow.parquet.read_table(tmp_path / "out" / "A.PARQUET").equals(table.slice(0, 1))
-    # In the order of the names, whatever that of the inputs is.
+    # The order is that of the names, not of the inputs.
     assert (tmp_path / "out" / "kept_keys.txt").read_text() == "q\nz\n"
     assert Replay(str(tmp_path / "out")).run(str(tmp_path / "lists")).funnel.kept == 2
     assert (tmp_path / "lists" / "kept_keys.txt").read_text() == "q\nz\n"

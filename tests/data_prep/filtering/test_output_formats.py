@@ -1,4 +1,4 @@
-"""One filter job in every output format, read by the programs that the formats are for."""
+"""One filter job in every output format, read by the programs that use the formats."""
 
 import io
 import json
@@ -26,7 +26,7 @@ _IMAGES = ("JPEG", "PNG", "WEBP", "JPEG", "JPEG", "PNG", "GIF", "JPEG", "PNG")
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """Nine pictures, whose keys no tar could hold as they are, in each format."""
+    """Nine pictures in each format, with keys that a tar cannot hold unchanged."""
     folder = tmp_path_factory.mktemp("formats")
     keys = ("a.b", "a.b", "x/../y", "a", "\u00e9", "a~2", "gif", "7", "8")
     rows = []
@@ -76,7 +76,7 @@ def test_open_clip_trains_on_what_was_kept(work):
     data = pytest.importorskip("open_clip_train.data")
     settings = types.SimpleNamespace(
         train_data=f"{work}/webdataset/pairs-train-{{00000..00001}}.tar",
-        train_num_samples=None,  # sizes.json has it
+        train_num_samples=None,  # taken from sizes.json
         train_data_upsampling_factors=None,
         dataset_resampled=False,
         seed=0,
@@ -105,14 +105,14 @@ def test_tars_are_read_as_what_was_kept(work):
     assert [entry.caption for entry in entries] == [record.caption for record in records]
     assert [entry.metadata for entry in entries] == [record.metadata for record in records]
     assert [record.metadata.get("captions") for record in records].count(None) == 8
-    # Keys are unique within each tar, and members have no name that another program splits.
+    # Keys are unique within each tar, and no other program splits the names of members.
     assert [entry.key for entry in entries] == [
         *("a%2Eb", "a%2Eb~2", "x/%2E%2E/y", "a"),
         *("\u00e9", "a%7E2", "gif", "7", "8"),
     ]
     is_gif = [name == "GIF" for name in _IMAGES]
     for entry, record, gif in zip(entries, records, is_gif, strict=True):
-        if gif:  # webdataset knows no GIF
+        if gif:  # webdataset does not support GIF
             assert entry.image.startswith(b"\x89PNG")
             pixels = [Image.open(io.BytesIO(d)).convert("RGB") for d in (entry.image, record.image)]
             np.testing.assert_array_equal(*pixels)
@@ -122,7 +122,7 @@ def test_tars_are_read_as_what_was_kept(work):
         member = tar.getmember("a%2Eb~2.json")
         assert json.load(tar.extractfile(member)) == {"n": 1, "key": "a.b"}
         assert (member.mtime, member.uid, member.uname) == (0, 0, "")
-    # The index that the writer has made is the one that a scan of the tar gives.
+    # The index that the writer made equals the index from a scan of the tar.
     sizes = json.loads((work / "webdataset" / "sizes.json").read_text())
     for path in _shards(work / "webdataset", "webdataset"):
         offsets = scan_tar(str(path))

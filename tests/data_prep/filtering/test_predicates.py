@@ -1,4 +1,4 @@
-"""Conditions on the metadata: the language against SQLite, and what the filter does with them."""
+"""Conditions on metadata: the language against SQLite, and their effect in the filter."""
 
 import datetime
 import decimal
@@ -54,7 +54,7 @@ def test_conditions_are_those_of_sql_with_its_unknown_values():
     ("text", "fields", "expected"),
     [
         ("0.5 < w / h < 2", {"w": 3, "h": 2}, True),
-        ("a < 0.5", {"a": "0.25"}, True),  # tables of text spell numbers
+        ("a < 0.5", {"a": "0.25"}, True),  # text tables store numbers as text
         ("a < 0.5", {"a": "no number"}, None),
         ("a < 0.5", {"a": float("nan")}, None),
         ("a < 0.5", {"a": [0.1]}, None),

@@ -1,4 +1,4 @@
-"""A replay decides as the filter itself would, or reports that it is not known."""
+"""A replay decides like the filter itself, or reports that the decision is not known."""
 
 import collections
 import io
@@ -28,7 +28,7 @@ from tests import make
 from tests.data_prep.filtering.jobs import job_config, read_outcomes, read_records
 from tests.docs.pages import REPOSITORY, python_blocks
 
-# Captions of a pair; those of which several are, have the first one in the text file.
+# Captions of each pair; if there are several, the text file has the first one.
 _CAPTIONS = [
     ["a black cat is chasing a small brown bird"],
     ["a dog runs"],
@@ -54,13 +54,13 @@ _ALIKE = {**_SCORED, "clip__min_score": 0.05}
 
 
 def _text_of(image: bytes) -> str:
-    """What a spotter of this test reads: a text that the red of the picture stands for."""
+    """Returns the text that the test's spotter reads, chosen by the red value of the picture."""
     red = decode_rgb(image).getpixel((0, 0))[0]
     return ["", "dog runs", "black cat is ch", "umbrella"][red // 60 % 4]
 
 
 class _Spotter:
-    """Spots the text of `_text_of` with a confidence of 0.5, and matches as the real one."""
+    """Spots the text of `_text_of` with confidence 0.5, and matches like the real spotter."""
 
     def __init__(self, config, *_):
         names = ("min_confidence", "min_chars", "misread_min_chars", "weigh_words")
@@ -82,7 +82,7 @@ class _Spotter:
 
 
 class _Encoder:
-    """Scores a caption by its letters, from 0 to 0.9."""
+    """Scores a caption by its length, from 0 to 0.9."""
 
     def __init__(self, *_):
         pass
@@ -96,7 +96,7 @@ class _Encoder:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """An input of 132 pairs in three tars, and a function that filters it."""
+    """An input of 132 pairs in three tars, and functions that configure and filter it."""
     folder = tmp_path_factory.mktemp("replay")
     rng = np.random.default_rng(0)
     for number in range(3):
@@ -149,7 +149,7 @@ def _decide_all(found: replay.Replay) -> list[tuple[str, str | None]]:
     ("before", "now", "not_known"),
     [
         ({}, {}, 0),
-        # Of some pairs one caption is shown in the picture, and another is not good enough now.
+        # In some pairs the picture shows one caption, and the stricter limit now drops another one.
         ({}, _STRICT, 4),
         (_STRICT, {}, 42),
         (_WITHOUT_C_AND_A, _STRICT, 4),
@@ -158,7 +158,7 @@ def _decide_all(found: replay.Replay) -> list[tuple[str, str | None]]:
         ({}, {"spotter__min_chars": 8}, 10),
         (_UNSURE, {}, 65),
         ({}, {"spotter__gate_size": 100}, 65),
-        # Of several captions others come to text-spotting by another limit of their scores.
+        # With another score limit, other captions of a pair reach text-spotting.
         (_ALIKE, _SCORED, 19),
         (_SCORED, _ALIKE, 8),
     ],
@@ -167,11 +167,11 @@ def test_a_replay_decides_as_the_filter_does(work, before, now, not_known):
     filtered, config, _ = work
     replayed = _decide_all(replay.Replay(str(filtered(**before)), config(**now)))
     if now.get("spotter__gate_size"):
-        now = {}  # this spotter has no first look
+        now = {}  # this spotter has no gate
     truth = [(stage, reason) for _, stage, reason in read_outcomes(filtered(**now))]
     assert len(replayed) == len(truth) == 132
     for mine, theirs in zip(replayed, truth, strict=True):
-        # What cannot be decoded was not measured, and may be too large too.
+        # The filter did not measure undecodable pictures, which may also be too large.
         if mine != ("image", "unreadable") or theirs != ("image", "too_large"):
             assert mine == theirs or mine[0] == "not known"
     assert sum(stage == "not known" for stage, _ in replayed) == not_known
@@ -193,7 +193,7 @@ def test_the_lists_are_those_of_the_filter(work):
         f"{key}\t{stage}" for key, stage, reason in read_outcomes(other) if reason
     ]
     assert (folder / "lists" / "not_known.txt").read_text() == ""
-    # Without a config the lists are those of the folder, also where the parts are the output.
+    # Without a config the lists equal the folder's, also if the parts are the output.
     for done in (finished, filtered(examples_per_shard=None)):
         replay.Replay(str(done), None).run(str(folder / "lists"))
         for name in ("kept_keys.txt", "kept_uids.npy"):
@@ -250,7 +250,7 @@ def test_a_line_that_speaks_against_a_match_may_count_no_longer(before, now, is_
     [(0.0, 1), (0.1, 1), (0.125, 1), (0.13, 2), (0.25, 2), (0.5, 4), (0.51, 5), (0.875, 7), (1, 8)],
 )
 def test_a_quantile_is_the_least_score_that_its_share_does_not_exceed(tmp_path, share, expected):
-    """Of the scores 1 to 8, also where share times 8 is whole."""
+    """Scores are 1 to 8; some cases have a whole number for share times 8."""
     log = table.DecisionWriter(["clip"])
     for row, value in enumerate((5, 3, 8, 1, 7, 2, 6, 4)):
         log.add(row, {"key": "k", "outcome": "kept", "clip": float(value)})
@@ -281,7 +281,7 @@ def test_the_queries_of_the_page_run(work, tmp_path, monkeypatch, capfd):
 
 
 def test_captions_decide_from_columns_as_their_graphs_do(tmp_path):
-    """The reasons of `cat_reason`, for every caption alone, and the best of several for a pair."""
+    """Same reasons as `cat_reason` for each single caption; a pair keeps its best caption."""
     texts = ["sunset", "a red car", "a dog runs", "IMG_1.jpg", "", "a black cat is chasing a bird"]
     config = job_config("a", tmp_path, "cat")
     step = cat.CaptionStep(config, SourceShard("table", "t.jsonl"))

@@ -1,4 +1,4 @@
-"""Scores of CLIP and of linear layers: those of the model, limits and quantiles, and replays."""
+"""Scores of CLIP and of linear heads: values, limits, quantiles and replays."""
 
 import collections
 import importlib.resources
@@ -34,8 +34,8 @@ from tests.data_prep.filtering.jobs import (
     write_clip,
 )
 
-WIDTH = 24  # of the embeddings
-_BIAS = -20.0  # of the linear layer: all scores are below the first bin of the histograms
+WIDTH = 24  # dimension of the embeddings
+_BIAS = -20.0  # of the linear head: puts all scores below the first bin of the histograms
 _CAPTIONS = [
     "a dog",
     "two cats",
@@ -72,7 +72,7 @@ def scored(source, weights, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def embedded(weights, pictures):
-    """Rows of the pictures and of the captions, of one at a time, on one device, in float64."""
+    """Float64 embeddings of pictures and captions, computed one at a time on one device."""
     model = load_model(weights, batch_size=1, devices=jax.devices()[:1])
     images, texts = map(model.encode_image, pictures), map(model.encode_text, _CAPTIONS)
     return [np.concatenate(list(rows)).astype(np.float64) for rows in (images, texts)]
@@ -80,7 +80,7 @@ def embedded(weights, pictures):
 
 @pytest.fixture(scope="module")
 def expected(embedded):
-    """The score of each pair."""
+    """The expected score of each pair."""
     images, texts = embedded
     return (images * texts).sum(axis=1).tolist()
 
@@ -131,7 +131,7 @@ def test_a_quantile_of_recorded_scores_is_a_limit(scored, source, weights, expec
     assert config.clip.min_score == pytest.approx(expected[lowest[3]], abs=1e-5)
     samples = read_report(tmp_path / "out")["samples"]
     assert sum("evidence" in s and s["evidence"].startswith("CLIP score ") for s in samples) == 3
-    # The replay of the recorded scores decides the same, without the model.
+    # The replay of the recorded scores gives the same decisions, without the model.
     again = replay.Replay(str(scored), config).run()
     assert (again.funnel.kept, again.not_known.total()) == (5, 0)
     assert again.funnel.dropped()["clip"] == {"low_score": 3}
@@ -179,7 +179,7 @@ def _identify(folder):
 
 
 def test_a_run_is_known_by_what_it_has_learnt(tmp_path):
-    """Not by its logs, the times of its files or a later start that finds it finished."""
+    """Ignores logs, file times and later starts that find the run finished."""
     run = make.write_run(tmp_path / "run", make.tiny_config())
     known = _identify(run)
     copy = shutil.copytree(run, tmp_path / "copy", copy_function=shutil.copyfile)
@@ -207,7 +207,7 @@ def head(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def head_scores(embedded, head):
-    """The layer on the embedding of each picture, in float64."""
+    """The linear head applied to the embedding of each picture, in float64."""
     rows, found = embedded[0], np.load(head)
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)) @ found["weight"][0] + _BIAS
 
@@ -274,7 +274,7 @@ def test_a_quantile_is_that_of_the_scores(
     filter_config.set_quantile_limit(config)
     limit = np.quantile(head_scores, share, method="inverted_cdf")
     assert config[name].limit == pytest.approx(limit, abs=1e-5)
-    # The filter decides about what it records, as a replay does.
+    # The filter decides by the values that it records, like a replay.
     step = registry.STEPS[name](config, SourceShard("webdataset", "a.tar"))
     batch = [Candidate.of(Pair("k", make.png(number), "a dog")) for number in range(8)]
     found = step.measure(batch)[step.score_name()]

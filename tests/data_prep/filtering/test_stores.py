@@ -1,4 +1,4 @@
-"""The filter with its input and its output in object stores: on an S3 server, and counted."""
+"""The filter with input and output in object stores: an S3 server and a store with counters."""
 
 import collections
 import functools
@@ -14,7 +14,7 @@ from diht_jax.storage import files, stores
 from tests.data_prep.filtering.jobs import _NOT_COMPARED, job_config, snapshot, write_tars
 from tests.records.stores import Killed, MeteredStore
 
-# What states where the output lies, or what it has cost.
+# Files that contain the output's location or the cost of the run.
 _OWN = ("stats.json", "settings.json", "dataset_info.json")
 
 
@@ -30,7 +30,7 @@ def _is_own(name):
 
 
 def _snapshot(url):
-    """As `jobs.snapshot`, of a store."""
+    """Like `jobs.snapshot`, for a store."""
     system = fsspec.filesystem(url.split(":")[0])
     system.invalidate_cache()
     prefix = f"{system._strip_protocol(url)}/"
@@ -52,7 +52,7 @@ def test_the_output_on_s3_is_the_local_one(tmp_path, s3_bucket):
     assert not {name for name in differing if name.rpartition("/")[2] not in _OWN}
     assert json.loads(stored["stats.json"])["counts"] == json.loads(local["stats.json"])["counts"]
     assert {"report.json", "report.html"} <= {n.rpartition("/")[2] for n in _names(f"{url}/out")}
-    # Again: nothing is done.
+    # A second run does nothing.
     written = _versions(f"{url}/out")
     assert run_filter(config) == {}
     assert _versions(f"{url}/out") == written
@@ -71,7 +71,7 @@ def _versions(url):
 
 @pytest.fixture
 def metered(tmp_path):
-    """Two tars in a store that counts; the folder for outputs, and a config without workers."""
+    """Puts two tars in a store with counters; returns a function that makes a config."""
     write_tars(tmp_path / "in", 2)
     MeteredStore.reset()
     _upload(tmp_path / "in", "metered:///in")
@@ -98,7 +98,7 @@ def test_a_run_that_is_killed_at_whatever_write_goes_on(metered):
         found = _snapshot(out)
         assert found.keys() == expected.keys()
         assert {n for n in found if found[n] != expected[n]} <= {"stats.json", "dataset_info.json"}
-        # What was done is not done again.
+        # Finished files are not written again.
         assert before.items() <= {n: MeteredStore.store[n].modified for n in _names(out)}.items()
 
 
@@ -122,11 +122,11 @@ def test_a_finished_output_shard_costs_two_requests(metered, monkeypatch):
         costs[len(names)] = MeteredStore.requests.copy()
     (few, of_few), (many, of_many) = sorted(costs.items())
     assert many >= few + 4
-    # Its statistics, once to see whose shard it is and once for its plan; sizes come with listings.
+    # Two reads of its statistics: to find the shard's owner, and for the plan. Listings have sizes.
     assert of_many["get"] - of_few["get"] == 2 * (many - few)
     for kind in ("list", "info", "put", "remove"):
         assert of_many[kind] == of_few[kind]
-    # Many at once.
+    # The reads run in parallel.
     assert threading.main_thread() not in threads and len(threads) > 1
 
 
@@ -145,7 +145,7 @@ def test_a_store_that_fails_one_request_in_twenty_changes_no_byte(metered, monke
 
 @pytest.fixture
 def api_calls(monkeypatch):
-    """What is asked of S3, by operation; every page of a listing counts."""
+    """Counts the calls to S3 by operation; every page of a listing is a call."""
     client = pytest.importorskip("aiobotocore.client").AioBaseClient
     calls, call = collections.Counter(), client._make_api_call
 
@@ -160,7 +160,7 @@ def api_calls(monkeypatch):
 def test_inputs_are_planned_by_the_pages_of_their_listing(s3_bucket, api_calls):
     models = pytest.importorskip("moto.s3.models")
     (backend,) = (b["aws"] for b in models.s3_backends.values() if "bucket" in b["aws"].buckets)
-    for number in range(3_000):  # without a request for each
+    for number in range(3_000):  # put directly, without S3 calls
         backend.put_object("bucket", f"many/{number:05d}.tar", b"tar")
     config = job_config(f"{s3_bucket}/many/*.tar", f"{s3_bucket}/planned")
     job = plan.plan_job(config, 0, 1, "local", overwrite=False)
@@ -171,9 +171,9 @@ def test_inputs_are_planned_by_the_pages_of_their_listing(s3_bucket, api_calls):
     assert api_calls["HeadObject"] + api_calls["GetObject"] <= 4
     assert api_calls.total() <= 3 + 13
     identities = {task.source.identity()["changed_ns"] for task in tasks}
-    assert len(identities) == 1 and None not in identities  # of equal contents, without a request
+    assert len(identities) == 1 and None not in identities  # same contents, known without a call
     assert api_calls.total() <= 3 + 13
-    # What is small, such as the statistics of a part, is one request each.
+    # A small file, such as the statistics of a part, costs one request.
     files.write_bytes(f"{s3_bucket}/planned/small", b"whole")
     api_calls.clear()
     assert files.read_bytes(f"{s3_bucket}/planned/small") == b"whole"

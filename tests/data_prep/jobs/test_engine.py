@@ -1,6 +1,6 @@
-"""The engine: a failure stays with its task, a death is reported, and nothing waits for ever.
+"""The job engine: failures stay with their task, deaths are reported, and nothing hangs.
 
-Workers import the main module, so each test runs a script of its own.
+Workers import the main module, so each test runs a separate script.
 """
 
 import ast
@@ -23,7 +23,7 @@ from tests.waiting import wait_until
 
 Task = collections.namedtuple("Task", "source")
 
-_LONGEST_SECS = 600  # of a script; a failure here means that it waits for ever
+_LONGEST_SECS = 600  # for one script; a failure means that it hangs
 
 _FRAME = """
 import collections, os, pathlib, signal, sys, time
@@ -61,7 +61,7 @@ def _start(folder: pathlib.Path, body: str, num_workers: int | None = 2) -> subp
 
 
 def _run(folder: pathlib.Path, body: str, num_workers: int | None = 2) -> tuple[dict, str]:
-    """Error by task, None for those that are done, and what stood on stderr."""
+    """Returns the error of each task (None if it is done), and the text on stderr."""
     process = _start(folder, body, num_workers)
     try:
         output, errors = process.communicate(timeout=_LONGEST_SECS)
@@ -117,7 +117,7 @@ def work(task, report):
     stopped = "stopped after config.shard_timeout_secs=4 seconds"
     assert outcomes == dict.fromkeys(range(8)) | {0: stopped}
     assert errors.count(f"0: {stopped}; its task will run again") == 1
-    assert len(list(tmp_path.glob("stuck-*"))) == 2  # in a worker of its own each time
+    assert len(list(tmp_path.glob("stuck-*"))) == 2  # each time in a new worker
 
 
 def test_a_time_limit_needs_workers():
@@ -154,10 +154,10 @@ def work(task, report):
         assert f"died at work ({end}): either memory ran out" in outcomes[task]
         assert "or a library crashed" in outcomes[task]
     assert "Odd: an odd exception" in outcomes[5]
-    # Only who was killed from outside, maybe for the memory of all, waits for the others.
+    # Only a task killed from outside, maybe because memory ran out, waits and then runs alone.
     assert errors.count("its task will run again") == 4
     assert re.findall(r"(\d): .* its task will run again, alone", errors) == ["3"]
-    # The reports of those that have ended arrive.
+    # Reports of finished tasks arrive.
     assert "8/8" in errors and int(errors.rpartition(" pairs,")[0].rpartition(", ")[2]) >= 50
 
 

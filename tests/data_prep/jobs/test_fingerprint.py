@@ -1,4 +1,4 @@
-"""What counts as the same input: by size and time of change, by its bytes, or by size alone."""
+"""Identity of an input: by size and modification time, by its bytes, or by size alone."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ _BIG = 2**20  # bytes
 
 
 class _Input:
-    """An input with its description from before."""
+    """An input with its earlier description."""
 
     def __init__(self, source: SourceShard, folder: pathlib.Path, identity: str = "hash"):
         self.source, self.location_path = source, folder / "place.json"
@@ -37,7 +37,7 @@ def big(tmp_path) -> _Input:
 
 
 def _edit(path: str, offset: int) -> None:
-    """Changes one byte; the time of change goes on, the size stays."""
+    """Changes one byte; keeps the size and advances the modification time."""
     changed_ns = os.stat(path).st_mtime_ns
     with open(path, "r+b") as file:
         file.seek(offset)
@@ -54,7 +54,7 @@ def test_a_copy_elsewhere_is_the_same(big, tmp_path):
     assert big.is_same(moved)
     assert json.loads(big.location_path.read_text())["path"] == str(copy)
     assert shards.describe_input(moved, "hash").contents == big.described.contents
-    big.location_path.unlink()  # as when only the statistics were copied
+    big.location_path.unlink()  # as if only the statistics were copied
     assert big.is_same(moved)
     _edit(str(copy), 5)
     assert not big.is_same(moved)
@@ -67,7 +67,7 @@ def test_a_copy_elsewhere_is_the_same(big, tmp_path):
 
 @pytest.fixture
 def table(tmp_path) -> _Input:
-    """A part of a csv beside its images."""
+    """A part of a csv next to its images."""
     (tmp_path / "data").mkdir()
     for number in range(3):
         (tmp_path / "data" / f"{number}.png").write_bytes(b"%d" % number * 100)
@@ -81,12 +81,12 @@ def test_the_images_of_a_table_belong_to_it(table, tmp_path):
     image = tmp_path / "data" / "1.png"
     assert table.is_same()
     os.utime(image, ns=(5, 5))
-    assert table.is_same()  # touched: read once, and remembered
+    assert table.is_same()  # touched: read once, then remembered
     image.write_bytes(b"x" * 100)
     assert not table.is_same()
     image.write_bytes(b"1" * 100)
     assert table.is_same()
-    (tmp_path / "data" / "3.png").write_bytes(b"new")  # it was missing
+    (tmp_path / "data" / "3.png").write_bytes(b"new")  # was missing before
     assert not table.is_same()
     (tmp_path / "data" / "3.png").unlink()
     shutil.copytree(tmp_path / "data", tmp_path / "copy")

@@ -1,6 +1,6 @@
-"""Jobs on a real Ray cluster: models in actors of their own, nodes that join late or are lost.
+"""Jobs on a real Ray cluster: models in separate actors, nodes that join late or are lost.
 
-One cluster in one process serves them all, since starting it takes most of the time.
+All tests share one cluster in one process, since starting it takes most of the time.
 """
 
 import json
@@ -21,7 +21,7 @@ from tests import make
 from tests.data_prep.filtering.jobs import RAY_ENVIRONMENT, job_config, snapshot, write_clip
 from tests.docs.pages import python_blocks
 
-_LONGEST_SECS = 900  # of the script; a failure here means that it waits for ever
+_LONGEST_SECS = 900  # for the script; a failure means that it hangs
 _ENVIRONMENT = RAY_ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
 
 _SCRIPT = """
@@ -173,7 +173,7 @@ if __name__ == "__main__":
 """
 
 
-# Small canvases: a first look, a look, and a closer one where hardly any text could be read.
+# Small canvases for the gate, the look, and the closer look if hardly any text could be read.
 _SPOTTING = {"text_spotting": True} | {
     f"spotter__{name}": value
     for name, value in {
@@ -184,7 +184,7 @@ _SPOTTING = {"text_spotting": True} | {
 
 
 def models_config(folder: pathlib.Path, output: str) -> ml_collections.ConfigDict:
-    """Drops pictures that show their caption, and scores pairs: two models."""
+    """Drops pictures that show their caption, and scores pairs: uses two models."""
     return job_config(
         str(folder / "pairs.jsonl"),
         folder / output,
@@ -200,7 +200,7 @@ def tars_config(folder: pathlib.Path, output: str) -> ml_collections.ConfigDict:
 
 
 def _write_tars(folder: pathlib.Path) -> None:
-    """Nine tars of large pictures, so that a shard takes long enough to be interrupted."""
+    """Writes nine tars of large pictures: a shard takes long enough to be interrupted."""
     pixels = np.random.default_rng(0).integers(0, 256, (900, 1400, 3), np.uint8)
     image = make.encoded(Image.fromarray(pixels), "JPEG", quality=60)
     for number in range(9):
@@ -212,7 +212,7 @@ def _write_tars(folder: pathlib.Path) -> None:
 
 
 def _write_pictures(folder: pathlib.Path) -> None:
-    """Pairs of which some show their caption."""
+    """Writes pairs, some of which show their caption."""
     pictures = {picture.kind: picture for picture in make_test_set(10, seed=1)}
     rows = []
     for kind in ("band", "unrelated", "picture", "nothing"):
@@ -223,7 +223,7 @@ def _write_pictures(folder: pathlib.Path) -> None:
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory) -> tuple[pathlib.Path, dict]:
-    """The folder in which the script ran, and what it printed by the word before it."""
+    """The script's folder, and its printed lines by their first word."""
     pytest.importorskip("ray")
     pytest.importorskip("easyocr")
     folder = tmp_path_factory.mktemp("ray")
@@ -249,7 +249,7 @@ def printed(tmp_path_factory) -> tuple[pathlib.Path, dict]:
 def test_workers_share_models_that_die_and_nodes_that_join(printed):
     folder, found = printed
     failures = json.loads(found["toy"])
-    # The actor that held 13 died, and another one doubled it; 14 is an error of the model itself.
+    # The actor that held 13 died, and another one doubled 13; 14 is an error of the model itself.
     assert (folder / "died_13").exists()
     assert failures.keys() == {"6", "666"} and failures["6"] == "fourteen is not allowed"
     assert "3 model actors died of one batch" in failures["666"]
@@ -257,7 +257,7 @@ def test_workers_share_models_that_die_and_nodes_that_join(printed):
         result = json.loads((folder / f"result_{task}").read_text())
         assert result == [2 * n for n in range(task, task + 9)]
     assert len(list(folder.glob("node_*"))) == 2
-    # Two at a time share the GPU and its memory; one for each that died followed.
+    # Two models share the GPU and its memory; each one that died was replaced.
     models = [path.name.split("_") for path in folder.glob("model_*")]
     assert 2 <= len(models) <= 6 and {tuple(name[2:]) for name in models} == {("0", "0.45")}
 
@@ -267,7 +267,7 @@ def test_deaths_and_time_limits_are_those_of_local_workers(printed):
     stopped = "stopped after config.shard_timeout_secs=60 seconds"
     assert json.loads(found["failing"]) == {"hangs": stopped}
     ended = {path.name: path.read_text() for path in folder.glob("ended_*")}
-    assert ended == {"ended_dies": "0", "ended_works": "0"}  # the GPU that workers share
+    assert ended == {"ended_dies": "0", "ended_works": "0"}  # the workers' shared GPU
     assert found["stderr"].count(f"hangs: {stopped}; its task will run again") == 1
 
 

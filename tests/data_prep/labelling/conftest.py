@@ -1,4 +1,4 @@
-"""A filtered and a labelled folder that several tests of the label command use; made once."""
+"""A filtered and a labelled folder that the tests of the label command share; made once."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ from tests.data_prep.labelling.pictures import (
 
 @pytest.fixture(scope="session")
 def work(tmp_path_factory):
-    """`kept`: 90 pictures in 3 filtered shards, the last one without a concept; `labelled`."""
+    """`kept`: 90 pictures in 3 filtered shards, the last picture without a concept; `labelled`."""
     folder = tmp_path_factory.mktemp("label")
     (folder / "quarters.py").write_text(TEACHER)
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Pictures whose colours and names a small frozen network can see, filtered and labelled."""
+"""Pictures with colours and names that a small frozen network recognises, and label configs."""
 
 import pathlib
 
@@ -12,7 +12,7 @@ COLORS = {"red": (220, 20, 20), "green": (20, 180, 20), "blue": (20, 20, 220)}
 NAMES = ("car", "house")  # a car fills the lower half, a house the upper one
 NUM_IMAGES = 90
 
-# A frozen network that sees where colours are: the mean of each quarter of the picture.
+# A frozen network that locates colours: the mean of each quarter of the picture.
 TEACHER = """
 import torch
 

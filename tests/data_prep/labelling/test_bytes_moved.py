@@ -1,4 +1,4 @@
-"""The bytes that filter and labels move together, and their requests, counted in a store."""
+"""Bytes moved and requests made by the filter and the labels together, counted in a store."""
 
 import json
 import sys
@@ -14,11 +14,11 @@ from tests.data_prep.labelling.pictures import COLORS, NAMES, TEACHER, draw, lab
 from tests.readers.inputs import write_tar
 from tests.records.stores import MeteredStore
 
-# As LAION's at 256 pixels: 8 TB are 280 million pairs.
+# Like LAION at 256 pixels: 8 TB are 280 million pairs.
 _IMAGE_BYTES = 28_600
 _TARS, _PAIRS = 12, 50
 
-# As `pictures.TEACHER`, with 1,200 numbers of a picture, as SWAG ViT-H/14 has 1,280.
+# Like `pictures.TEACHER`, but with 1,200 dimensions; SWAG ViT-H/14 has 1,280.
 _WIDE = """
 
 def build_wide():
@@ -28,10 +28,10 @@ def build_wide():
 
 @pytest.fixture
 def sample(tmp_path, monkeypatch):
-    """17 MB of tars in a store, of which 70% of the pairs are to be kept."""
+    """Puts 17 MB of tars in a store; 70% of the pairs will be kept. Yields the size in bytes."""
     (tmp_path / "quarters.py").write_text(TEACHER + _WIDE)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "quarters", raising=False)  # of other tests
+    monkeypatch.delitem(sys.modules, "quarters", raising=False)  # from other tests
     rng = np.random.default_rng(0)
     MeteredStore.reset()
     for tar in range(_TARS):
@@ -39,7 +39,7 @@ def sample(tmp_path, monkeypatch):
         for number in range(_PAIRS):
             color, name = list(COLORS)[number % 3], NAMES[rng.integers(2)]
             image = draw(color, name, rng)
-            # Decoders do not look behind the end of a picture.
+            # Decoders ignore bytes after the end of a picture.
             image += rng.bytes(_IMAGE_BYTES - len(image))
             metadata = json.dumps({"caption": f"a {color} {name}", "good": int(number % 10 < 7)})
             members.append((f"{tar}-{number}.png", image))
@@ -64,11 +64,11 @@ def test_filter_and_labels_move_two_and_a_half_times_the_input(sample):
     requests = dict(MeteredStore.requests)
     kept = sum(f.size for n, f in MeteredStore.store.items() if n.endswith(".tfrecord"))
     assert 0.65 < kept / sample < 0.72
-    # Read once, and what is kept is written once.
+    # The input is read once, and kept pairs are written once.
     assert requests["bytes read"] <= 1.1 * sample
     assert requests["bytes written"] <= kept + 0.05 * sample
     filtered = requests["bytes read"] + requests["bytes written"]
-    # Of 280 million pairs the heads learn from 2 million; here from a sixth of the shards.
+    # Of 280 million pairs, 2 million train the heads; here a sixth of the shards do.
     everything = {"heads__steps": 20, "report_images": 0}
     learn = everything | {"heads__max_examples": 45, "heads__max_held_out": 10}
     for learnt in (learn, everything):
@@ -80,7 +80,7 @@ def test_filter_and_labels_move_two_and_a_half_times_the_input(sample):
         moved = MeteredStore.requests["bytes read"] + MeteredStore.requests["bytes written"]
         assert 0.6 * sample < moved
         assert filtered + moved <= 2.5 * sample  # 2.47 and 2.46 (2.57 without copies)
-    # Merged: what is kept is read once more and written once more, and that is all.
+    # With merging, kept pairs are read and written once more, and nothing else is moved.
     merged = []
     for settings in (learn, learn | {"scratch_gb": 0.0}):
         MeteredStore.requests.clear()
@@ -93,7 +93,7 @@ def test_filter_and_labels_move_two_and_a_half_times_the_input(sample):
             assert filtered + moved <= 3.1 * sample  # 3.06
         files = {n: f for n, f in MeteredStore.store.items() if n.startswith(f"{output}/")}
         merged.append({n.removeprefix(output): f.getvalue() for n, f in files.items()})
-    # However often a shard was read, and in one pass or in two.
+    # The bytes do not depend on the number of reads of a shard or of passes.
     shards = [name for name in merged[0] if name.endswith(".tfrecord") or name == "/heads.npz"]
     assert len(shards) == 2 * _TARS + 1
     assert [name for name in shards if merged[0][name] != merged[1][name]] == []

@@ -1,4 +1,4 @@
-"""Stored embeddings of CLIP teachers: what a student is shown is what the teachers have seen."""
+"""Stored embeddings of CLIP teachers: student and teachers see the same pictures."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ SIZES, WIDTHS = (16, 32), (12, 20)
 
 
 def write_teacher(folder, seed, image_size, width):
-    """A work directory with the initial weights of a small CLIP."""
+    """Writes a work directory with random weights of a small CLIP."""
     config = default_config()
     config.model.name = "tiny_32px"
     config.model.dtype = "float32"
@@ -83,16 +83,16 @@ def batches(folder, size, count, seed=5, labels="labels", width=None):
 
 
 def test_teachers_see_what_the_student_is_shown(work):
-    """The second teacher, given the pictures of the batch, makes its embeddings again."""
+    """Recomputes the second teacher's embeddings from the pictures of the batch."""
     found = batches(work, SIZES[1], 6)
     model = load_model(work / "b")
     expected = model.encode_image(found["images"]), model.encode_text(found["tokens"])
     for name, right in zip(("teacher_image_emb", "teacher_text_emb"), expected, strict=True):
         stored = found[name][:, WIDTHS[0] :].astype(np.float64)
         stored /= np.linalg.norm(stored, axis=1, keepdims=True)
-        # Half a step of int8 in every number.
+        # The tolerance allows for half a quantisation step of int8 in each dimension.
         np.testing.assert_allclose(stored, right, atol=1.5 * np.abs(right).max() / 254)
-    # Several views of a record come up, each with an embedding of its own.
+    # Each record occurs in several views, and each view has its own embedding.
     views, embeddings = (
         {row.tobytes() for row in found[name]} for name in ("images", "teacher_image_emb")
     )
@@ -120,8 +120,8 @@ def test_without_crops_teachers_see_the_whole_picture_and_the_student_its_own_cr
 
 
 def test_files_hold_every_record_and_are_made_once(work):
-    """TensorFlow reads them."""
-    import tensorflow as tf  # takes seconds, and no other test of this file needs it
+    """Reads the files with TensorFlow."""
+    import tensorflow as tf  # slow; no other test here needs it
 
     paths = sorted((work / "labels" / "clip_embeddings").glob("*.tfrecord"))
     features = {name: tf.io.FixedLenFeature([], tf.string, "") for name in _FEATURES}
@@ -160,7 +160,7 @@ def test_the_run_is_bound_to_its_teachers_and_crops(work):
 
 
 def test_crops_do_not_change():
-    """Fixed for ever: embeddings that lie on disks belong to them."""
+    """Crops are fixed for ever, since stored embeddings belong to them."""
     assert with_boxes(Crops(4, (0.5, 1.0), 7)).boxes == "1d746604c12f9cb7"
 
 

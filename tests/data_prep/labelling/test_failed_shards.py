@@ -1,4 +1,4 @@
-"""Shards that cannot be labelled, pictures that kill their worker, and inputs that change."""
+"""Shards that cannot be labelled, pictures that kill their worker, and changed inputs."""
 
 import collections
 import json
@@ -29,7 +29,7 @@ def _describe(config):
 
 
 class _Quick(ImageTeacher):
-    """Means of the quarters of a picture, without torch; some make a process next to it die."""
+    """Means of a picture's quarters, without torch; some pictures simulate an actor's death."""
 
     def __init__(self, batch_size):
         super().__init__(self._mean, _describe(None), image_size=24, batch_size=batch_size)
@@ -50,7 +50,7 @@ class _Quick(ImageTeacher):
 
 @pytest.fixture
 def job(work, tmp_path, monkeypatch):
-    """A copy of the filtered shards, a config, and how often each shard was read."""
+    """A config for a copy of the filtered shards, and how often each shard was read."""
     kind = TeacherKind(ml_collections.ConfigDict, _describe, lambda _, size: _Quick(size))
     monkeypatch.setitem(registry.TEACHERS, "quick", kind)
     reads = collections.Counter()
@@ -70,7 +70,7 @@ def job(work, tmp_path, monkeypatch):
 
 
 def _labelled(config):
-    """How many records of each shard have labels, as training joins them."""
+    """Counts the records of each shard that have labels, joined like in training."""
     records = open_source(config.input)
     rows = open_labels(config.output, records, "labels")
     flags = [_is_labelled(rows[i]) for i in range(len(records))]
@@ -100,7 +100,7 @@ def test_the_rest_is_labelled_and_a_later_run_picks_up_what_failed(job, tmp_path
     assert list(failures) == [str(path)] and failures.exit_status == 3
     (note,) = json.loads((tmp_path / "out" / "stats.json").read_text())["failed"]
     assert note["source"] == str(path) and "damaged" in note["error"]
-    # Training may go on with it: its records are without labels.
+    # Training can use the folder: records of the failed shard have no labels.
     assert _labelled(config) == [30, 0, 30]
     before = _times(config, "*/*.tfrecord")
 
@@ -120,7 +120,7 @@ def test_embeddings_of_clips_without_a_failed_shard_are_no_labels_yet(job, monke
     config.clip_teachers.models = "a model"
     failed = with_output({}, [{"source": "a shard", "error": "damaged"}])
     monkeypatch.setattr(label_job._Job, "embed_by_clips", lambda _: (failed, True))
-    failures = run_label(config, 0, 2)  # the other job has a shard that the heads learn from
+    failures = run_label(config, 0, 2)  # another job has a shard that trains the heads
     assert list(failures) == ["a shard"] and failures.exit_status == 1
 
 
@@ -130,7 +130,7 @@ def test_every_picture_is_read_once_also_those_the_heads_learn_from(job, tmp_pat
     assert run_label(config) == {}
     assert reads == {"00000": 1, "00001": 1, "00002": 1}
     before, trained = _times(config, "*/*.tfrecord"), _times(config, "heads.npz")
-    # A shard that is written again is labelled again; the heads stay while few are others.
+    # A rewritten shard is labelled again; the heads are kept while few shards change.
     config.heads.max_changed_shards = 1
     _write_again(tmp_path / "kept" / "pairs-train-00002.tfrecord")
     reads.clear()
@@ -145,7 +145,7 @@ def test_every_picture_is_read_once_also_those_the_heads_learn_from(job, tmp_pat
 
 
 def _write_again(path):
-    """With other metadata in the first record."""
+    """Rewrites a shard with other metadata in its first record."""
     records = [decode_record(data) for data in read_records(path)]
     records[0].metadata["again"] = True
     with TFRecordWriter(path) as writer:
@@ -180,7 +180,7 @@ def test_pictures_that_kill_their_worker_are_found_and_stay_without_labels(job, 
     records = open_source(config.input)
     images = [records.decode(records[i]).image for i in range(len(records))]
     _DEADLY.update((images[3], images[40]))
-    # In the embeddings of the heads' shards, and in the pass that embeds and labels.
+    # First while embedding the heads' shards, then in the pass that embeds and labels.
     for examples in (2000, 5):
         config.heads.update({"max_examples": examples, "max_held_out": examples})
         config.output = str(tmp_path / str(examples))

@@ -1,4 +1,4 @@
-"""Heads against float64 formulas, SciPy's optimiser and counts by hand."""
+"""Heads against float64 formulas, SciPy's optimizer and counts made by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def _targets(rows: list[list[int]]) -> np.ndarray:
 
 
 def _dense(targets: np.ndarray, num_concepts: int) -> np.ndarray:
-    dense = np.zeros((len(targets), num_concepts + 1))  # the last for -1
+    dense = np.zeros((len(targets), num_concepts + 1))  # the last column is for -1
     rows, _ = np.nonzero(targets >= 0)
     dense[rows, targets[targets >= 0]] = 1
     return dense[:, :-1] / dense.sum(axis=1, keepdims=True)
@@ -41,7 +41,7 @@ def _config(**changes):
 def test_training_reaches_the_minimum(std):
     rng = np.random.default_rng(1)
     n, d, v = 400, 6, 5
-    # Far from standardised: means of 50, scales from 0.01 to 30, one constant dimension.
+    # Far from standardised: means up to 50, scales from 0.01 to 30, one constant dimension.
     x = rng.normal(size=(n, d)) * [0.01, 0.3, 1, 30, 4, 0] + [50, 0, -3, 10, 0, 7]
     truth = rng.normal(size=(d, v)) / np.array([0.01, 0.3, 1, 30, 4, 1])[:, None]
     scores = (x - x.mean(axis=0)) @ truth + rng.gumbel(size=(n, v))
@@ -61,7 +61,7 @@ def test_training_reaches_the_minimum(std):
 
     best = optimize.minimize(objective, np.zeros(d * v + v), jac=True, method="L-BFGS-B").fun
     examples = Split(x.astype(np.float32), targets)
-    # A tiny threshold: no concept is rare, so that all images count alike.
+    # With a tiny threshold no concept is rare, and all images have the same weight.
     config = _config(
         repeat_threshold=1e-9, prior_logit_std=std, steps=1500, learning_rate=0.02, batch_size=256
     )
@@ -80,8 +80,8 @@ def test_training_reaches_the_minimum(std):
 
 
 def test_rare_concepts_are_up_sampled_by_the_square_root():
-    # Embeddings without information: only the prior can be learned, whose optimum under weights
-    # 1 / sqrt(f) is sqrt(f), normalised.
+    # Constant embeddings: only the prior can be learned. Its optimum under the weights 1 / sqrt(f)
+    # is sqrt(f), normalised.
     shares = np.array([0.64, 0.32, 0.04])
     rows = [[0]] * 64 + [[1]] * 32 + [[2]] * 4
     examples = Split(np.ones((100, 3), np.float32), _targets(rows))
@@ -93,7 +93,7 @@ def test_rare_concepts_are_up_sampled_by_the_square_root():
 
 
 def test_training_ends_when_it_only_gets_worse():
-    # Labels at random: whatever is learned of them is wrong on the held-out ones.
+    # Random labels: nothing learned from them holds for the held-out images.
     rng = np.random.default_rng(3)
     train, held_out = (
         Split(rng.normal(size=(60, 50)), _targets(rng.integers(0, 3, (60, 1)).tolist()))
@@ -105,7 +105,7 @@ def test_training_ends_when_it_only_gets_worse():
     assert np.argmin(losses) == 0
     steps = [entry["step"] for entry in curve]
     assert steps == [0, 1, 2, 4, 8, 16, 20, 40, 60, 80, 100]
-    # What is kept is where it began: frequencies, and nothing of the images.
+    # The best head is the initial one: concept frequencies, and no dependence on the images.
     assert np.all(head.kernel == 0)
 
 
@@ -122,7 +122,7 @@ def test_predictions_are_the_top_of_the_softmax():
     ids, probs = head.predict(x, 10)
     logits = x.astype(np.float64) @ head.kernel + head.bias
     expected = np.argsort(-logits, axis=1)[:, :10]
-    # Float32 may swap two that are nearly equal.
+    # Float32 may swap two nearly equal logits.
     assert (ids == expected).mean() > 0.999
     full = special.softmax(logits, axis=1)
     top = np.take_along_axis(full, ids.astype(int), axis=1)
@@ -133,7 +133,7 @@ def test_predictions_are_the_top_of_the_softmax():
 
 
 def test_metrics_by_hand():
-    # Image 0 names {0, 1}, image 1 {1}, image 2 {2, 3, 0}; concept 4 occurs nowhere.
+    # Image 0 has the concepts {0, 1}, image 1 {1}, image 2 {2, 3, 0}; concept 4 never occurs.
     targets = _targets([[0, 1], [1], [2, 3, 0]])
     ids = np.array([[1, 4, 0, 2, 3], [0, 1, 2, 3, 4], [4, 1, 2, 3, 0]])
     ranks = find_ranks(ids, targets)
@@ -145,7 +145,7 @@ def test_metrics_by_hand():
     summary = summarize(ids, targets, 5)
     assert summary["concept_recall_at_1"] == pytest.approx((0 + 1 / 2 + 0 + 0) / 4)
     assert summary["recall_at_10"] == summary["concept_recall_at_10"] == 1
-    # Concepts that were not predicted at all are misses.
+    # Concepts missing from the predictions are misses.
     ranks = find_ranks(ids[:, :2], targets)
     assert recall(ranks, targets, 10) == pytest.approx((1 / 2 + 1 + 0) / 3)
 

@@ -1,4 +1,4 @@
-"""The label command from end to end: what it writes, resume, equal bytes, and what it refuses."""
+"""The label command end to end: output, resume, reproducible bytes, and rejected inputs."""
 
 import collections
 import dataclasses
@@ -36,7 +36,7 @@ def test_labels_are_what_the_teacher_sees(work):
     for record in records[:-1]:
         _, color, name, *_ = record.caption.split()
         assert record.object_ids.dtype == np.int32
-        assert (len(record.object_ids), len(record.attribute_ids)) == (3, 3)  # all there are
+        assert (len(record.object_ids), len(record.attribute_ids)) == (3, 3)  # all that exist
         assert np.all(np.diff(record.object_probs) <= 0)
         np.testing.assert_allclose(record.object_probs.sum(), 1, atol=2e-3)
         best = [vocabulary.objects.names[i] for i in record.object_ids[:2]]
@@ -85,7 +85,7 @@ def test_run_again_does_only_what_is_missing(work, tmp_path):
 
 
 def test_jobs_of_an_array_with_more_workers_make_the_same_folder(work, tmp_path):
-    expected = snapshot(work / "labelled")  # by one job in this process
+    expected = snapshot(work / "labelled")  # made by one job in this process
     config = label_config(work / "kept", tmp_path / "out", num_workers=2)
     run_label(config, 0, 2)
     config.num_workers = 0
@@ -115,11 +115,11 @@ def test_images_without_embedding_stay_without_labels(work, tmp_path):
     assert empty == absent
     summary = json.loads((tmp_path / "out" / "stats.json").read_text())
     assert (summary["labelled"], summary["unlabelled"]) == (NUM_IMAGES - 2, {"no_embedding": 2})
-    # The heads may be loaded with embeddings from another file, as for another data set.
+    # Loaded heads also work with embeddings from another file, as for another data set.
     os.rename(tmp_path / "e.npz", tmp_path / "f.npz")
     files["teacher__precomputed__files"] = str(tmp_path / "f.npz")
     loaded = {"heads__load": str(tmp_path / "out")}
-    # In a worker, which could be stopped.
+    # In a worker, which the time limit can stop.
     loaded |= {"shard_timeout_secs": 600.0, "num_workers": 1}
     assert run_label(label_config(work / "kept", tmp_path / "again", **files, **loaded)) == {}
     for one, other in zip(labelled, read_records(tmp_path / "again"), strict=True):
@@ -133,7 +133,7 @@ def test_no_key_is_found(work, tmp_path):
         f"0 of {NUM_IMAGES} keys found in config.teacher.precomputed; theirs look like "
         "'000', '001', yours like 't-00000000', 't-00000001'"
     )
-    for _ in range(2):  # what was embedded before is checked as well
+    for _ in range(2):  # the second run also checks stored embeddings
         with pytest.raises(ValueError, match=message):
             run_label(label_config(work / "kept", tmp_path / "out", **files))
 

@@ -1,4 +1,4 @@
-"""Labels in files of their own: the numbers of merged records, and what is done when, and again."""
+"""Labels in separate files: same values as merged records; which steps run, and when again."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ def _times(folder):
 
 @pytest.fixture(scope="module")
 def label_shards(work, tmp_path_factory):
-    """The labels of `kept`, of the embeddings and heads that `labelled` has."""
+    """Labels of `kept`, made from the embeddings and heads of `labelled`."""
     folder = tmp_path_factory.mktemp("label_shards") / "labels"
     folder.mkdir()
     for path in (work / "labelled").iterdir():
@@ -83,7 +83,7 @@ def test_labels_are_made_of_the_embeddings_alone(work, label_shards, tmp_path):
     run_label(config)
     expected = {path.name: path.read_bytes() for path in folder.glob("labels/*.tfrecord")}
     shutil.rmtree(folder / "labels")
-    for path in kept.glob("*.tfrecord"):  # no byte of a record is left
+    for path in kept.glob("*.tfrecord"):  # erases all records
         stat = path.stat()
         path.write_bytes(bytes(stat.st_size))
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
@@ -105,7 +105,7 @@ def test_merged_shards_of_another_run_are_refused(tmp_path):
     assert [task.name for task in plan(4)] == [f"pairs-train-{i:05d}.tfrecord" for i in range(4)]
 
 
-# The teacher of the tests, which stays with a batch until its node is lost.
+# The teacher of the tests, which holds a batch until its node is lost.
 _HELD = """
 import pathlib, time, torch
 
@@ -202,7 +202,7 @@ def test_labels_are_those_of_tfrecords(work, tmp_path, name):
     builder = tfds.builder_from_directory(tmp_path / "out")
     source = builder.as_data_source(split="train", decoders={"image": tfds.decode.SkipDecoding()})
     assert len(source[7]["concepts"]) == 2 + 5 * 6
-    # Nothing is done twice.
+    # A second run does nothing.
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.array_record")}
     assert run_label(config) == {}
     assert before == {path: path.stat().st_mtime_ns for path in before}

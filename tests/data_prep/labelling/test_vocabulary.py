@@ -1,4 +1,4 @@
-"""Vocabularies and targets against counts by hand, from the filter's files."""
+"""Vocabularies and targets, computed from the filter's files, against counts by hand."""
 
 import collections
 import json
@@ -18,7 +18,7 @@ from diht_jax.records.vocabulary import ConceptList
 from tests import make
 from tests.data_prep.filtering.jobs import job_config
 
-# Captions of the images, one list each, and what they name: written by hand.
+# The captions of each image and the concepts that they name, written by hand.
 _IMAGES = [
     (["A black cat is chasing a small brown bird"], ["bird", "cat"], ["black", "brown", "small"]),
     (["a black dog runs", "a dog sleeps on a red sofa"], ["dog", "sofa"], ["black", "red"]),
@@ -34,7 +34,7 @@ def _count(column: int, rows=_IMAGES) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def filtered(tmp_path_factory) -> pathlib.Path:
-    """Folders by recipe: `convert` with concepts keeps all images, `cat` the first three."""
+    """Folders by recipe: `convert` keeps all readable images, `cat` the first three of them."""
     folder = tmp_path_factory.mktemp("concepts")
     (folder / "good.png").write_bytes(make.png())
     (folder / "bad.png").write_bytes(b"<html>")
@@ -59,7 +59,7 @@ def test_filter_counts_what_kept_captions_name(filtered):
 def test_filter_keeps_what_each_record_names(filtered):
     shards = find_shards(filtered / "convert")
     assert len(shards) == 3
-    names = ("dog", "cat", "black", "sofa")  # an attribute is no object
+    names = ("dog", "cat", "black", "sofa")  # an attribute is not an object
     concepts = ConceptList("objects", names, (1,) * 4)
     objects = concept_vocabulary.concatenate([read_targets(shard, concepts) for shard in shards])
     expected = [sorted(names.index(n) for n in row[1] if n in names) for row in _IMAGES]
@@ -120,7 +120,7 @@ def test_ranks_of_keys_by_any_seed():
 
 
 def test_repeat_factors_by_hand():
-    # Of 16 records, 16 have concept 0, 4 have concept 1 as well, one has concept 2.
+    # Of 16 records, all have concept 0, 4 also have concept 1, and one has concept 2.
     rows = [[0]] * 11 + [[0, 1]] * 4 + [[2, 0]]
     targets = make_targets(np.array([len(row) for row in rows]), np.array(sum(rows, [])))
     counts = count_concepts(targets, 3)

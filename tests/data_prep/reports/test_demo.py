@@ -1,4 +1,4 @@
-"""The demo's page, from a folder as run_demo.sh leaves it."""
+"""The page of the demo, rendered from a folder like the one that run_demo.sh leaves."""
 
 import json
 import pathlib
@@ -14,11 +14,11 @@ from tests.data_prep.filtering.jobs import job_config, write_table
 from tests.make import encoded, plain
 
 _CAPTIONS = ("a man riding a horse <b>& more</b>", "a red car")  # kept, and dropped: no action
-_POINTS = (0.0, 0.0, 0.1, 0.1)  # of the students, above the first
+_POINTS = (0.0, 0.0, 0.1, 0.1)  # each student's lead over the first one
 
 
 def _results(points: float) -> dict:
-    """Results whose resamples spread widely, in the same way for every student."""
+    """Results with widely spread resamples, in the same way for every student."""
     draws = np.random.default_rng(0).normal(0.5, 0.1, 200) + points
     results = {}
     for task, metric in demo.METRICS:
@@ -33,7 +33,7 @@ def _results(points: float) -> dict:
 
 @pytest.fixture
 def folder(tmp_path) -> pathlib.Path:
-    """Two pairs, four students and their pictures."""
+    """A filtered folder of two pairs, and the results and pictures of four students."""
     rows = [{"image": "i.png", "caption": caption} for caption in _CAPTIONS]
     source = write_table(tmp_path, rows, {"i.png": encoded(plain("red"))})
     assert run_filter(job_config(source, tmp_path / "filtered", "cat")) == {}
@@ -51,7 +51,7 @@ def test_the_page_shows_everything_without_links(folder):
     assert page.count("<img") == len(_CAPTIONS) + len(demo.STUDENTS)
     assert 'srcdoc="&lt;p&gt;Examples' in page
     assert "a man riding a horse &lt;b&gt;&amp; more" in page and "no action" in page
-    # Differences are to the row above, in pairs: what both have in common is no spread.
+    # Differences are paired with the row above: the common spread cancels.
     changes = re.findall(r'class="(\w*)">([+-][\d.]+) \((.+?) to (.+?)\)', page)
     unchanged, better = ("", "+0.0", "+0.0", "+0.0"), ("beyond", "+10.0", "+10.0", "+10.0")
     columns = len(demo.METRICS)

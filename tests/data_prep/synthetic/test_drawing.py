@@ -1,4 +1,4 @@
-"""Pictures of the synthetic web: shapes, colours and relations, measured in pixels."""
+"""Drawings of the synthetic web: shapes, colours and relations, measured in pixels."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from data_prep.synthetic.shapes import SHAPES
 
 
 def covered_pixels(outline: np.ndarray, side: int = 128) -> np.ndarray:
-    """Whether the centre of each pixel lies inside a placed outline; bool [side, side]."""
+    """Whether the centre of each pixel is inside a placed outline; bool [side, side]."""
     columns, rows = np.meshgrid(np.arange(side), np.arange(side))
     centers = (np.stack([columns, rows], axis=-1).reshape(-1, 2) + 0.5) / side
     return matplotlib.path.Path(outline).contains_points(centers).reshape(side, side)
@@ -22,7 +22,7 @@ def covered_pixels(outline: np.ndarray, side: int = 128) -> np.ndarray:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes_and_colors_are_drawn_as_named(shape):
-    """The fill is nearest to that colour in the XKCD survey, the area to an exact point test."""
+    """Compares the fill with colours of the XKCD survey, and the area with a point test."""
     survey = {
         name: 255 * np.array(matplotlib.colors.to_rgb(f"xkcd:{name.replace('gray', 'grey')}"))
         for name in COLORS
@@ -45,7 +45,7 @@ def test_shapes_and_colors_are_drawn_as_named(shape):
 
 
 def relation_masks(relation: str, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, object]:
-    """Pixels of a red subject, of a blue object and of dark strokes, from a drawn picture."""
+    """Draws a scene; returns masks of red subject, blue object and dark strokes, and the scene."""
     rng = np.random.default_rng([seed, PAIR_RELATIONS.index(relation)])
     while True:
         subject = (str(rng.choice(SHAPES)), "red")
@@ -106,7 +106,7 @@ def test_the_picture_shows_the_relation(relation, seed):
     else:
         assert relation == "hanging"
         assert not center_above and gap > 10
-        # One dark stroke joins them without a break.
+        # One unbroken dark stroke joins the two.
         grown = ndimage.binary_dilation(strokes, iterations=2)
         labels, _ = ndimage.label(grown | subject | other)
         assert len({labels[subject].max(), labels[other].max()}) == 1

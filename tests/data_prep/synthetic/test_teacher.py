@@ -1,4 +1,4 @@
-"""The demo's teacher: what it is trained on, and what it writes."""
+"""The demo's teacher: its training and the embeddings that it writes."""
 
 import numpy as np
 
@@ -35,7 +35,7 @@ def test_embeddings_stand_under_the_keys_of_their_pictures(tmp_path, monkeypatch
         found = table.get(pair.key)
         wanted = np.asarray(network.features(seen[None]))[0]
         np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
-    # The nearest other picture has the same colour far more often than one in ten times.
+    # The nearest other picture has the same colour far more often than by chance (one in ten).
     embeddings = np.stack([table.get(pair.key) for pair in pairs])
     labels = np.array([pair.metadata["label"] for pair in pairs])
     distances = np.linalg.norm(embeddings[:, None] - embeddings[None], axis=-1)

@@ -1,4 +1,4 @@
-"""The synthetic web: same bytes by seed, true captions, labelled noise, held-out sets."""
+"""The synthetic web: bytes fixed by the seed, true captions, labelled noise, held-out sets."""
 
 import collections
 import dataclasses
@@ -21,7 +21,7 @@ from tests import make
 
 SMALL = web.Settings(num_pairs=50, seed=3, pairs_per_tar=20, num_retrieval=8, num_classification=24)
 
-# What some phrases say: the relation, and whether the object named first is the subject.
+# The meaning of phrases: the relation, and whether the object named first is the subject.
 PHRASES = {
     r"(sits|sitting|rests|resting) on an?|(stands|standing) on top of": ("on", True),
     r"(carries|carrying|supports|supporting|lifts|lifting)": ("on", False),
@@ -43,7 +43,7 @@ PHRASES = {
 
 @pytest.fixture(scope="module")
 def pairs() -> dict[str, list[ExamplePair]]:
-    """The first 400 pairs of the default settings, by kind."""
+    """The first 400 pairs of the default settings, by noise kind."""
     found = collections.defaultdict(list)
     for index in range(400):
         pair = web.make_pair(web.Settings(), "train", index)
@@ -53,7 +53,7 @@ def pairs() -> dict[str, list[ExamplePair]]:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> pathlib.Path:
-    """A small set, written in this process."""
+    """The folder of a small data set, written in this process."""
     output = tmp_path_factory.mktemp("web")
     web.write_dataset(SMALL, output, workers=1)
     return output
@@ -128,7 +128,7 @@ def test_shares_of_the_kinds(noise):
     expected = dict(noise) | {"clean": 1.0 - sum(noise.values())}
     for kind in ("clean", *web.NOISE_KINDS):
         share = expected.get(kind, 0.0)
-        # Four standard deviations of a binomial share.
+        # Four standard deviations of a binomial proportion.
         assert abs(counts[kind] / total - share) <= 4 * np.sqrt(share * (1 - share) / total) + 1e-9
 
 
@@ -142,7 +142,7 @@ def test_clean_captions_name_what_is_in_the_picture(pairs):
         for n in shown:
             named.append(words[n - 1] in COLORS)
             assert not named[-1] or words[n - 1] in colors[words[n]]
-    # Three quarters, within four standard deviations.
+    # Three quarters name the colour, within four standard deviations.
     assert abs(np.mean(named) - 0.75) < 4 * np.sqrt(0.75 * 0.25 / len(named))
 
 
@@ -171,7 +171,7 @@ def test_captions_give_the_relation_from_the_right_side():
         relation, subject_first = PHRASES[matches[0]]
         assert relation == scene.relation, caption
         seen[matches[0]] += 1
-        # Two of one shape differ in colour, which need not be named.
+        # Objects of one shape differ in colour, which the caption may omit.
         if len({o.shape for o in scene.objects}) == 2 and subject_first is not None:
             positions = [re.search(rf"\b{o.shape}\b", caption).start() for o in scene.objects]
             assert (positions[0] < positions[1]) == subject_first, caption

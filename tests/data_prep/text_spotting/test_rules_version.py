@@ -1,10 +1,10 @@
-"""What the spotting rules decide, by version: a change must raise `RULES_VERSION`.
+"""Results of the spotting rules by version: a changed result must raise `RULES_VERSION`.
 
     python -m tests.data_prep.text_spotting.test_rules_version
 
-writes the golden file anew, once the version was raised. It holds the settings, the
-canvases of pictures, match decisions on fixed texts, and verdicts on lines that were read. No
-network runs: that its boxes and texts are EasyOCR's is in `test_spotter.py`.
+rewrites the golden file after the version was raised. The file holds the settings, the canvases
+of pictures, match decisions on fixed texts, and verdicts on known lines. No network runs here:
+`test_spotter.py` checks boxes and texts against EasyOCR.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ _SPOTTED = (
 
 
 def _match_decisions() -> dict[str, str]:
-    """Setting -> a digit for every caption and text: whether they match."""
+    """Maps each setting to a digit per caption and text: whether they match."""
     settings = ((5, None), (4, None), (6, None), (9, 8), (5, 6))
     found = {}
     for min_chars, misread in settings:
@@ -63,7 +63,7 @@ def _match_decisions() -> dict[str, str]:
 
 
 def _verdicts() -> list[str]:
-    """What is decided about pictures whose lines are known, and which lines are read next."""
+    """Verdicts on pictures with known lines, and the lines that are read next."""
     settings = Settings(gate_size=160)
     boxes = [(0, 90, 0, 20), (0, 40, 30, 60), (0, 12, 0, 40), (5, 5, 60, 8, 58, 30, 3, 27)]
     texts = [("HAPPY BIRTH", 0.9), ("red car", 0.09), None, ("stop sign", 0.4)]
@@ -82,7 +82,7 @@ def _verdicts() -> list[str]:
 
 
 def _closer_looks() -> list[str]:
-    """Which pictures are looked at more closely, and what is decided then."""
+    """Which pictures get a closer look, and the resulting verdicts."""
     settings = Settings()
     boxes = [(0, 90, 0, 20), (0, 90, 30, 50)]
     closer = Lines(boxes, [("happy birthdav", 0.3), ("to you", 0.9)])

@@ -1,4 +1,4 @@
-"""Text-spotting with the real networks: equal to EasyOCR, and no work that is not needed."""
+"""Text-spotting with the real networks: same results as EasyOCR, without unneeded work."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ from tests.data_prep.filtering.jobs import (  # noqa: E402
     write_table,
 )
 
-# Shares no five characters with what the pictures show.
+# Shares no five consecutive characters with the texts in the pictures.
 _OTHER = "two zebras jump over my fence"
 _OCR = OcrSettings(canvas_size=176, precision="float32", device="cpu")
 _SETTINGS = Settings(ocr=_OCR, gate_size=0, closer_size=0, min_confidence=0.2)
@@ -36,7 +36,7 @@ _SETTINGS = Settings(ocr=_OCR, gate_size=0, closer_size=0, min_confidence=0.2)
 
 @pytest.fixture(scope="module")
 def pictures() -> dict:
-    """One synthetic picture of each kind."""
+    """One synthetic picture of each kind, by kind."""
     return {picture.kind: picture for picture in make_test_set(10, seed=1)}
 
 
@@ -144,14 +144,14 @@ def test_a_closer_look_where_hardly_any_text_was_read(pictures, tmp_path, monkey
     whole = dataclasses.replace(near, stop_at_match=False)
     cache = SpotCache(tmp_path, whole.describe_readings(), "shard")
     verdicts = _judge(whole, *pairs, cache=cache)
-    # The picture without text has nothing to be looked at more closely.
+    # The picture without text needs no closer look.
     assert sizes == [(80, 2), (176, 1)]
     assert [[match is not None for match in v.matches] for v in verdicts] == [
         [True, False],
         [False],
     ]
     assert verdicts[0].spots == _judge(dataclasses.replace(whole, ocr=_OCR), pairs[0])[0].spots
-    # All is known now, whether it was needed or not.
+    # The cache now holds all readings, including those that were not needed.
     monkeypatch.setattr(text_spotting, "Ocr", None)
     again = SpotCache(tmp_path, whole.describe_readings(), "shard")
     assert [v.matches for v in _judge(near, *pairs, cache=again)] == [v.matches for v in verdicts]
@@ -183,7 +183,7 @@ def test_thresholds_are_replayed_without_reading(pictures, tmp_path, monkeypatch
     assert _judge(longer, *pairs, cache=open_cache())[0].matches == (None,)
     closed = dataclasses.replace(settings, gate_score=2.0, audit_share=0.0)
     assert [v.looked for v in _judge(closed, *pairs, cache=open_cache())] == ["gated"] * 2
-    # Another caption of a known picture: every line is known.
+    # Another caption of a picture whose lines are all known.
     drawn = pictures["unrelated"].drawn
     assert _judge(settings, (pairs[1][0], [drawn]), cache=open_cache())[0].matches != (None,)
 

@@ -1,4 +1,4 @@
-"""Threads that stand for the processes of a job."""
+"""Threads that simulate the processes of a job."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 
 class Processes:
-    """Some processes that meet: each gets what all have given, once all have.
+    """Simulated processes with a blocking all-gather.
 
     Attributes:
-        own: its `index` is that of the calling process.
+        own: thread-local; its `index` is the index of the calling process.
     """
 
     def __init__(self, count: int):
@@ -21,7 +21,7 @@ class Processes:
         self._barrier = threading.Barrier(count, timeout=60)
 
     def exchange(self, value: Any) -> list[Any]:
-        """The values of all."""
+        """Returns the values of all processes, once each has called this."""
         self._given[self.own.index] = value
         self._barrier.wait()
         found = list(self._given)
@@ -29,7 +29,7 @@ class Processes:
         return found
 
     def run(self, work: Callable[[], Any]) -> list[Any]:
-        """The result of `work` in each process."""
+        """Returns the result of `work` in each process."""
 
         def start(index: int) -> Any:
             self.own.index = index

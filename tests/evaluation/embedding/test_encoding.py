@@ -1,4 +1,4 @@
-"""Encoding: every image once, in order, in batches of one shape, by one process or several."""
+"""Encoding: every image once, in order, in batches of one shape, by one or several processes."""
 
 import collections
 import functools
@@ -15,7 +15,7 @@ from tests.evaluation.embedding.processes import Processes as Threads
 
 
 class _MeanColor:
-    """Embeds an image as its mean colour; enough to tell the images of these tests apart."""
+    """Embeds an image as its mean colour, which tells the images of these tests apart."""
 
     logit_scale = 1.0
 
@@ -45,7 +45,7 @@ def test_each_image_counts_once_and_in_order(count):
     expected = [[i, 255 - i, 0] for i in range(count)]
     np.testing.assert_array_equal(encoded.image_emb, expected)
     assert encoded.notes == [f"c{i}" for i in range(count)]
-    # One shape, so that a jitted encoder compiles once; no filling where one batch is enough.
+    # One shape, so that a jitted encoder compiles once; no padding if one batch is enough.
     assert set(model.shapes) == {(min(count, 8), 4, 4, 3)}
     assert len(model.shapes) == -(-count // 8)
 
@@ -88,7 +88,7 @@ def _png(number):
 
 
 class _Source:
-    """Units of 2 to 5 entries, some of them unusable; counts the bytes that each process reads."""
+    """Units of 2 to 5 entries, some unusable; counts the bytes that each process reads."""
 
     def __init__(self, num_units, processes=None):
         self.bytes_read = collections.Counter()
@@ -123,7 +123,7 @@ def _encode(source, limit=None, batch_size=128, processes=None):
 
 
 def _together(count, num_units, **options):
-    """What each of some processes gets that share what is embedded, and their source."""
+    """Returns what each of `count` processes gets when they share the work, and the source."""
     threads = Threads(count)
     source = _Source(num_units, threads)
 
@@ -147,7 +147,7 @@ def test_each_process_reads_its_share_only(count, batch_size):
     found, source = _together(count, 128, batch_size=batch_size)
     for result in found:
         _assert_equal(result, expected)
-    # Together they read the source once, and each about as much: here 128 units of 2 to 5 entries.
+    # Together they read the source once, in about equal shares: 128 units of 2 to 5 entries.
     total = alone.bytes_read.total()
     assert source.bytes_read.total() == total and len(source.bytes_read) == count
     assert max(source.bytes_read.values()) < 1.25 * total / count + 3 * len(_png(1))

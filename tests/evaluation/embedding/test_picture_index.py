@@ -1,4 +1,4 @@
-"""Indexes of real pictures: exact answers, updates by what is new, and the web page."""
+"""Indexes of real images: exact answers, incremental updates, and the web page."""
 
 import io
 import itertools
@@ -33,7 +33,7 @@ QUERIES = ["a dog", "red car", "the sea"]
 
 
 class Counting:
-    """The model, with the pictures that it decodes."""
+    """Wraps the model and counts the images that it decodes."""
 
     def __init__(self, model, fails_at=None):
         self._model, self._fails_at = model, fails_at
@@ -76,7 +76,7 @@ def update(model, source, index, **options):
 
 
 def cosines(model, folder):
-    """Of all queries and pictures, by the model alone."""
+    """Returns the keys, and the cosines of all queries and images, from the model alone."""
     paths = sorted(path for path in folder.rglob("*.png") if path.name != "bad.png")
     image_emb = model.encode_image([Image.open(path).convert("RGB") for path in paths])
     keys = [str(path.relative_to(folder)) for path in paths]
@@ -177,7 +177,7 @@ def test_an_interrupted_update_goes_on(tiny_model, folder, tmp_path):
 
 
 def update_together(model, source, index, count):
-    """By the processes of a job; returns what each did or its error, and how many it decoded."""
+    """Updates with several processes; returns each one's result or error, and its decoded count."""
     threads, one_at_a_time = Threads(count), threading.Lock()
 
     class Own(Counting):
@@ -197,7 +197,7 @@ def update_together(model, source, index, count):
 def test_processes_share_an_update(tiny_model, folder, tmp_path):
     results, decoded = update_together(tiny_model, folder, tmp_path / "index", 3)
     assert [(done.added, done.kept) for done in results] == [(20, 0)] * 3
-    # 21 files in parts of 6 or fewer; the broken one is decoded by nobody.
+    # 21 files in parts of at most 6; no process decodes the broken one.
     assert sum(decoded) == 20 and sorted(decoded) in ([6, 6, 8], [6, 7, 7], [5, 6, 9])
     check_answers(tiny_model, folder, tmp_path / "index", count=20)
     (folder / "00.png").unlink()
@@ -284,7 +284,7 @@ def test_other_work_and_damage_are_errors(tiny_model, folder, tmp_path):
     (tmp_path / "index/00001.json").unlink()
     with pytest.raises(ValueError, match=r"00001\.json .*--input"):
         PictureIndex(tmp_path / "index")
-    assert update(tiny_model, folder, tmp_path / "index").added == 5  # the sixth is the bad one
+    assert update(tiny_model, folder, tmp_path / "index").added == 5  # the sixth is damaged
     check_answers(tiny_model, folder, tmp_path / "index")
     assert len(list((tmp_path / "index").glob("*.arrow"))) == 4
 
@@ -303,7 +303,7 @@ def test_no_damage_of_an_index_is_silent_or_ends_the_process(tiny_model, tmp_pat
         update(tiny_model, tmp_path / f"{number}.tar", tmp_path / f"index{number}")
         folder = tmp_path / f"index{number}"
         contents.append({path.name: path.read_bytes() for path in sorted(folder.glob("[!.]*"))})
-    # The Arrow files have other names in the other index: they are exchanged by their order.
+    # The Arrow files of the two indexes have different names, so they are matched by order.
     files, others = contents
     others = dict(zip(files, others.values(), strict=True))
     kinds = sorted(name.split(".")[-1] for name in files)
@@ -330,7 +330,7 @@ def test_no_damage_of_an_index_is_silent_or_ends_the_process(tiny_model, tmp_pat
 
 @pytest.fixture
 def server(tiny_model, folder, tmp_path):
-    """A page whose clock goes on by a second a look."""
+    """Serves a page whose clock advances by one second at each reading."""
     update(tiny_model, folder, tmp_path / "index")
     seconds = itertools.count()
     with make_server(
@@ -357,7 +357,7 @@ def get(server, path, **headers):
 
 def test_the_page_finds_pictures_and_refuses_everything_else(tiny_model, server, tmp_path):
     nonces = set()
-    for _ in range(2):  # each page has its own
+    for _ in range(2):  # each page has a different one
         status, headers, page = get(server, "/")
         assert status == 200 and b"<form>" in page
         (script, style) = re.findall(r"'nonce-([^']+)'", headers["Content-Security-Policy"])

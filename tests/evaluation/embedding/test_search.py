@@ -1,4 +1,4 @@
-"""Searching real pictures by text."""
+"""Text search over real images."""
 
 import sys
 
@@ -21,7 +21,7 @@ from tests.readers.inputs import write_tar
 
 @pytest.fixture
 def folder(tmp_path):
-    """Six pictures, one of them damaged."""
+    """Returns a folder of six images, one of them damaged."""
     path = tmp_path / "pictures"
     path.mkdir()
     for i in range(6):
@@ -56,7 +56,7 @@ def test_no_other_picture_is_shown_for_a_match(left, folder):
     found = search_pictures(make.HashedModel(), shards, ["a dog"], count=5)[0]["a dog"]
     for path in sorted(folder.glob("*.png"))[left:]:
         path.unlink()
-    (folder / "!.png").write_bytes(make.png(7))  # becomes the first
+    (folder / "!.png").write_bytes(make.png(7))  # sorts first
     with pytest.raises(ValueError, match="source has changed"):
         load_pictures(shards, found[-1:])
 
@@ -110,7 +110,7 @@ def test_a_page_is_written_on_request_only(workdir, folder, tmp_path, monkeypatc
 
 def test_a_missing_usearch_is_found_before_anything_is_embedded(folder, tmp_path, monkeypatch):
     for name in ("usearch", "usearch.index"):
-        monkeypatch.setitem(sys.modules, name, None)  # its import fails
+        monkeypatch.setitem(sys.modules, name, None)  # makes its import fail
     arguments = ["--model=/none", f"--input={folder}", f"--index={tmp_path}/index"]
     with pytest.raises(ValueError, match="pip install usearch"):
         parse_command("diht_jax.search", arguments, lambda _: search.main(["a dog"]))

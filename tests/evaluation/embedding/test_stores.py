@@ -1,4 +1,4 @@
-"""Embedding, evaluation and search of pairs on an S3 server: as of the same files on a disk."""
+"""Embedding, evaluation and search on an S3 server give the results of local files."""
 
 import pathlib
 
@@ -30,7 +30,7 @@ def test_pairs_on_s3_are_embedded_evaluated_and_searched(tiny_model, tmp_path, s
     assert embed_source(tiny_model, f"{url}/*.tar", there, options) == expected
     for path in pathlib.Path(here).glob("*.npz"):
         assert system.cat_file(f"{there}/{path.name}") == path.read_bytes()
-    # Again, and after a part was lost: that one is made.
+    # A second run recreates only the part that was lost.
     system.rm_file(f"{there}/embeddings-00001-00000.json")
     before = system.info(f"{there}/embeddings-00000-00000.npz", refresh=True)["LastModified"]
     assert embed_source(tiny_model, f"{url}/*.tar", there, options) == expected

@@ -1,4 +1,4 @@
-"""Choices between captions, against tables made by hand and the official scores, derived anew."""
+"""Caption choice against hand-made tables and reimplementations of the official scores."""
 
 import io
 import json
@@ -32,7 +32,7 @@ def _png_named(path, seed):
 
 @pytest.fixture
 def sugarcrepe(tmp_path):
-    """All seven files on four pictures, of which one is missing."""
+    """Returns a folder with all seven files, on four images of which one is missing."""
     rng = np.random.default_rng(0)
     names = [f"{number:012}.jpg" for number in range(4)]
     for seed, name in enumerate(names[:3]):
@@ -52,7 +52,7 @@ def sugarcrepe(tmp_path):
 
 
 def _sugarcrepe_truth(folder):
-    """The accuracy of each subset as the official code counts it, and the number of questions."""
+    """Returns the official code's accuracy of each subset, and the number of questions."""
     accuracies, total, missing = {}, 0, 0
     for subset in SUGARCREPE_SUBSETS:
         hits = []
@@ -90,7 +90,7 @@ def test_sugarcrepe_is_scored_as_by_its_code(sugarcrepe):
     sizes = {row["group"]: row["questions"] for row in whole["per_group"]}
     micro = sum(accuracies[name] * sizes[name] for name in sizes) / total
     assert whole["metrics"]["accuracy"] == pytest.approx(micro)
-    # Every picture is read and embedded once, and the one that is missing is counted.
+    # Every image is read and embedded once, and the missing one is counted.
     assert whole["counts"] == {
         "images": 3,
         "pictures": 3,
@@ -106,7 +106,7 @@ def test_sugarcrepe_is_scored_as_by_its_code(sugarcrepe):
 
 
 def _aro_rows(folder, names, rng, count):
-    """Test cases on two pictures, with boxes that several of them share, or that reach out."""
+    """Returns test cases on two images, with boxes that are shared or exceed the image."""
     boxes = [(2, 3, 10, 8), (0, 0, 30, 24), (20, 10, 15, 20), (5, 5, 1, 1)]
     rows = []
     for number in range(count):
@@ -126,7 +126,7 @@ def _aro_rows(folder, names, rng, count):
 
 
 def _aro_hits(folder, rows):
-    """As ARO's code: [false, true] captions, and the index of the largest score is to be 1."""
+    """Scores as ARO's code does: of [false, true] captions, index 1 must have the largest score."""
     hits = []
     for row in rows:
         left, top, width, height = (row[f"bbox_{side}"] for side in "xywh")
@@ -139,7 +139,7 @@ def _aro_hits(folder, rows):
 
 def test_visual_genome_relations_and_attributes_are_scored_as_by_aros_code(tmp_path):
     rng = np.random.default_rng(1)
-    relations = ["above", "riding", "next to", "of"]  # the last two are left out
+    relations = ["above", "riding", "next to", "of"]  # the last two are excluded
     names = [relations[rng.integers(4)] for _ in range(40)]
     rows = _aro_rows(tmp_path, names, rng, 40)
     for row, name in zip(rows, names, strict=True):
@@ -152,7 +152,7 @@ def test_visual_genome_relations_and_attributes_are_scored_as_by_aros_code(tmp_p
     assert result["metrics"] == pytest.approx({"accuracy": hits.mean(), "macro_accuracy": macro})
     assert result["counts"]["pictures"] == 2 and result["counts"]["images"] <= 8
 
-    # 25 test cases of one pair of attributes, 24 of another, which does not count.
+    # One pair of attributes has 25 test cases and counts; another has 24 and does not.
     names = ["old"] * 25 + ["wet"] * 24
     rows = _aro_rows(tmp_path, names, rng, 49)
     for row, name in zip(rows, names, strict=True):
@@ -167,7 +167,7 @@ def test_visual_genome_relations_and_attributes_are_scored_as_by_aros_code(tmp_p
 
 
 class _Table(HashedModel):
-    """Texts of a hand-made table; "a b" and "a  b" have equal tokens."""
+    """Text similarities from a hand-made table; "a b" and "a  b" have equal tokens."""
 
     def __init__(self, similarities):
         self._similarities = similarities
@@ -180,7 +180,7 @@ class _Table(HashedModel):
 
     def encode_text(self, texts):
         cosines = np.float32([self._similarities.get(text, 0.0) for text in texts])
-        # Equal texts need not get equal numbers in other rows of a batch.
+        # Equal texts may get slightly different values in different rows of a batch.
         cosines += np.float32(1e-6) * np.arange(len(texts), dtype=np.float32)
         return np.stack([cosines, np.sqrt(1 - cosines**2)], axis=1)
 
@@ -188,10 +188,10 @@ class _Table(HashedModel):
 def test_orders_count_equal_captions_as_right_and_others_as_wrong(tmp_path):
     _png_named(tmp_path / "val2014" / "a.jpg", 0)
     cases = [
-        ["one a", "one b", "one c"],  # right
+        ["one a", "one b", "one c"],  # correct
         ["two a", "two b", "two c"],  # wrong: b is more similar
-        ["three a", "three  a", "three a"],  # as it was
-        ["four a", "four b"],  # right
+        ["three a", "three  a", "three a"],  # equal captions: correct
+        ["four a", "four b"],  # correct
     ]
     rows = [{"image": "val2014/a.jpg", "caption_options": options} for options in cases]
     (tmp_path / "coco_order.json").write_text(json.dumps(rows))

@@ -1,4 +1,4 @@
-"""Classes found for each kind of source; zero-shot classification against formulas and tables."""
+"""Class labels from each kind of source, and zero-shot classification against formulas."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def _unit(x):
 
 
 class _TextTable:
-    """Embeds each text as a fixed random vector, of a random length too."""
+    """Embeds each text as a fixed random vector of random length."""
 
     def __init__(self, dim=16):
         self.dim = dim
@@ -54,7 +54,7 @@ def test_classifier_is_the_normalised_mean_of_normalised_embeddings():
     ]
     assert classifier.dtype == np.float32
     np.testing.assert_allclose(classifier, expected, atol=1e-6)
-    # 21 prompts in batches of 4: the last one is filled up, so one shape is compiled.
+    # 21 prompts in batches of 4: the last batch is padded, so one shape is compiled.
     assert encode_text.batch_sizes == [4] * 6
 
 
@@ -86,7 +86,7 @@ def test_classes_without_images_compete_or_not():
 
 
 def test_the_worst_group_and_resampled_images():
-    # Region 3 has one image, so that a resample may have none of it.
+    # Region 3 has one image, so a resample may have none of it.
     regions = np.array([1, 1, 0, 1, 0, 3])
     pairs = _pairs(*({"label": i, "region": region} for i, region in enumerate(regions.tolist())))
     task = _task(tuple("abcdefg"), group="region", f1="macro")
@@ -108,7 +108,7 @@ def test_the_worst_group_and_resampled_images():
 def test_f1_is_that_of_scikit_learn_over_the_classes_with_images():
     metrics = pytest.importorskip("sklearn.metrics")
     rng = np.random.default_rng(0)
-    # Of nine classes 7 and 8 have no image but are predicted, as in iWildCam's test split.
+    # Classes 7 and 8 of nine have no image but are predicted, as in iWildCam's test split.
     labels, predictions = rng.integers(0, 7, 300), rng.integers(0, 9, 300)
     predictions[::3] = labels[::3]
     for counts in (np.ones(300, int), rng.integers(0, 3, 300) * (labels != 2)):
@@ -124,7 +124,7 @@ def test_metrics_equal_sorting_in_float64_across_blocks(monkeypatch):
     rng = np.random.default_rng(0)
     num_classes = 23
     classifier = _unit(rng.normal(size=(num_classes, 12)))
-    # Unbalanced, and class 5 has no image.
+    # Unbalanced; class 5 has no image.
     shares = np.arange(1, 23) / np.arange(1, 23).sum()
     labels = rng.choice(np.delete(np.arange(num_classes), 5), 301, p=shares)
     image_emb = _unit(classifier[labels] + 0.4 * rng.normal(size=(301, 12)))
@@ -157,7 +157,7 @@ TEMPLATES = ("a photo of a {}.",)
 
 
 def _raws(*rows):
-    """Rows of (metadata, caption)."""
+    """Builds pairs from rows of (metadata, caption)."""
     return [
         raw_label(Pair(key=f"k{i}", image=b"", caption=caption, metadata=metadata))
         for i, (metadata, caption) in enumerate(rows)
@@ -169,13 +169,13 @@ def _raws(*rows):
     [
         # Names as labels (the CIFAR tar): in alphabetical order.
         ([({"label": "frog"}, ""), ({"label": "deer"}, "")], ("deer", "frog"), [1, 0]),
-        # Integers with class names (folders, TFDS): in label order, "_" is a space.
+        # Integers with class names (folders, TFDS): in label order; "_" is a space.
         (
             [({"label": 7, "class_name": "b_c"}, ""), ({"label": 2, "class_name": "z"}, "")],
             ("z", "b c"),
             [1, 0],
         ),
-        # Integers whose captions name them.
+        # Integers with the class names as captions.
         (
             [({"label": 1}, "a photo of a cat."), ({"label": 0}, "a photo of a dog.")],
             ("dog", "cat"),
@@ -233,13 +233,13 @@ def test_labels_among_given_names(label, expected):
 
 
 def test_an_integer_that_the_data_names_otherwise_is_refused():
-    # As a folder of classes has them, numbered in the order of their names.
+    # Names of a class folder, numbered in alphabetical order.
     names = ("dog", "cardigan", "cardigan welsh corgi")
     *right, other = _raws(
         *(({"label": 2, "class_name": name}, "") for name in (names[2], "Cardigan", "n02", "Dog"))
     )
     assert [resolve_label(raw, names, name_index(names)) for raw in right] == [2, 2, 2]
-    (angle,) = _raws(({"label": 2, "class_name": "2"}, ""))  # as a class without a name has it
+    (angle,) = _raws(({"label": 2, "class_name": "2"}, ""))  # as a class without a name is stored
     assert resolve_label(angle, ("0", "2", "4"), name_index(("0", "2", "4"))) == 2
     with pytest.raises(ValueError, match="'k3': label 2 is 'Dog' in the data and 'cardigan welsh"):
         resolve_label(other, names, name_index(names))

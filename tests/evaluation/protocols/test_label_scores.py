@@ -1,4 +1,4 @@
-"""Average precision and the area under the ROC curve, against definitions and other libraries."""
+"""Average precision and ROC AUC, against their definitions and other libraries."""
 
 import fractions
 import itertools
@@ -19,7 +19,7 @@ from tests.make import HashedModel
 
 
 def _scores(seed, n=40):
-    """Few different scores, so that there are ties between right and wrong."""
+    """Returns scores with few distinct values, so that positives and negatives tie."""
     rng = np.random.default_rng(seed)
     return rng.integers(0, 9, n) / 8, rng.random(n) < 0.3
 
@@ -85,7 +85,7 @@ def test_images_that_count_neither_way(photos):
         assert left_out == pytest.approx(kept)
     pairs = _pairs(photos, [[0], [1], [0, 1], [1], []], "labels")
     pairs[1].metadata["ignored_labels"] = ["dog"]
-    pairs[2].metadata["ignored_labels"] = [0]  # an object that is there outweighs a difficult one
+    pairs[2].metadata["ignored_labels"] = [0]  # a present object overrides a difficult one
     task = _task("multilabel", "dog", "bird", interpolation="11")
     measured = run(task, Encoder(HashedModel(), pairs, Batching(8)))
     scores = measured.encoded.image_emb @ HashedModel().encode_text(["a dog.", "a bird."]).T
@@ -97,7 +97,7 @@ def test_images_that_count_neither_way(photos):
     ]
     values = [expected[i].average_precision(np.ones(4 + i, int), "11") for i in (0, 1)]
     assert measured.metrics == {"mean_average_precision": pytest.approx(np.mean(values))}
-    # The same, said by the classes that count.
+    # The same labels, stated as the classes that count.
     for pair, counted in zip(pairs, [[0, 1], [1], [0, 1], [0, 1], [0, 1]], strict=True):
         pair.metadata.pop("ignored_labels", None)
         pair.metadata["counted_labels"] = counted

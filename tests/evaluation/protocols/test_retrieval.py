@@ -1,4 +1,4 @@
-"""Retrieval: ranks and recalls against a sort in float64, and ties."""
+"""Retrieval ranks and recalls against a float64 sort, and ties."""
 
 import numpy as np
 import pytest
@@ -19,13 +19,13 @@ def _random_problem(num_images, rng, captions_per_image=(1, 2, 5)):
     image_emb = _unit(rng.normal(size=(num_images, 24)))
     counts = rng.choice(captions_per_image, num_images)
     image_of_text = rng.permutation(np.repeat(np.arange(num_images), counts))
-    # Close enough to its image that recalls are neither 0 nor 1.
+    # Texts are close enough to their images that recalls are neither 0 nor 1.
     text_emb = _unit(image_emb[image_of_text] + 0.45 * rng.normal(size=(counts.sum(), 24)))
     return image_emb, text_emb, image_of_text
 
 
 def _metrics_by_sorting(image_emb, text_emb, image_of_text):
-    """The protocol with whole rankings, query by query, in float64."""
+    """Computes the metrics from full rankings, query by query, in float64."""
     similarities = text_emb.astype(np.float64) @ image_emb.astype(np.float64).T
     t2i = [
         list(np.argsort(-row)).index(own)
@@ -45,7 +45,7 @@ def _metrics_by_sorting(image_emb, text_emb, image_of_text):
 
 @pytest.mark.parametrize("num_images", [3, 97, 700])
 def test_metrics_equal_sorting_in_float64_across_blocks(num_images, monkeypatch):
-    # 700 images with some 1,900 texts take several blocks both ways, with rests.
+    # 700 images and about 1,900 texts take several blocks in both directions, with remainders.
     monkeypatch.setattr(retrieval, "_BLOCK", 2**17)
     problem = _random_problem(num_images, np.random.default_rng(num_images))
     assert retrieval_metrics(*problem) == pytest.approx(_metrics_by_sorting(*problem), abs=1e-12)

@@ -1,4 +1,4 @@
-"""Winoground, entailment and questions: readers and protocols, against tables made by hand."""
+"""Winoground, entailment and questions: readers and protocols against hand-made tables."""
 
 import json
 import pathlib
@@ -17,7 +17,7 @@ from tests.make import HashedModel
 
 @pytest.fixture
 def folder(tmp_path, photos):
-    """ALBEF's layout: annotation files, and a folder of images named by number."""
+    """Returns a folder in ALBEF's layout: annotation files, and images named by number."""
     (tmp_path / "images").mkdir()
     for number, photo in enumerate(photos):
         (tmp_path / "images" / f"{number}.png").write_bytes(photo)
@@ -35,7 +35,7 @@ def _measure(model, text):
 
 
 class _Oracle:
-    """Embeds the images of the model, and texts as given: similarities by hand."""
+    """Embeds images and texts from tables, so that similarities are hand-made."""
 
     logit_scale = 1.0
 
@@ -54,11 +54,11 @@ class _Oracle:
 
 
 def _oracle(photos, text_emb):
-    """The i-th picture is the i-th unit vector, so that a text's entries are its similarities."""
+    """Maps the i-th image to the i-th unit vector, so a text's entries are its similarities."""
     from diht_jax.input.transforms import decode_rgb
 
     keys = [np.asarray(decode_rgb(photo).resize((2, 2))).tobytes() for photo in photos]
-    # Pictures that fill up a batch are black.
+    # Padding images are black.
     image_of = {bytes(12): np.zeros(len(photos))}
     image_of |= {key: np.eye(len(photos))[i] for i, key in enumerate(keys)}
     return _Oracle(image_of, {text: np.array(row, float) for text, row in text_emb.items()})
@@ -73,7 +73,7 @@ def _write(path, rows):
 
 
 def _winoground(folder):
-    rows = [  # of two files that were joined, which have the same ids
+    rows = [  # two joined files, which share ids
         {"id": 7, "caption_0": "a", "caption_1": "b", "image_0": "0", "image_1": "1"},
         {"id": 7, "caption_0": "c", "caption_1": "d", "image_0": "2", "image_1": "3"},
         {"id": 9, "caption_0": "e", "caption_1": "f", "image_0": "4", "image_1": "none"},
@@ -82,9 +82,9 @@ def _winoground(folder):
 
 
 def test_winoground_scores(folder, photos):
-    # Example 0: image 0 prefers its own a (.9 > .5), image 1 its own b (.8 > .6): text is right.
-    #            a prefers image 0 (.9 > .6), b image 1 (.8 > .5): image is right.
-    # Example 1: image 2 has c .5 > d .4, image 3 has d .9 > c .7: text is right;
+    # Example 0: image 0 prefers its own a (.9 > .5), image 1 its own b (.8 > .6): text is correct.
+    #            a prefers image 0 (.9 > .6), b image 1 (.8 > .5): image is correct.
+    # Example 1: image 2 has c .5 > d .4, image 3 has d .9 > c .7: text is correct;
     #            c prefers the wrong image 3 (.7 > .5): image is wrong.
     model = _oracle(
         photos,
@@ -145,7 +145,7 @@ def test_entailment(folder, photos):
     assert result.result == ["entailment", "contradiction", "neutral", "entailment"]
     assert result.measure(np.ones(3, int)) == {"accuracy": 0.75}
     assert result.counts["texts"] == 6
-    # The third image with its two questions three times, the first once.
+    # A resample with the third image (two questions) three times and the first once.
     assert result.measure(np.array([1, 0, 3]))["accuracy"] == pytest.approx(4 / 7)
 
 
@@ -163,7 +163,7 @@ def test_questions(folder, photos):
     text = f"vqa:{path}?image_root={folder}/images&image_name={{}}.png&{options}"
     result = _measure(model, text)
     assert result.result == ["dog", "2"]
-    # Two of ten: those two have one other who agrees (1/3), the eight have two (2/3).
+    # Without one of the two, one match is left (1/3); without one of the eight, two (2/3).
     credits = [result.measure(counts)["accuracy"] for counts in np.eye(2, dtype=int)]
     np.testing.assert_allclose(credits, [1.0, (2 / 3 + 8 * 2 / 3) / 10])
     assert result.encoded.dropped == {"no_answer": 1}
@@ -191,7 +191,7 @@ def test_answers_and_credits_are_those_of_the_official_code():
     assert found == official["normalised"]
     for answer, said, credit in official["credits"]:
         assert vqa_credit(answer, said) == pytest.approx(credit), (answer, said)
-    # What all say to the letter is not normalised there; of one person we ask for equality.
+    # Unanimous answers are not normalised there; a single answer is compared after normalising.
     assert vqa_credit("2", ["two"] * 10) == 0
     assert vqa_credit("Two", "two.") == vqa_credit("two", ["2"]) == 1
 

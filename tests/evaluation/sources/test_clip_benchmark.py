@@ -1,4 +1,4 @@
-"""CLIP_benchmark itself, on an exported model, gives our numbers."""
+"""CLIP_benchmark itself gives our numbers for an exported model."""
 
 import dataclasses
 import io
@@ -23,7 +23,7 @@ _SIZE = 64
 
 @pytest.fixture
 def folders(shared_data, tmp_path):
-    """64 photos of CIFAR-10 in its layout: as a classification, and with two captions each."""
+    """Writes 64 CIFAR-10 photos in its layout, as a classification and with two captions each."""
     source = f"{shared_data}/cifar10_test.tar"
     (cifar,) = parse_tasks(f"cifar10={source}?templates=a {{}}.;the {{}}.")
     write_folder(cifar, tmp_path / "cifar", limit=_SIZE)
@@ -83,7 +83,7 @@ def test_equal_to_the_sample(folders, workdir, shared_data, monkeypatch):
         assert metrics[f"t2i_r{k}"] == pytest.approx(found[f"image_retrieval_recall@{k}"])
         assert metrics[f"i2t_r{k}"] == pytest.approx(found[f"text_retrieval_recall@{k}"])
 
-    # Several labels, as the benchmark of sixteen tasks compares them.
+    # Multi-label, as in the benchmark of sixteen tasks.
     from benchmarks.clip_benchmark_samples import measure_classification
 
     name = "wds_voc2007_multilabel"
@@ -96,6 +96,6 @@ def test_equal_to_the_sample(folders, workdir, shared_data, monkeypatch):
     found = compare_task(model, name, folders)
     assert found["equal"] and found["samples"] == _SIZE and found["different"] == 0
     assert 0 < found["ours"]["mean_average_precision"] < 1
-    # Another label is another metric, although all similarities are the same.
+    # Another label gives another metric, although all similarities are the same.
     (folders / f"{name}.json").write_text(json.dumps({"mean_average_precision": 0.5}))
     assert not compare_task(model, name, folders)["equal"]

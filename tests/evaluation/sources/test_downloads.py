@@ -1,7 +1,7 @@
-"""docs/reference/evaluation_sets.md: its commands, on small archives with the published names.
+"""The commands of docs/reference/evaluation_sets.md, on small archives with the published names.
 
-What fetches a file is replaced by a program that copies it from a folder; all else is run as it
-stands, but for our own command: its tasks are parsed, and the entries of their sources are read.
+Programs that fetch a file are replaced by one that copies it from a folder. Everything else runs
+as written, but for our own command: its tasks are parsed, and its sources' entries are read.
 """
 
 import json
@@ -28,7 +28,7 @@ from tests.make import HashedModel, encoded, plain, write_tar
 
 _PAGE = pathlib.Path(__file__).parents[3] / "docs" / "reference" / "evaluation_sets.md"
 _FETCH = 'for last; do :; done; cp "$DOWNLOADS/${last##*/}" .'
-# Program -> what it does here.
+# Maps a program to its replacement.
 _PROGRAMS = {
     "wget": _FETCH,
     "aws": 'cp "$DOWNLOADS/$(basename "$4")" .',
@@ -54,7 +54,7 @@ def _lines(*rows):
 
 
 def _clip(folder, frames):
-    """An .avi whose frames are red 0, 40, 80, ..."""
+    """Writes an .avi whose frames are red 0, 40, 80, ..."""
     cv2 = pytest.importorskip("cv2")
     path = str(folder / "clip.avi")
     video = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"MJPG"), 25, (32, 32))
@@ -66,7 +66,7 @@ def _clip(folder, frames):
 
 def _ucf101(folder):
     clips = ["ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01", "YoYo/v_YoYo_g07_c03"]
-    # The folder and the clips of this class are spelt in two ways.
+    # The folder and the clips of this class are spelt differently.
     clips.append("HandstandPushups/v_HandStandPushups_g01_c01")
     _zip(folder / "UCF101.rar", {f"UCF-101/{clip}.avi": _clip(folder, 5) for clip in clips})
     lists = {
@@ -121,7 +121,7 @@ def _objectnet(folder):
     _zip(folder / "objectnet-1.0.zip", {f"objectnet-1.0/{k}": v for k, v in members.items()})
 
 
-# In place of the two packages: words between spaces, each with the tag that stands behind it.
+# Replaces spaCy and NLTK: words are split at spaces, and each has its tag as a suffix.
 _SPACY = """
 class load:
     def __init__(self, name):
@@ -146,7 +146,7 @@ def _aro_order(folder):
     (folder / "nltk.py").write_text("word_tokenize = str.split\n")
 
 
-# Heading of the section -> what makes its archives.
+# Maps a section's heading to the function that writes its archives.
 _SECTIONS = {
     "ucf101": _ucf101,
     "voc2007": _voc2007,
@@ -157,12 +157,12 @@ _SECTIONS = {
 
 
 def _run_section(heading, folder):
-    """Runs a section's commands in a folder; returns the tasks of our own."""
+    """Runs a section's commands in a folder; returns the tasks of our own command."""
     downloads, programs = folder / "downloads", folder / "programs"
     downloads.mkdir()
     programs.mkdir()
     _SECTIONS[heading](downloads)
-    # What is handed out by request lies in the folder already, and so do packages.
+    # Files that are only sent on request are in the folder already, and so are packages.
     for name in ("flickr30k-images.tar.gz", "spacy.py", "nltk.py"):
         if (downloads / name).exists():
             (folder / name).write_bytes((downloads / name).read_bytes())
@@ -195,7 +195,7 @@ def _run_section(heading, folder):
 
 @pytest.fixture
 def run_section(tmp_path, monkeypatch):
-    """The entries of each task of a section, by the task's name; and the tasks."""
+    """Returns a function that runs a section: its entries by task name, and its tasks."""
     pytest.importorskip("clip_benchmark")
     monkeypatch.chdir(tmp_path)
 
@@ -272,7 +272,7 @@ def test_aro_orders(run_section):
     (pair,) = entries["aro_coco_order"]
     first, second = (question["captions"] for question in pair.metadata["questions"])
     assert first[0] == "a_dt red_jj dog_nn sees_vbz big_jj cats_nns, near_in it_prp"
-    # As ARO's code draws: the numbers of two generators, both seeded with 1, in this order.
+    # As ARO's code draws: two generators, both seeded with 1, in this order.
     numpy_draws, draws = np.random.RandomState(1), random.Random(1)
     words = np.array(first[0].split(), object)
     expected = words.copy()
@@ -293,4 +293,4 @@ def test_aro_orders(run_section):
     (pair,) = entries["aro_flickr30k_order"]
     assert pair.key == "flickr30k-images/1007129816.jpg" and len(pair.metadata["questions"]) == 2
     result = evaluate_task(HashedModel(), tasks["aro_coco_order"])
-    assert result["metrics"]["accuracy"] >= 0.5  # the caption of one word is as it was
+    assert result["metrics"]["accuracy"] >= 0.5  # a caption of one word is unchanged

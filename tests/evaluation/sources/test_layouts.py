@@ -1,4 +1,4 @@
-"""Layouts of evaluation sets: in a store as on a disk, as parquet, and CLIP_benchmark's."""
+"""Layouts of evaluation sets: local, in a store, as parquet, and CLIP_benchmark's."""
 
 import json
 
@@ -18,7 +18,7 @@ _FEATURES = {"label": {"names": ["ant", "hot_dog"], "_type": "ClassLabel"}}
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory, photos):
-    """One folder with a small set in each layout."""
+    """Returns a folder with a small set in each layout."""
     root = tmp_path_factory.mktemp("sets")
 
     def write(name, data):
@@ -63,7 +63,7 @@ def sets(tmp_path_factory, photos):
     return root
 
 
-# Source, "{}" being the folder or its URL; its options; pairs and skipped entries in it.
+# Source, where "{}" is the folder or its URL; its options; its pairs and skipped entries.
 _SOURCES = {
     "annotations": ("annotations:{}/captions.json", {"image_root": "{}/pictures"}, 3, 1),
     "winoground": ("winoground:{}/examples.jsonl", {"image_root": "{}/pictures"}, 2, 0),
@@ -93,7 +93,7 @@ def test_entries_of_a_store_are_those_of_the_folder(sets):
         strange = [getattr(entry, "reason", None) for entry in found[0]]
         assert strange.count(None) == pairs and len(strange) == pairs + skipped, source
         if source.startswith(("annotations", "list", "sugarcrepe")):
-            # The message names the file as it lies.
+            # The message names the file's full path.
             found = [[(e.key, getattr(e, "image", None)) for e in entries] for entries in found]
         assert found[0] == found[1], source
     wasps = [pair for pair in open_units(f"{url}/classes/", {}).entries() if "wasp" in pair.key]
@@ -145,7 +145,7 @@ _WORDS = {
 
 
 def _write(root, notes, photos, files=_WORDS):
-    """Two shards; `notes` are (extension, bytes), one a picture."""
+    """Writes two shards; `notes` has the (extension, bytes) of each image."""
     entries = [
         {"png": photo, name: note} for photo, (name, note) in zip(photos, notes, strict=False)
     ]

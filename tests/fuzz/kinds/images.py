@@ -1,7 +1,7 @@
-"""Encoded images: damaged, animated, giant, and bombs, in every format that is decoded.
+"""Encoded images: damaged, animated, giant, and bombs, in every supported format.
 
-The three ways in (`decode_rgb`, `check_readable` for the filter, `plan_random_crop` for training)
-must agree on what is a picture.
+Three functions must agree on what is an image: `decode_rgb`, `check_readable` of the filter, and
+`plan_random_crop` of training.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _FORMATS = (
     *("JPEG2000", "animated GIF", "animated WEBP", "animated PNG", "TIFF pages", "MPO"),
 )
 _MODES = {"grey": "L", "palette": "P", "1-bit": "1"}
-# Pixels that are no eight-bit colours: they may be refused.
+# Unusual pixel modes, which may be refused.
 _ODD = ("TIFF LAB", "TIFF I", "TIFF F", "TIFF 1", "TIFF RGBA", "PNG LA", "BMP P", "JPEG YCbCr")
 
 
 @st.composite
 def _pixels(draw: Draw) -> np.ndarray:
-    """uint8 [h, w, 3], smooth enough for JPEG and not flat."""
+    """Returns uint8 [h, w, 3], smooth enough for JPEG but not flat."""
     size = draw(st.tuples(integers(1, 60), integers(1, 60)))
     coarse = np.random.default_rng(draw(seeds)).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return np.array(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC))
@@ -44,7 +44,7 @@ def _pixels(draw: Draw) -> np.ndarray:
 
 @st.composite
 def _encoded(draw: Draw, name: str, array: np.ndarray) -> bytes:
-    """The pixels in a format of `_FORMATS`."""
+    """Encodes the pixels in a format of `_FORMATS`."""
     format, _, form = name.partition(" ")
     image = Image.fromarray(array)
     options: dict = {}
@@ -73,7 +73,7 @@ def _exif(orientation: int) -> Image.Exif:
 
 
 def _judge(data: bytes, must: str | None = None) -> str:
-    """Decodes in all three ways; `must` is the reason for which it must be refused."""
+    """Decodes in all three ways; `must` is the reason for which the image must be refused."""
     decoded = attempt(lambda: transforms.decode_rgb(data), "")
     readable = attempt(lambda: transforms.check_readable(data), "")
     rng = np.random.default_rng(0)
@@ -94,7 +94,7 @@ def _judge(data: bytes, must: str | None = None) -> str:
 
 
 def check_undisturbed(draw: Draw, folder: pathlib.Path) -> str:
-    """Every format is read, and the lossless ones to the bit."""
+    """Every format is read, the lossless formats exactly."""
     name, array = draw(one(_FORMATS)), draw(_pixels())
     data = draw(_encoded(name, array))
     require(_judge(data) == SUCCESS, f"a good {name} was refused")
@@ -104,7 +104,7 @@ def check_undisturbed(draw: Draw, folder: pathlib.Path) -> str:
 
 
 def check_damaged(draw: Draw, folder: pathlib.Path) -> str:
-    """Odd modes, sizes that are not the picture's, bits flipped, files cut off, other damage."""
+    """Odd modes, wrong sizes, flipped bits, truncation, and other damage."""
     data = draw(_encoded(draw(one(_FORMATS + _ODD)), draw(_pixels())))
     size = draw(one([16, 40, 100]))
     head = flipped(data[:size], 4).map(lambda head: head + data[size:])
@@ -124,7 +124,7 @@ def _chunk(name: bytes, data: bytes) -> bytes:
 
 
 def check_giant(draw: Draw, folder: pathlib.Path) -> str:
-    """No memory is taken for headers that claim more pixels than may be decoded."""
+    """A header that claims more pixels than the limit allocates no memory."""
     side = draw(one([8193, 20_000, 2**16 - 1]))
     wide = draw(one([8193, 10**6, 2**31 - 1]))
     gif = struct.pack("<HHBBB", side, side, 0, 0, 0) + b","
@@ -143,7 +143,7 @@ def _jpeg_with_size(draw: Draw, side: int) -> bytes:
 
 
 def check_bomb(draw: Draw, folder: pathlib.Path) -> str:
-    """A few kilobytes that become many megabytes."""
+    """A few kilobytes decompress to many megabytes."""
     zeros, small = zlib.compress(bytes(2**24), 1), zlib.compress(b"\0\1\2\3")
     side = draw(one([1000, 3000]))
     rows = zlib.compress(bytes(side * (side // 8 + 1)))
@@ -159,7 +159,7 @@ def check_bomb(draw: Draw, folder: pathlib.Path) -> str:
 
 
 def check_tiff_tags(draw: Draw, folder: pathlib.Path) -> str:
-    """Directories that point at themselves or nowhere, counts and sizes of gigabytes."""
+    """Directories that point at themselves or nowhere, and counts and sizes of gigabytes."""
     size = draw(one([1, 40]))
     tags = {256: (4, 1, size), 257: (4, 1, size), 258: (3, 1, 8), 259: (3, 1, 1), 262: (3, 1, 1)}
     tags |= {273: (4, 1, 8), 277: (3, 1, 1), 278: (4, 1, size), 279: (4, 1, size * size)}

@@ -1,6 +1,6 @@
-"""TFRecord shards, their indices, and the records in them; folders of TensorFlow Datasets.
+"""TFRecord shards, their indices and records, and folders of TensorFlow Datasets.
 
-Read in order by `diht_jax.readers`, at random by `TFRecordSource`, decoded by `schema`.
+`diht_jax.readers` reads in order, `TFRecordSource` reads at random, and `schema` decodes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _INDEX_HEADER_BYTES = 24
 
 
 def _fields(draw: Draw, number: int) -> dict:
-    """The fields of one good record."""
+    """Returns the fields of one good record."""
     found = {
         "key": f"key{number}".encode(),
         "image": png(draw(seeds), draw(st.tuples(integers(1, 9), integers(1, 9)))),
@@ -59,7 +59,7 @@ def _fields(draw: Draw, number: int) -> dict:
 
 
 def _concepts(draw: Draw) -> bytes:
-    """Packed objects and attributes."""
+    """Returns packed objects and attributes."""
     packed = b""
     for _ in range(2):
         k = draw(integers(0, 5))
@@ -69,7 +69,7 @@ def _concepts(draw: Draw) -> bytes:
 
 
 class _Shard:
-    """A shard of good records, with or without its own index, in which a case damages one."""
+    """A shard of good records, with or without an index; a case damages one record."""
 
     def __init__(self, draw: Draw, folder: pathlib.Path):
         self.records = [example(_fields(draw, n)) for n in range(draw(integers(3, 7)))]
@@ -78,13 +78,13 @@ class _Shard:
         self.bad = draw(integers(0, len(self.records) - 1))
 
     def write(self, frames_of_index: Sequence[bytes] | None) -> None:
-        """Writes the file, and an index that fits the frames given."""
+        """Writes the file and, unless None, the index of the given frames."""
         self.path.write_bytes(b"".join(self.frames))
         if frames_of_index is not None:
             pathlib.Path(f"{self.path}.idx").write_bytes(index(frames_of_index))
 
     def count_refused(self) -> int:
-        """Every record is the expected one or an error with its index; how many are errors."""
+        """Requires each record or an error with its index; returns the number of errors."""
         source = attempt(lambda: TFRecordSource(str(self.path)), self.path)
         if isinstance(source, Refused):
             return len(self.records)
@@ -100,7 +100,7 @@ class _Shard:
         return refused
 
     def read_in_order(self) -> str:
-        """The records before the damaged one come, then an error with its index."""
+        """Requires the records before the damaged one, and then an error with its index."""
         found: list[str] = []
 
         def read() -> None:
@@ -117,14 +117,14 @@ class _Shard:
 
 
 def check_damaged_frame(draw: Draw, folder: pathlib.Path) -> str:
-    """With the shard's index, a damaged record is the only one that cannot be read."""
+    """With the shard's index, only the damaged record cannot be read."""
     shard = _Shard(draw, folder)
     own, has_index, is_flip = list(shard.frames), draw(st.booleans()), draw(integers(0, 2)) > 0
     if is_flip:
         head, body = own[shard.bad][:12], own[shard.bad][12:]
         in_head = flipped(head, 1).map(lambda head: head + body)
         shard.frames[shard.bad] = draw(in_head | flipped(head + body, 2))
-    else:  # a length beyond the end, with a right checksum
+    else:  # a length beyond the end, with a valid checksum
         length = draw(one([2**63, 2**64 - 1, 2**40, 2**31, 10**7]))
         shard.frames[shard.bad] = frame(shard.records[shard.bad], length)
     shard.write(own if has_index else None)
@@ -137,7 +137,7 @@ _payloads = st.lists(one([1, 20, 20, 35]).flatmap(lambda n: noise(n, n)), min_si
 
 
 def _judge_reads(target: pathlib.Path, records: Sequence[bytes], *names: Any) -> str:
-    """Each record read is the right one, or an error; without any error all of them came."""
+    """Requires that each read record is correct, and that all are read unless there is an error."""
     source = attempt(lambda: TFRecordSource(str(target)), *names)
     if isinstance(source, Refused):
         return ERROR
@@ -154,8 +154,8 @@ def _judge_reads(target: pathlib.Path, records: Sequence[bytes], *names: Any) ->
 
 
 def check_index(draw: Draw, folder: pathlib.Path) -> str:
-    """An index that is damaged, or another shard's, is noticed before it gives other bytes."""
-    # Few lengths, so that two shards may well agree in some of their offsets.
+    """An index that is damaged or another shard's is detected before it returns wrong bytes."""
+    # Few lengths, so that two shards often share some offsets.
     records = draw(_payloads)
     frames = [frame(data) for data in records]
     path = folder / _NAME
@@ -179,18 +179,18 @@ def check_index(draw: Draw, folder: pathlib.Path) -> str:
     index_path.write_bytes(changed)
     outcome = _judge_reads(path, records, index_path)
     require(outcome == ERROR or changed == own, "an index of another shard was believed")
-    index_path.unlink()  # as the message advises
+    index_path.unlink()  # the fix that the message suggests
     require(_judge_reads(path, records) == SUCCESS, "the built index is wrong")
     return outcome
 
 
 def _patched(data: bytes, at: int, value: int) -> bytes:
-    """Another number of eight bytes at a place."""
+    """Replaces eight bytes at an offset by a number."""
     return data[:at] + struct.pack("<Q", value) + data[at + 8 :]
 
 
 def check_dataset_index(draw: Draw, folder: pathlib.Path) -> str:
-    """With a `dataset.index` that is damaged, no read gives other bytes for a record."""
+    """With a damaged `dataset.index`, no read returns another record's bytes."""
     shards = {
         f"pairs-train-{n:05d}.tfrecord": draw(_payloads) * draw(one([0, 1, 9])) for n in (0, 1)
     }
@@ -211,7 +211,7 @@ def check_dataset_index(draw: Draw, folder: pathlib.Path) -> str:
             flipped(own, 2),
             damaged(own),
             repacked(offsets).map(lambda d: with_preamble(head) + d),
-            # With a checksum that is right, so that the numbers themselves are looked at.
+            # With a valid checksum, so that the numbers themselves are checked.
             (repacked(head) | flipped(head, 2)).map(lambda d: with_preamble(d) + offsets),
         )
     )
@@ -219,7 +219,7 @@ def check_dataset_index(draw: Draw, folder: pathlib.Path) -> str:
     path.write_bytes(changed)
     records = [data for own_records in shards.values() for data in own_records]
     outcome = _judge_reads(folder, records, path, *shards)
-    update_index(folder, overwrite=True)  # as the message advises
+    update_index(folder, overwrite=True)  # the fix that the message suggests
     require(_judge_reads(folder, records) == SUCCESS, "the index made again is wrong")
     return outcome
 
@@ -232,7 +232,7 @@ def _decode(data: bytes) -> schema.Record | Refused:
 
 
 def _require_usable(record: schema.Record) -> None:
-    """What every record that was accepted must be, whoever uses it."""
+    """Requires what every user of an accepted record relies on."""
     require(isinstance(record.key, str) and isinstance(record.caption, str), "no texts")
     require(isinstance(record.metadata, dict), "metadata is no object")
     largest = 0
@@ -250,9 +250,9 @@ def _require_usable(record: schema.Record) -> None:
 
 
 def check_payload(draw: Draw, folder: pathlib.Path) -> str:
-    """Wrong contents in a whole frame: an error, or a record that can be used; never another's.
+    """Wrong contents in an intact frame give an error or a usable record, never another record's.
 
-    Fields are missing, of another type, repeated, no UTF-8, no JSON object, no probabilities.
+    Fields may be missing, repeated, of another type, not UTF-8, no JSON object, no probabilities.
     """
     values = _fields(draw, 77)
     packed = values.get("concepts", b"\1abc\0\x38\0")
@@ -292,7 +292,7 @@ def check_payload(draw: Draw, folder: pathlib.Path) -> str:
 
 
 def check_folder_of_tfds(draw: Draw, folder: pathlib.Path) -> str:
-    """A record that is broken, or lacks what the description promises, is skipped or an error."""
+    """A record that is broken or lacks a promised feature is skipped or an error."""
     logging.set_verbosity(logging.ERROR)
     rows = [_fields(draw, number) for number in range(4)]
     for fields in rows:

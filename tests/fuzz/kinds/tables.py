@@ -17,7 +17,7 @@ from hypothesis.strategies import sampled_from as one
 from tests.fuzz.damage import NO_OBJECT, NOT_UTF8, ODD, Draw, damaged, flipped, noise, words
 from tests.fuzz.judge import judge_source
 
-# Paths in a table that lead to no picture of the folder.
+# Paths in a table that are no image of the folder.
 _BAD_PATHS = ["", " ", "missing.png", "../outside.png", "/etc/hostname", "images", "images/.."]
 _BAD_PATHS += ["link.png", "pipe.png", "nul\0.png", "images/" + "x" * 300, "x/" * 3000, "~/a.png"]
 _BAD_PATHS += ["http://host/a.png", "lone\ud800.png", "images/0.png/0.png", "images/\n.png"]
@@ -27,7 +27,7 @@ _BAD_LINES += [b'{"image": "images/0.png", "caption": "%s"}' % bad for bad in NO
 
 
 class _Table:
-    """Rows with their images; the rows' keys stand in a column. One row is to be damaged."""
+    """Rows with their images, whose keys are a column. A case damages one row."""
 
     def __init__(self, draw: Draw, folder: pathlib.Path, *kinds: str):
         self.draw, self.kind = draw, draw(one(kinds or ("jsonl", "csv", "tsv")))
@@ -49,7 +49,7 @@ class _Table:
         self.header = b"" if self.kind == "jsonl" else self._csv(self.rows[0])
 
     def lines(self) -> list[bytes]:
-        """The rows as they stand in the file, without the header."""
+        """Returns the rows as lines of the file, without the header."""
         if self.kind == "jsonl":
             return [json.dumps(row).encode() + b"\n" for row in self.rows]
         return [self._csv(row.values()) for row in self.rows]
@@ -60,7 +60,7 @@ class _Table:
         return buffer.getvalue().encode("utf-8", "surrogatepass")
 
     def judge(self, header: bytes, lines: list[bytes], *touched: str, **verdict: bool) -> str:
-        """Writes the file and reads it: all rows but those touched must come."""
+        """Writes the file and reads it: all rows but the touched ones must come."""
         self.path.write_bytes(header + b"".join(lines))
         options = {"key_column": "id", "rows_per_shard": self.draw(integers(1, 4))}
         value_of = lambda pair: (pair.image, pair.caption)  # noqa: E731
@@ -71,23 +71,23 @@ class _Table:
 
 
 def check_lines(draw: Draw, folder: pathlib.Path) -> str:
-    """One line replaced, or bits in it flipped: no other row may suffer."""
+    """Replaces one line or flips bits in it: no other row may change."""
     table = _Table(draw, folder)
     lines = table.lines()
     body = lines[table.index].rstrip(b"\r\n")
     end = lines[table.index][len(body) :]
     is_jsonl = table.kind == "jsonl"
     changed = draw(one(_BAD_LINES) | flipped(body) if is_jsonl else flipped(body))
-    marks = b'\r\n",\t\\{}:[]\xef\xbb\xbf'  # these may touch other rows of a csv
+    marks = b'\r\n",\t\\{}:[]\xef\xbb\xbf'  # these may affect other rows of a csv
     assume(is_jsonl or all(changed.count(mark) == body.count(mark) for mark in marks))
     lines[table.index] = changed.replace(b"\n", b" ") + end
     return table.judge(table.header, lines, table.bad, may_fail=False)
 
 
 def check_values(draw: Draw, folder: pathlib.Path) -> str:
-    """A cell of another type, none, or a path that leads out: no other row may suffer.
+    """A cell of another type, null, or a path out of the folder: no other row may change.
 
-    Only a csv may be refused for a path.
+    Only a csv may be refused because of a path.
     """
     table = _Table(draw, folder)
     row = table.rows[table.index]
@@ -104,7 +104,7 @@ def check_values(draw: Draw, folder: pathlib.Path) -> str:
 
 
 def check_damaged_file(draw: Draw, folder: pathlib.Path) -> str:
-    """Any damage: rows before it, on lines of their own, must come; the rest cannot be counted."""
+    """Any damage: intact rows before it must come; the rest need not be counted."""
     table = _Table(draw, folder)
     data = table.header + b"".join(table.lines())
     changed = draw(damaged(data))
@@ -117,7 +117,7 @@ def check_damaged_file(draw: Draw, folder: pathlib.Path) -> str:
 
 
 def check_forms_of_csv(draw: Draw, folder: pathlib.Path) -> str:
-    """Rows with too many or too few fields, blank lines, marks, odd endings: others stay."""
+    """Rows with too many or too few fields, blank lines, BOMs, odd line ends: other rows stay."""
     table = _Table(draw, folder, "csv", "tsv")
     lines, header, bad = table.lines(), table.header, table.index
     delimiter = b"\t" if table.kind == "tsv" else b","
@@ -140,7 +140,7 @@ def check_forms_of_csv(draw: Draw, folder: pathlib.Path) -> str:
 
 
 def check_no_table(draw: Draw, folder: pathlib.Path) -> str:
-    """A table without its columns, or without rows, is an error."""
+    """A table without its columns or without rows is an error."""
     table = _Table(draw, folder)
     header, lines = draw(one([b"", b"\n", b" \n\n", table.header])), []
     if table.kind != "jsonl" and draw(st.booleans()):

@@ -1,6 +1,6 @@
 """Webdataset tars, through `diht_jax.readers`: damaged members, headers and archives.
 
-The archives are put together block by block, so that a case knows where each member lies.
+The archives are assembled block by block, so that a case knows the position of each member.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _BAD_NOTES += [b'{"a": ' + b"1" * 5000 + b"}", b'{"caption": "\\ud800", "caption
 
 
 class _Entry:
-    """One good pair: its key, its members' bytes, and what must come out."""
+    """One good pair: its key, its members' bytes, and the expected result."""
 
     def __init__(self, draw: Draw, key: str):
         self.key = key
@@ -42,13 +42,13 @@ class _Entry:
         self.contents = [image, caption.encode(), json.dumps(extra).encode()]
 
     def blob(self, names: list[str] | None = None, contents: list[bytes] | None = None) -> bytes:
-        """Its part of an archive, with other names or contents where they are given."""
+        """Returns the pair's part of an archive, optionally with other names or contents."""
         parts = zip(names or self.names, contents or self.contents, strict=True)
         return b"".join(member(name, data) for name, data in parts)
 
 
 def member(name: str, data: bytes) -> bytes:
-    """Header and contents of one member."""
+    """Returns header and contents of one member."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
     header = info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
@@ -58,7 +58,7 @@ def member(name: str, data: bytes) -> bytes:
 def _raw_member(
     name: bytes, kind: bytes, data: bytes, size: bytes = b"", patches: tuple = ()
 ) -> bytes:
-    """A member with a header of any bytes and a right checksum."""
+    """Returns a member whose header has arbitrary bytes and a valid checksum."""
     block = bytearray(tarfile.TarInfo("x").tobuf(tarfile.GNU_FORMAT))
     block[:100] = name[:100].ljust(100, b"\0")
     block[124:136] = (size or b"%011o\0" % len(data))[:12].ljust(12, b"\0")
@@ -71,7 +71,7 @@ def _raw_member(
 
 
 def _with_pax(fields: list, follower: bytes, kind: bytes = tarfile.XHDTYPE) -> bytes:
-    """Extended header fields, each a line that begins with its own length, before a member."""
+    """Returns a member after extended header fields, each a line that starts with its length."""
     lines = b""
     for keyword, value in fields:
         body = b" " + keyword + b"=" + value + b"\n"
@@ -83,7 +83,7 @@ def _with_pax(fields: list, follower: bytes, kind: bytes = tarfile.XHDTYPE) -> b
 
 
 def _odd_members() -> SearchStrategy[bytes]:
-    """A member that a tar may hold and that is no part of any pair."""
+    """Returns a valid member that belongs to no pair."""
     kinds = {b"link.jpg": tarfile.SYMTYPE, b"hard.jpg": tarfile.LNKTYPE, b"volume": b"V"}
     kinds |= {b"pipe.png": tarfile.FIFOTYPE, b"device.png": tarfile.CHRTYPE, b"dump": b"D"}
     kinds |= {b"folder.jpg/": tarfile.DIRTYPE, b"odd": b"Z", b"other": b"7", b"last": b"\xff"}
@@ -92,7 +92,7 @@ def _odd_members() -> SearchStrategy[bytes]:
     text = _raw_member(b"n.cfg", b"0", b"text")
     long_name = _raw_member(b"@LongLink", tarfile.GNUTYPE_LONGNAME, b"y" * 4000 + b".cfg\0")
     some = st.lists(one(_PAX_FIELDS), min_size=1, max_size=4, unique=True)
-    # For all members that follow; a path would be the name of every one of them.
+    # For all following members; a path would name every one of them.
     for_all = st.lists(one([f for f in _PAX_FIELDS if f[0] != b"path"]), min_size=1, max_size=4)
     return st.one_of(
         one([*members, long_name + text]),
@@ -102,7 +102,7 @@ def _odd_members() -> SearchStrategy[bytes]:
 
 
 def _giant_members() -> SearchStrategy[bytes]:
-    """A header that claims more than there is."""
+    """Returns a header with a size beyond the end of the archive."""
     sizes = one([2**20, 2**28, 2**28 + 1, 2**32, 8**11 - 1, 2**62, 2**70])
     fields = sizes.map(lambda n: b"%011o\0" % n if n < 8**11 else b"\x80" + n.to_bytes(11, "big"))
     names = one([b"big.jpg", b"big.txt", b"big.json", b"big.mp4"])
@@ -111,7 +111,7 @@ def _giant_members() -> SearchStrategy[bytes]:
 
 
 def _negative_members() -> SearchStrategy[bytes]:
-    """A size below zero: whoever follows it goes round in circles."""
+    """Returns a member of negative size: a reader that follows it loops forever."""
     follower = _raw_member(b"minus.jpg", b"0", b"x")
     sizes = one([1, 512, 1024, 5000, 2**40])
     return sizes.map(lambda n: _with_pax([(b"size", b"-%d" % n)], follower)) | st.builds(
@@ -123,7 +123,7 @@ def _negative_members() -> SearchStrategy[bytes]:
 
 @st.composite
 def _sparse_members(draw: Draw) -> bytes:
-    """Members that claim terabytes of zeros, in the old format of GNU tar or in one of pax."""
+    """Returns members that claim terabytes of zeros, in the old GNU format or in a pax format."""
     size = draw(one([2**27, 2**28 + 1, 8**11 - 1]))
     name = draw(one([b"huge.jpg", b"huge.txt", b"huge.mp4"]))
     if draw(st.booleans()):
@@ -143,7 +143,7 @@ def _sparse_members(draw: Draw) -> bytes:
 
 
 def _long_headers() -> SearchStrategy[bytes]:
-    """Extended headers of megabytes, on which a pattern search takes quadratic time."""
+    """Returns extended headers of megabytes, on which a regex search takes quadratic time."""
     junk = one([b"1" * 2**20, b"9" * 2**20 + b" a=b\n", b"\xa5\x31" * 2**15, b"0 a=b\n"])
     kinds = one([tarfile.XHDTYPE, tarfile.XGLTYPE, b"L", b"K"])
     heads = st.builds(_raw_member, st.just(b"pax"), kinds, junk)
@@ -151,7 +151,7 @@ def _long_headers() -> SearchStrategy[bytes]:
 
 
 def _entries(draw: Draw) -> list[_Entry]:
-    """Three to six good pairs."""
+    """Returns three to six good pairs."""
     count, prefix = draw(integers(3, 6)), draw(one(["", "d/", "../", "/tmp/", "./é "]))
     return [_Entry(draw, f"{prefix}{number:03d}") for number in range(count)]
 
@@ -177,7 +177,7 @@ def _judge(
 
 
 def _compare_shard(path: pathlib.Path) -> None:
-    """As a shard of records, an archive has the pairs that its reader gives, or is refused too."""
+    """As a record shard, an archive has the pairs of the tar reader, or is refused as well."""
 
     def read_shard() -> list[Any]:
         source = TarRecordSource(path)
@@ -186,7 +186,7 @@ def _compare_shard(path: pathlib.Path) -> None:
     pairs = attempt(lambda: list(registry.open_source(str(path))), path)
     records = attempt(read_shard, path)
     if isinstance(records, Refused):
-        # A global header is what members cannot be read alone with.
+        # A global header prevents reading members one by one.
         require(isinstance(pairs, Refused) or "global header" in str(records), "refused as shard")
         return
     pathlib.Path(f"{path}.idx").unlink()
@@ -207,7 +207,7 @@ def _bad_pair(
 
 
 def _changed_contents(draw: Draw, bad: _Entry) -> bytes:
-    """A pair whose contents are flipped, swapped, no text or no JSON, or whose members differ."""
+    """Returns a pair with flipped or swapped contents, invalid text or JSON, or other members."""
     contents, number = list(bad.contents), draw(integers(0, 2))
     texts = [*NOT_UTF8, b"", b" \n", b"\0", *(contents[1] + end for end in NOT_UTF8)]
     members = draw(st.lists(integers(0, 2), min_size=1, max_size=4, unique=True))
@@ -226,28 +226,28 @@ def _changed_contents(draw: Draw, bad: _Entry) -> bytes:
 
 
 def check_contents(draw: Draw, folder: pathlib.Path) -> str:
-    """Bad contents, missing and doubled members cost their own pair at most."""
+    """Bad contents and missing or repeated members cost at most their own pair."""
     return _bad_pair(draw, folder, _changed_contents, may_fail=False)
 
 
 def check_flips_in_a_pair(draw: Draw, folder: pathlib.Path) -> str:
-    """Contents have no checksum: the pair that was hit may differ or be renamed, and no other."""
+    """Contents have no checksum: only the damaged pair may differ or be renamed."""
     change = lambda draw, bad: draw(flipped(bad.blob(), 3))  # noqa: E731
     return _bad_pair(draw, folder, change, may_rename=True)
 
 
 def check_damaged_header(draw: Draw, folder: pathlib.Path) -> str:
-    """A header has a checksum, the sum of its bytes, which one flipped bit always changes."""
+    """A header has a checksum, the sum of its bytes, which any flipped bit changes."""
     change = lambda draw, bad: draw(flipped(bad.blob()[:148], 1)) + bad.blob()[148:]  # noqa: E731
     return _bad_pair(draw, folder, change, must_fail=True)
 
 
 def check_hole(draw: Draw, folder: pathlib.Path) -> str:
-    """Blocks of zeros in the midst, as an unfinished download leaves them, look like the end."""
+    """Zero blocks in the middle, as in an unfinished download, look like the end."""
     entries = _entries(draw)
     blobs = [entry.blob() for entry in entries]
     data = bytearray(b"".join(blobs))
-    # The last block stays: zeros up to the end are an archive that is shorter, and whole.
+    # The last block stays: zeros up to the end would be a valid, shorter archive.
     start = draw(integers(0, len(data) // BLOCK - 2)) * BLOCK
     length = min(len(data) - BLOCK - start, draw(integers(1, 9)) * BLOCK)
     data[start : start + length] = bytes(length)
@@ -260,7 +260,7 @@ def check_hole(draw: Draw, folder: pathlib.Path) -> str:
 
 
 def check_odd_members(draw: Draw, folder: pathlib.Path) -> str:
-    """What stands between pairs costs none of them, however much memory or time it asks for."""
+    """Odd members between pairs cost no pair, however much memory or time they ask for."""
     harmless = st.lists(_odd_members(), max_size=3).map(b"".join)
     forms = [harmless, _giant_members(), _negative_members(), st.just(END)]
     forms += [_sparse_members(), _long_headers()]

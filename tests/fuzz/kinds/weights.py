@@ -1,4 +1,4 @@
-"""Weight files of a very small CLIP: damaged, cut short, hostile."""
+"""Weight files of a very small CLIP: damaged, truncated, malicious."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ from tests.fuzz.damage import (
 from tests.fuzz.judge import ERROR, SUCCESS, Refused, attempt, must_refuse, require
 
 _PICKLES = [
-    b"\x80\x02" + b"N" + b"r" + struct.pack("<I", 2**31) + b".",  # memo of billions
+    b"\x80\x02" + b"N" + b"r" + struct.pack("<I", 2**31) + b".",  # a memo index in the billions
     b"\x80\x02" + b"X" + struct.pack("<I", 2**31 - 1) + b"x.",
     b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b"x.",
     b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b"x.",
-    b"\x80\x02]q\0h\0a.",  # a list that holds itself
+    b"\x80\x02]q\0h\0a.",  # a list that contains itself
     b"\x80\x02" + b"(" * 100_000 + b"t" * 100_000 + b".",
     b"\x80\x02" + b"]" * 50_000 + b"a" * 49_999 + b".",
     b"\x80\x02cos\nsystem\nX\4\0\0\0true\x85R.",
     b"\x80\x02cbuiltins\neval\nX\1\0\0\0003\x85R.",
     b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R.",
-    b"\x80\x02c__torch__\nModule\n)\x81q\0}X\1\0\0\0ah\0sb.",  # a module that holds itself
+    b"\x80\x02c__torch__\nModule\n)\x81q\0}X\1\0\0\0ah\0sb.",  # a module that contains itself
     b"\x80\x02c__torch__\nModule\n)\x81}X\1\0\0\0aK\3sb.",
     b"\x80\x02X\1\0\0\0aQ.",
     b"\x80\x02NQ.",
@@ -66,19 +66,19 @@ _ARCH = Architecture(**_FIELDS)
 
 @functools.cache
 def _tensors() -> dict[str, np.ndarray]:
-    """The model under CLIP's names, with random values."""
+    """Returns random parameters under CLIP's names."""
     return make.clip_tensors(_ARCH)
 
 
 @functools.cache
 def _safetensors_file() -> bytes:
-    """As a safetensors file."""
+    """Returns the parameters as a safetensors file."""
     return safetensors.numpy.save(_tensors(), {"format": "pt"})
 
 
 @functools.cache
 def _torch_file(is_legacy: bool = False) -> bytes:
-    """As a torch state dict, in the zip format or in the one before it."""
+    """Returns the parameters as a torch state dict, in the zip format or the legacy one."""
     buffer = io.BytesIO()
     state = {name: torch.from_numpy(value.copy()) for name, value in _tensors().items()}
     torch.save(state, buffer, _use_new_zipfile_serialization=not is_legacy)
@@ -87,7 +87,7 @@ def _torch_file(is_legacy: bool = False) -> bytes:
 
 @functools.cache
 def _torchscript_file() -> bytes:
-    """A TorchScript archive of two layers, as OpenAI published its models."""
+    """Returns a TorchScript archive of two layers, the format of OpenAI's models."""
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
@@ -98,7 +98,7 @@ def _torchscript_file() -> bytes:
 
 @functools.cache
 def _torchscript_tensors() -> dict[str, np.ndarray]:
-    """What is in it, as torch itself reads it."""
+    """Returns the archive's tensors as torch itself reads them."""
     module = torch.jit.load(io.BytesIO(_torchscript_file()))
     return {name: value.numpy() for name, value in module.state_dict().items()}
 
@@ -106,7 +106,7 @@ def _torchscript_tensors() -> dict[str, np.ndarray]:
 def _require_equal(
     found: Any, expected: dict[str, np.ndarray], but: set[str] = frozenset()
 ) -> None:
-    """The same names and, but for some, the same values."""
+    """Requires the same names and, except for `but`, the same values."""
     require(found.keys() == expected.keys(), f"names {sorted(found.keys() ^ expected.keys())[:5]}")
     for name, value in expected.items():
         same = np.array_equal(found[name], value)
@@ -114,7 +114,7 @@ def _require_equal(
 
 
 def _judge_model(path: pathlib.Path, but: set[str] = frozenset()) -> str:
-    """The model's parameters, but for some, or an error that names the path."""
+    """Requires the model's parameters, except for `but`, or an error that names the path."""
     weights = attempt(lambda: read_weights(path), path)
     if isinstance(weights, Refused):
         return ERROR
@@ -123,7 +123,7 @@ def _judge_model(path: pathlib.Path, but: set[str] = frozenset()) -> str:
 
 
 def prepare(base: pathlib.Path) -> None:
-    """Compiles and imports what is slow the first time."""
+    """Compiles and imports in advance what is slow the first time."""
     path = base / "model.safetensors"
     path.write_bytes(_safetensors_file())
     require(_judge_model(path) == SUCCESS, "the undamaged file")
@@ -153,7 +153,7 @@ def check_damaged_safetensors(draw: Draw, folder: pathlib.Path) -> str:
 
 
 def check_hostile_safetensors(draw: Draw, folder: pathlib.Path) -> str:
-    """Headers of gigabytes, tensors beyond the end or on top of each other, odd types."""
+    """Headers of gigabytes, tensors beyond the end or overlapping, odd types."""
     odd: list[dict[str, Any]] = [{"shape": [2**62, 4]}, {"shape": [-1, 4]}, {"shape": [2.5]}]
     odd += [{"data_offsets": value} for value in ([0, 2**60], [16, 0], [0, 16, 32])]
     types = ["F99", None, "F8_E4M3", "F8_E5M2", "BOOL", "C64", "F4", "U8", "I64"]
@@ -173,7 +173,7 @@ def check_hostile_safetensors(draw: Draw, folder: pathlib.Path) -> str:
 
 
 def check_damaged_torch_files(draw: Draw, folder: pathlib.Path) -> str:
-    """Zip archives have checksums: everything is right, or an error. The old format has none."""
+    """A damaged zip archive (with checksums) loads correctly or fails; the old format may not."""
     path = folder / draw(one(["model.pt", "model.ckpt", "model.bin", "model.pth"]))
     data, expected = _torch_file(), _tensors()
     form = draw(integers(0, 2))
@@ -201,10 +201,10 @@ def _require_arrays(found: dict[str, Any]) -> None:
 
 
 def _write_changed(draw: Draw, folder: pathlib.Path, member: str, contents: Any) -> pathlib.Path:
-    """A torch file of either kind with one member changed and right checksums.
+    """Writes a torch file of either kind with one member changed and valid checksums.
 
     Args:
-        contents: a strategy of the new contents, given the old ones.
+        contents: returns a strategy of new contents for the old ones.
     """
     path = folder / "model.pt"
     data = draw(one([_torch_file(), _torchscript_file()]))
@@ -221,7 +221,7 @@ def _write_changed(draw: Draw, folder: pathlib.Path, member: str, contents: Any)
 
 
 def check_damaged_pickle(draw: Draw, folder: pathlib.Path) -> str:
-    """Damage in a pickle behind right checksums: an error or an array, and no code is run."""
+    """A damaged pickle with valid checksums gives an error or an array, and runs no code."""
     path = _write_changed(draw, folder, "/data.pkl", damaged)
     result = attempt(lambda: read_tensors(path), path)
     if isinstance(result, Refused):
@@ -231,7 +231,7 @@ def check_damaged_pickle(draw: Draw, folder: pathlib.Path) -> str:
 
 
 def check_hostile_torch_files(draw: Draw, folder: pathlib.Path) -> str:
-    """Pickles that ask for memory, run in circles or name what is no tensor; members of zeros."""
+    """Pickles that ask for memory, loop, or name something other than a tensor; zeroed members."""
     bombs = [("/data/0", bytes(2**25)), ("/data.pkl", bytes(2**25))]
     member, contents = draw(one([("/data.pkl", data) for data in _PICKLES] + bombs))
     path = _write_changed(draw, folder, member, lambda _: st.just(contents))

@@ -1,14 +1,14 @@
-"""Files that our commands write and read again: one that was damaged is noticed, or made again.
+"""Files that our commands write and read again: damage is detected or repaired.
 
-`prepare` writes, once and small, one of every kind. A case copies what a command reads, damages one
-file of it, and runs the command, or the reader that it begins with. What comes must be what comes
-of whole files, or an error that names the file.
+`prepare` writes one small file of every kind. A case copies the files that a command reads, damages
+one of them, and runs the command or its reader. The result must be that of the intact files, or an
+error that names the file.
 
-An edit by a user counts, where the file is still a right one and states other things: in
+A user's edit is accepted if the file stays valid and only states something else: in
 `config.json` and `metrics.jsonl` of a run, and in `open_clip_config.json` next to a torch file.
 
-What none of our commands reads is left out: pages, pictures, cards and lists for people, and what
-is there for other programs (`dataset_info.json`, StableHLO, ONNX).
+Files that no command of ours reads are left out: pages, pictures, cards and lists for people, and
+files for other programs (`dataset_info.json`, StableHLO, ONNX).
 """
 
 from __future__ import annotations
@@ -56,25 +56,25 @@ from tests.fuzz.damage import Draw, damage_file
 from tests.fuzz.judge import ERROR, SUCCESS, Refused, attempt, require
 
 _INDEXED = r"[^/]*\.(tfrecord|array_record|tar)(\.idx)?|dataset.index"
-_BASE = pathlib.Path()  # of the whole files: folder "0", and "1" with foreign ones
+_BASE = pathlib.Path()  # the intact files: folder "0", and "1" with other contents
 
 
 class _Use(NamedTuple):
-    """A reader of what was written."""
+    """A reader of written files."""
 
-    folders: str  # that it reads, by spaces; a file of the last one is damaged
+    folders: str  # the folders it reads, separated by spaces; a file of the last one is damaged
     files: str  # a pattern of their paths
-    run: Callable[[pathlib.Path], Any]  # what it makes of the folder of these folders
+    run: Callable[[pathlib.Path], Any]  # reads the folder of these folders
     edited: str = "(?!)"  # a pattern of the files that users edit
-    stands_alone: bool = False  # another file in its place is another one, not a damaged one
+    stands_alone: bool = False  # another file in its place is valid, not damaged
 
 
 def prepare(base: pathlib.Path) -> None:
-    """Writes all there is, twice: from other pairs and with other weights."""
+    """Writes all files twice: from different pairs and with different weights."""
     global _BASE
     _BASE = base
     logging.set_verbosity(logging.FATAL)
-    summary.draw_curves = lambda heads: None  # a picture for people takes most of the time
+    summary.draw_curves = lambda heads: None  # drawing takes most of the time, and nothing reads it
     with contextlib.redirect_stdout(io.StringIO()):
         for seed in (0, 1):
             outputs.write_all(base / str(seed), seed)
@@ -85,7 +85,7 @@ def _read_shards(name: str, folder: pathlib.Path) -> list[Any]:
     for index in range(len(source)):
         try:
             found.append(source.decode(source[index]))
-        except ValueError as error:  # as whoever reads it adds to the error
+        except ValueError as error:  # as callers do
             raise ValueError(f"{source.locate(index)}: {error}") from error
     return found
 
@@ -103,7 +103,7 @@ def _read_merged(folder: pathlib.Path) -> Any:
 
 
 def _succeed(failures: dict[str, str]) -> None:
-    """Raises the reason why a job has failed."""
+    """Raises an error with the reasons if any part of a job failed."""
     if failures:
         raise ValueError("\n".join(f"{task}: {reason}" for task, reason in failures.items()))
 
@@ -114,13 +114,13 @@ def _filter_again(name: str, folder: pathlib.Path, **changes: Any) -> Any:
     _succeed(run_filter(config))
     report = json.loads((folder / name / "report.json").read_text())
     facts = {key: report[key] for key in ("counts", "measures", "samples")}
-    # The job need not read what the statistics of others are damaged in.
+    # Leave out the statistics, whose damaged parts the job need not read.
     data = {path: data for path, data in snapshot(folder / name).items() if ".json" not in path}
     return facts, data
 
 
 def _gather(name: str, folder: pathlib.Path) -> Any:
-    """The job's report, of all parts."""
+    """Returns the job's report over all parts."""
     (folder / name / "report.json").unlink()
     return _filter_again(name, folder)
 
@@ -185,7 +185,7 @@ def _look_for(folder: pathlib.Path) -> Any:
     index = PictureIndex(folder / "index")
     matches = sum(index.search(outputs.Model().encode_text(["a", "b"]), 8), [])
     found = [(m.key, m.caption, round(m.similarity, 4), index.picture(*m.place)) for m in matches]
-    return sorted(found)  # equal ones come in the order of the parts
+    return sorted(found)  # equal ones are in the order of the parts
 
 
 def _update_again(folder: pathlib.Path) -> Any:
@@ -214,7 +214,7 @@ def _resume(folder: pathlib.Path) -> Any:
     checkpointer = Checkpointer(folder / "run", keep_last=2)
     state = checkpointer.restore(target, outputs.Position())
     checkpointer.close()
-    return dataclasses.replace(state, step=None)  # that before a damaged one is the same
+    return dataclasses.replace(state, step=None)  # the state of the step before is equal otherwise
 
 
 def _read_progress(folder: pathlib.Path) -> Any:
@@ -229,7 +229,7 @@ def _read_model(form: str, folder: pathlib.Path) -> Any:
 
 
 def _read_cache(folder: pathlib.Path) -> Any:
-    """What is known of pictures; the others are spotted again."""
+    """Returns the cached readings; missing ones are read again from the images."""
     known, whole = (SpotCache(f / "readings", {}, "0.tar") for f in (folder, _BASE / "0"))
     found = [(known.get(name), whole.get(name)) for name in outputs.PICTURES[0]]
     return [again if own == Reading() else own for own, again in found]
@@ -253,7 +253,7 @@ _USES = {
         _Use("merged", _INDEXED + r"|.*stats\.json|.*\.tsv", _read_merged),
         _Use("table", r"\d\.parquet", _read_table, stands_alone=True),
     ],
-    # What a filter job keeps of its parts, when it goes on, is replayed, or reported.
+    # Files of a filter job's parts, for resuming, replays and reports.
     "filter": [
         _Use("kept", _PARTS, functools.partial(_gather, "kept")),
         _Use("table", r".*(json|tsv)|decisions/.*", functools.partial(_gather, "table")),
@@ -263,19 +263,19 @@ _USES = {
         _Use("kept", "report.json", lambda f: merge_reports([f / "kept"]), stands_alone=True),
         _Use("kept", _PARTS, lambda f: merge_reports([f / "kept"] * 2)["samples"]),
     ],
-    # Labels, embeddings and heads, read by training and by the job that goes on.
+    # Labels, embeddings and heads, for training and for resuming the job.
     "labels": [
         _Use("kept labels", r"labels/.*(tfrecord|idx|index)|.*\.tsv", _join),
         _Use("kept labels", _DATA, _label_again),
         _Use("kept labels", _DATA, functools.partial(_label_again, top_k=3)),
         _Use("kept clips", _DATA, _join_clips),
     ],
-    # What a search for duplicates goes on from.
+    # Files from which a duplicate search resumes.
     "duplicates": [
         _Use("duplicates", _DATA, _search_again),
         _Use("duplicates", _DATA, functools.partial(_search_again, threshold=0.5)),
     ],
-    # Embeddings in files, the index of a search, captioned shards.
+    # Embedding files, the index of a search, captioned shards.
     "embeddings": [
         *(_Use(k, ".*", functools.partial(_read_embedded, k)) for k in ("npz", "parquet")),
         _Use("npz", ".*", _embed_again),
@@ -283,14 +283,14 @@ _USES = {
         _Use("index", ".*(arrow|json|thumbnails)", _update_again),
         _Use("kept captioned", "(?!dataset).*(json|tfrecord|idx)", _caption_again),
     ],
-    # A work directory of training: the model, where it goes on from, its metrics.
+    # A training work directory: the model, the state to resume from, the metrics.
     "runs": [
         _Use("run", "config.json|checkpoints/2/.*|tokenizer/.*", _load_run, "config.json"),
         _Use("run", "checkpoints/.*", _resume),
         _Use("stored", "config.json|(manifests|checkpoints|tokenizer)/.*", _fetch, "config.json"),
         _Use("run", "metrics.jsonl|wall_time.json", _read_progress, "metrics.jsonl"),
     ],
-    # A model that was exported, with its settings and tokenizer.
+    # An exported model with its settings and tokenizer.
     "exports": [
         _Use("clip", ".*(pt|json)", functools.partial(_read_model, "clip"), ".*json", True),
         *(
@@ -298,7 +298,7 @@ _USES = {
             for form in ("open_clip", "huggingface", "safetensors", "own_tokenizer")
         ),
     ],
-    # What a filter looks up in duplicates; results, cached readings, hashes of pictures.
+    # The filter's look-ups of duplicates; results, cached readings, image hashes.
     "others": [
         _Use("duplicates", r"dropped\.arrow|duplicates\.json", _look_up),
         _Use("results", ".*", lambda f: read_results(f / "results/a.json"), stands_alone=True),
@@ -310,7 +310,7 @@ _USES = {
 
 @functools.cache
 def _expected(use: _Use) -> Any:
-    """What comes of the whole files."""
+    """Returns the result of the intact files."""
     folder = _BASE / "whole"
     try:
         for name in use.folders.split():
@@ -322,7 +322,7 @@ def _expected(use: _Use) -> Any:
 
 @functools.cache
 def _kinds(use: _Use) -> dict[str, list[str]]:
-    """The files that a use reads, by their kind: their path without numbers and hashes."""
+    """Groups the files that a use reads by kind: the path without numbers and hashes."""
     found: dict[str, list[str]] = {}
     base = _BASE / "0"
     for path in sorted((base / use.folders.split()[-1]).rglob("*")):
@@ -333,7 +333,7 @@ def _kinds(use: _Use) -> dict[str, list[str]]:
 
 
 def _judge(uses: str, draw: Draw, folder: pathlib.Path) -> str:
-    """Judges one damage of a file that one of the uses reads."""
+    """Judges one damaged file that one of the uses reads."""
     use = draw(one(_USES[uses]))
     for name in use.folders.split():
         shutil.copytree(_BASE / "0" / name, folder / name)
@@ -354,9 +354,9 @@ def _judge(uses: str, draw: Draw, folder: pathlib.Path) -> str:
             raise ValueError(str(error)) from error
 
     names = [path.name]
-    if not path.exists():  # of a folder that lacks a file one says that it is not complete
+    if not path.exists():  # a folder that lacks a file is reported as incomplete
         names.append(str(folder / use.folders.split()[-1]))
-    names += re.findall(r"^.*/checkpoints/\d+/", str(path))  # Orbax's files are one thing
+    names += re.findall(r"^.*/checkpoints/\d+/", str(path))  # Orbax's files count as one
     found = attempt(run, *names)
     if isinstance(found, Refused):
         return ERROR
@@ -365,5 +365,5 @@ def _judge(uses: str, draw: Draw, folder: pathlib.Path) -> str:
     return SUCCESS
 
 
-# The properties, by their names: that of "runs" is `check_runs`.
+# The properties by name: `check_runs` is the property "runs".
 globals().update({f"check_{uses}": functools.partial(_judge, uses) for uses in _USES})

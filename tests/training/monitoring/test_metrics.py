@@ -1,6 +1,6 @@
-"""Metrics files: resumed runs have one line a step, and half-written lines do no harm.
+"""Metrics files: resumed runs have one line per step, and half-written lines do no harm.
 
-Wall time by its use, on a clock that only tests move.
+Also the wall time by use, with an injected clock.
 """
 
 import functools
@@ -27,7 +27,7 @@ from tests.training.monitoring.test_throughput import Machine
 
 
 def event_files(bucket, folder):
-    """The events of a run in a bucket, by file, in the order in which TensorBoard reads them."""
+    """Returns the events of a run in a bucket, per file, in TensorBoard's reading order."""
     files = []
     for path in sorted(BucketStore().find(f"{bucket}/run/tensorboard")):
         copy = folder / path.rsplit("/", 1)[1]
@@ -40,7 +40,7 @@ def test_a_run_in_a_bucket_can_be_watched(bucket, tmp_path):
     writer = MetricWriter(f"{bucket}/run", 4, make.tiny_config())
     for step in (5, 6):
         writer.write(step, {"loss": step / 2})
-        # The writer is open, and could be killed now.
+        # The writer is open, and a kill could come now.
         assert read_metrics(f"{bucket}/run")[-1] == {"step": step, "loss": step / 2}
         [[version, start, *events]] = event_files(bucket, tmp_path)
         assert (version.file_version, start.step) == ("brain.Event:2", 5)
@@ -55,7 +55,7 @@ def test_a_run_in_a_bucket_can_be_watched(bucket, tmp_path):
 def test_a_bucket_that_fails_for_a_while_costs_no_line(bucket, tmp_path, caplog):
     writer = MetricWriter(f"{bucket}/run", 0, make.tiny_config())
     for step in range(1, 5):
-        # An object of lines and one of events are written for each step.
+        # Each step writes one object of lines and one of events.
         BucketStore.failures = 2 if step in (2, 4) else 0
         writer.write(step, {"loss": step / 2})
         assert read_metrics(f"{bucket}/run")[-1]["step"] == (step if step in (1, 3) else step - 1)
@@ -78,7 +78,7 @@ def test_lines_that_are_no_rows_are_skipped(tmp_path):
 
 
 class Clock:
-    """Seconds that pass by a call."""
+    """A clock that only `spend` advances."""
 
     def __init__(self):
         self.secs = 1000.0
@@ -104,7 +104,7 @@ def secs(scalars):
 
 
 def start(folder, clock, start_step, *, opening, compiling):
-    """A process from its start up to its first step."""
+    """Simulates a process from its start to its first step."""
     began = clock()
     clock.spend(opening)
     wall_time = WallTime(folder, start_step, began=began, clock=clock)
@@ -115,7 +115,7 @@ def start(folder, clock, start_step, *, opening, compiling):
 
 
 def train_steps(wall_time, writer, clock, steps, step_secs=1.0):
-    """Steps with a line each, a batch that comes late, and a save after step 4."""
+    """Simulates steps that wait for a batch and write a line each, and a save after step 4."""
     for step in steps:
         with wall_time.during("input"):
             clock.spend(0.5)
@@ -131,8 +131,8 @@ def test_steps_made_again_and_start_up_are_lost_however_often_a_run_is_killed(tm
     clock = Clock()
     first, writer = start(tmp_path, clock, 0, opening=20.0, compiling=30.0)
     train_steps(first, writer, clock, range(1, 8))
-    # Killed after step 7; the state is that of step 4. The next start is killed before its first
-    # step, and what it had done until its file was written is known.
+    # Killed after step 7 with the state of step 4. The next start is killed before its first step;
+    # the time up to its last write of the file is known.
     clock.spend(500.0)  # no process runs
     start(tmp_path, clock, 4, opening=15.0, compiling=7.0)
     clock.spend(500.0)
@@ -170,7 +170,7 @@ def test_a_file_that_cannot_be_written_costs_no_run(tmp_path, caplog):
 
 @pytest.mark.parametrize(("batch_secs", "idle_secs"), [(1.5, 0.0), (2.5, 0.5), (6.0, 4.0)])
 def test_a_wait_next_to_a_running_step_is_the_steps(tmp_path, batch_secs, idle_secs):
-    """The simulated device takes two seconds a step."""
+    """The simulated device takes two seconds per step."""
     machine = Machine()
     wall_time = WallTime(tmp_path, 0, clock=machine.clock)
     wall_time.switch("step")

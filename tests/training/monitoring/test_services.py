@@ -1,4 +1,4 @@
-"""W&B and trackio without a network, read back from the files that their own clients leave."""
+"""W&B and trackio without a network, read back from the files that their clients write."""
 
 import functools
 import json
@@ -18,7 +18,7 @@ _BLOCK, _HEADER = 2**15, 7  # of the files that `wandb sync` sends, in bytes
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch, tmp_path):
-    """No login, and nothing of this user's."""
+    """Hides logins and settings of the user."""
     for name in ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_NAME", "WANDB_DIR", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -29,11 +29,11 @@ def alone(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     yield
     if "wandb" in sys.modules:
-        sys.modules["wandb"].teardown()  # it remembers the settings of its first use
+        sys.modules["wandb"].teardown()  # it caches the settings of its first use
 
 
 def write_two_starts(workdir, tracker, between=lambda: None):
-    """A run that is killed after step 3, and goes on from the checkpoint of step 2."""
+    """Writes a run that is killed after step 3 and resumed from the checkpoint of step 2."""
     config = make.tiny_config(trackers=(tracker,), tracking__project="shapes")
     writer = MetricWriter(workdir, 0, config)
     for step in (1, 2, 3):
@@ -48,7 +48,7 @@ def write_two_starts(workdir, tracker, between=lambda: None):
     writer.close()
 
 
-# What both have: the evaluation of step 2 was caught up on, and step 3 comes twice, equal.
+# Common rows: the evaluation of step 2 was made up for, and step 3 comes twice, unchanged.
 ROWS = [
     {"step": 1, "loss": 1.0},
     {"step": 2, "loss": 1 / 2},
@@ -62,7 +62,7 @@ ROWS = [
 def test_wandb_offline(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    # Two starts within a second would have one folder.
+    # Two starts within a second would share a folder.
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     move = functools.partial(monkeypatch.setenv, "WANDB_DIR", str(elsewhere))
@@ -113,7 +113,7 @@ def test_trackio(tmp_path):
 
 
 def read_wandb_file(folder: pathlib.Path) -> list:
-    """The records of the file that W&B's client has written offline."""
+    """Returns the records of the offline file of W&B's client."""
     from wandb.proto import wandb_internal_pb2
 
     [path] = folder.glob("*.wandb")
@@ -122,7 +122,7 @@ def read_wandb_file(folder: pathlib.Path) -> list:
     records, parts, position = [], [], 7
     while position + _HEADER <= len(data):
         room = _BLOCK - position % _BLOCK
-        if room < _HEADER:  # the rest of a block is empty
+        if room < _HEADER:  # the rest of a block is padding
             position += room
             continue
         checksum, length, kind = struct.unpack_from("<IHB", data, position)
@@ -137,7 +137,7 @@ def read_wandb_file(folder: pathlib.Path) -> list:
 
 
 def history_of(records: list) -> list[dict]:
-    """The rows that were logged, without W&B's own entries."""
+    """Returns the logged rows without W&B's own entries."""
     rows = []
     for record in records:
         if record.WhichOneof("record_type") == "history":

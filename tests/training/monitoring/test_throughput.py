@@ -1,4 +1,4 @@
-"""Model FLOPs against a count by hand; speed of steps and input on a simulated device."""
+"""Model FLOPs against a manual count; speed of steps and input on a simulated device."""
 
 import contextlib
 
@@ -16,9 +16,9 @@ STEP_SECS = 2.0
 
 
 def tower_flops(tokens, width, layers):
-    """One example's forward matrix work: projections, MLP and attention of every block.
+    """Forward matrix FLOPs of one example: projections, MLP and attention of every block.
 
-    The last block computes keys and values of all tokens, and everything else of one.
+    The last block computes keys and values of all tokens, and everything else for one token.
     """
     block = 2 * tokens * 12 * width**2 + 2 * 2 * tokens**2 * width
     last = 2 * (2 * tokens + 10) * width**2 + 2 * 2 * tokens * width
@@ -27,7 +27,7 @@ def tower_flops(tokens, width, layers):
 
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_model_flops_are_three_times_the_forward_pass(config, scan_layers):
-    """A scan computes all tokens of the last block, of which one is read."""
+    """A scan computes all tokens of the last block, although only one is read."""
     config.model.scan_layers = scan_layers
     config.model.patch_dropout = 0.0
     config.model.overrides.update(vision_layers=2, text_layers=3)
@@ -35,9 +35,9 @@ def test_model_flops_are_three_times_the_forward_pass(config, scan_layers):
     vision = tower_flops(17, width, 2) + 2 * width * d
     patches = 2 * 16 * (4 * 4 * 3) * width
     text = tower_flops(24, width, 3) + 2 * width * d
-    # The gradient of the patches' kernel is needed, that of the pixels is not.
+    # The gradient of the patch kernel is needed, that of the pixels is not.
     expected = batch * (3 * (vision + text) + 2 * patches)
-    # Beside the towers there is the loss, a few percent at this size.
+    # In addition to the towers there is the loss, a few percent at this size.
     assert expected < model_flops(config, jax.devices()) < 1.1 * expected
 
     config.optimizer.frozen = ("^vision/",)
@@ -46,7 +46,7 @@ def test_model_flops_are_three_times_the_forward_pass(config, scan_layers):
 
 
 class Machine:
-    """A mesh whose steps take two seconds each, a host that works ahead of it, and the time."""
+    """A simulated mesh with steps of two seconds, an asynchronous host, and the clock."""
 
     size = 4
 
@@ -68,7 +68,7 @@ class Machine:
         return {"loss": Running(self, self.free_at, loss)}
 
     def rate(self, batch_secs, num_steps=20, num_windows=2, during=contextlib.nullcontext):
-        """The rate of the last window of a run whose input makes a batch in so many seconds."""
+        """Returns the input rate of the last window, if the input takes `batch_secs` per batch."""
         window = ThroughputWindow(100, 1, self, self.clock)
         made, before = self.secs, None
 
@@ -83,14 +83,14 @@ class Machine:
                 metrics = self.step()
                 window.add(metrics)
                 if before is not None:
-                    before.block_until_ready()  # as the loop does, for the step before
+                    before.block_until_ready()  # as the loop does, for the previous step
                 before = metrics["loss"]
             window.summary()
         return window.input_rate
 
 
 class Running:
-    """A metric of a step that ends at some time."""
+    """A step's metric, which is ready at a given time."""
 
     def __init__(self, machine, ready_at, value):
         self._machine, self._ready_at, self._value = machine, ready_at, value
@@ -114,7 +114,7 @@ def test_window_gives_rates_shares_and_mfu():
     for loss in (1.0, 3.0):
         assert window.timed(lambda: machine.wait(machine.secs + 0.5, "batch")) == "batch"
         window.add(machine.step(loss))
-    # The second step waits for the first one; of their 4.5 s, the host waited for data in 1 s.
+    # The second step waits for the first; of their 4.5 s, the host waited for data for 1 s.
     assert window.excluded(lambda: machine.wait(machine.secs + 100.0, "done")) == "done"
     scalars = window.summary()
     assert scalars == {
@@ -125,14 +125,14 @@ def test_window_gives_rates_shares_and_mfu():
         "model_flops_per_sec": pytest.approx(22e9 / 4.5),
         "mfu": pytest.approx(22e9 / 4.5 / 1.1e15),
     }
-    # The next window starts from nothing.
+    # The next window starts from zero.
     window.add(machine.step(5.0))
     scalars = window.summary()
     assert (scalars["loss"], scalars["images_per_sec"], scalars["data_wait_secs"]) == (5, 5, 0)
 
 
 def test_a_slow_input_is_measured_next_to_what_the_step_could_take():
-    # Nearly all of the host's time is spent waiting, but the devices idle for a fifth only.
+    # The host spends nearly all of its time waiting, but the devices idle for only a fifth.
     rate = Machine().rate(batch_secs=2.5)
     assert rate.is_short
     assert rate.supplied == pytest.approx(40.0, rel=0.05)

@@ -1,4 +1,4 @@
-"""Trackers get what metrics.jsonl has, in one run however often it is interrupted."""
+"""Trackers get the contents of metrics.jsonl, in one run despite interruptions."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from tests import make
 
 @pytest.fixture
 def recorder(monkeypatch):
-    """A tracker "recorder", whose calls are kept, and which fails in `recorder.fails_in`."""
+    """A tracker "recorder" that keeps its calls, and fails in `recorder.fails_in`."""
 
     class Recorder(Tracker):
         title = "the recorder"
@@ -55,7 +55,7 @@ def test_training_is_tracked_with_its_pictures(config, squares, tmp_path, record
     assert recorder.rows[-1].keys() >= {"step", "evaluation/colors/t2i_r1"}
     retrievals, curves = recorder.pictures
     assert retrievals[:2] == (6, "retrievals/colors") and curves[:2] == (6, "curves")
-    # Six queries, each with a text, five pictures and the right one, on a white page.
+    # Six queries, each with a text, five pictures and the correct one, on a white page.
     drawn = retrievals[2].convert("RGB")
     assert min(drawn.size) > 800 and len(set(drawn.resize((60, 60)).getdata())) > 50
     assert recorder.ends == [False]
@@ -64,7 +64,7 @@ def test_training_is_tracked_with_its_pictures(config, squares, tmp_path, record
 
 @pytest.mark.parametrize("fails_in", ["start", "write"])
 def test_a_tracker_that_fails_is_left_out_once(tmp_path, recorder, monkeypatch, caplog, fails_in):
-    config = make.tiny_config(trackers=("recorder,tensorboard",))  # as a command line has it
+    config = make.tiny_config(trackers=("recorder,tensorboard",))  # as a command line passes it
     monkeypatch.setattr(recorder, "fails_in", fails_in)
     writer = MetricWriter(tmp_path, 0, config)
     for step in (1, 2, 3):

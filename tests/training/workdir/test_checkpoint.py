@@ -1,4 +1,4 @@
-"""Which checkpoints stay, and what happens to damaged ones and on a full disk."""
+"""Which checkpoints are kept, and how damaged ones and a full disk are handled."""
 
 import shutil
 
@@ -17,7 +17,7 @@ from tests.waiting import wait_until
 
 
 class Position:
-    """A data iterator that only knows its position."""
+    """A data iterator that only stores its position."""
 
     def __init__(self, next_example):
         self.next_example = next_example
@@ -78,7 +78,7 @@ def two_steps(tmp_path_factory):
 
 
 def array_file(checkpoint):
-    """The file with the values of `w`: random numbers do not compress."""
+    """Returns the largest array file, with `w`: random numbers do not compress."""
     return max(checkpoint.glob("state/**/d/*"), key=lambda path: path.stat().st_size)
 
 
@@ -96,7 +96,7 @@ def flip_a_bit(path):
     "find, damage, cause",
     [
         (array_file, truncate, '"params.w'),
-        # Orbax reads it without a word.
+        # Orbax itself reads it without an error.
         (array_file, flip_a_bit, "values differ from what was saved in params/w"),
         (
             lambda folder: folder / "data" / "metadata",
@@ -156,7 +156,7 @@ def test_checksums_are_those_of_the_definition_on_any_mesh():
 
 def test_on_a_full_disk_the_earlier_checkpoint_stays_and_the_run_goes_on(mount_tmpfs, caplog):
     small_disk = mount_tmpfs("size=2m")
-    size = 2000  # 0.5 MB a state
+    size = 2000  # 0.5 MB per state
     checkpointer = Checkpointer(small_disk / "run", keep_last=1)
     checkpointer.save(state_of(1, size=size), Position(10))
     checkpointer._finish_saving()
@@ -174,7 +174,7 @@ def test_on_a_full_disk_the_earlier_checkpoint_stays_and_the_run_goes_on(mount_t
     restored = checkpointer.restore(state_of(0, size=size), position)
     assert int(restored.step) == 1 and position.next_example == 10
 
-    # Removed in the background.
+    # Temporary folders are removed in the background.
     wait_until(lambda: not list((small_disk / "run" / "checkpoints").glob("*tmp*")))
     with open(small_disk / "rest", "wb", buffering=0) as rest:
         while True:

@@ -1,6 +1,6 @@
-"""What a run may be resumed with, and hosts of one job with different configs.
+"""Resuming with a changed config, and hosts of one job with different configs.
 
-The texts that hosts exchange are injected here.
+The tests inject the texts that hosts exchange.
 """
 
 import fsspec
@@ -63,7 +63,7 @@ def test_hosts_that_do_not_share_the_folder_are_refused(in_store, key, tmp_path,
 
 
 def begun_run(config, tmp_path):
-    """A work directory with a checkpoint of a run of this config."""
+    """Returns a work directory with a checkpoint of a run with this config."""
     (tmp_path / "checkpoints" / "10").mkdir(parents=True, exist_ok=True)
     write_config(tmp_path, config)
     return epath.Path(tmp_path)
@@ -75,7 +75,7 @@ def test_auto_goes_on_in_the_order_of_the_run(config, tmp_path):
     assert bind_order(config, empty).data.order == "global"
     assert config.data.order == "auto"
     config.data.train = "gs://bucket/kept"
-    # The data has moved since.
+    # The data has moved in the meantime.
     workdir = begun_run(bind_order(config, empty), tmp_path)
     config.data.train = "/data/kept"
     assert bind_order(config, workdir).data.order == "blocks"
@@ -142,7 +142,7 @@ def test_a_mixture_keeps_its_orders_weights_and_sources_and_may_move(config, tmp
     stored = read_config(workdir).data.train
     assert stored.laion.order == "blocks" and stored.curated.order == "global"
     moved = bind_order(changed(config, {"data.train.laion.path": "/local/laion"}), workdir)
-    assert moved.data.train.laion.order == "blocks"  # as the run began
+    assert moved.data.train.laion.order == "blocks"  # as at the run's start
     check_same_run(moved, workdir)
     with pytest.raises(ValueError, match="another config; changed: data.train.laion.weight"):
         check_same_run(

@@ -1,4 +1,4 @@
-"""Runs in object stores: fsspec's in memory, and S3 as a server in this process (moto)."""
+"""Runs in object stores: fsspec's memory store, and S3 on a server in this process (moto)."""
 
 import shutil
 
@@ -28,7 +28,7 @@ from tests.waiting import wait_until
 
 @pytest.fixture
 def url(request, monkeypatch, tmp_path):
-    """Where a run can be, in memory by default; copies for reading go to the test's folder."""
+    """The URL of a run, in memory by default; copies for reading go to the test's folder."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     is_s3 = getattr(request, "param", "memory") == "s3"
     root = request.getfixturevalue("s3_bucket") if is_s3 else "memory:/"
@@ -77,7 +77,7 @@ def test_a_run_that_loses_its_machine_is_the_undisturbed_one(config, tmp_path, u
 
 
 def put_checkpoint(folder, step):
-    """As Orbax leaves it: some files, then the name."""
+    """Writes a checkpoint as Orbax does: the files first, then the final name."""
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         state = {"step": np.full(1000, step)}
         checkpointer.save(folder / "checkpoints" / str(step), args=ocp.args.StandardSave(state))
@@ -89,7 +89,7 @@ def steps_stored(url):
 
 @pytest.fixture
 def staged(url, tmp_path):
-    """Checkpoints 2, 4, 6 in folder and store."""
+    """A folder and a store with checkpoints 2, 4, 6."""
     staged = StagedDirectory(url, str(tmp_path / "machine"))
     staged.fetch()
     for step in (2, 4, 6):
@@ -132,25 +132,25 @@ def test_files_that_end_with_their_own_crc32c_are_told_apart(tmp_path):
         )
         manifests.append(make_manifest(tmp_path / name))
     one, other = manifests
-    assert one["file"][:2] == other["file"][:2]  # all that earlier versions have written
+    assert one["file"][:2] == other["file"][:2]  # all fields that earlier versions wrote
     assert differing_files(one, other) == ["file"]
     assert differing_files(one, one) == differing_files(one, {"file": one["file"][:2]}) == []
 
 
 @on_s3
 def test_the_store_is_what_counts(staged, url, tmp_path):
-    """Whatever a machine still has: gone on elsewhere, taken back, or begun anew."""
+    """The store overrides local files: after a resume elsewhere, a rollback, or a new run."""
     another = StagedDirectory(url, str(tmp_path / "another machine"))
     another.fetch()
     assert saved_steps(another.folder) == [2, 4, 6]
     put_checkpoint(another.folder, 8)
     shutil.rmtree(another.folder / "checkpoints" / "2")
     another.send()
-    put_checkpoint(staged.folder, 7)  # what the first machine had saved and never sent
+    put_checkpoint(staged.folder, 7)  # saved by the first machine, but never sent
     staged.fetch()
     assert saved_steps(staged.folder) == steps_stored(url) == [4, 6, 8]
 
-    # A folder that lost a file gets it back, rather than take it from the store.
+    # A folder that lost a file gets it back, and the store keeps it.
     next(
         path for path in (staged.folder / "checkpoints" / "8").rglob("*") if path.is_file()
     ).unlink()
@@ -174,7 +174,7 @@ def test_the_store_is_what_counts(staged, url, tmp_path):
 
 def test_a_checkpoint_that_the_store_did_not_get_stays(staged, url):
     put_checkpoint(staged.folder, 8)
-    shutil.rmtree(staged.folder / "checkpoints" / "2")  # it has made room
+    shutil.rmtree(staged.folder / "checkpoints" / "2")  # removed to free space
     staged.fetch()
     assert 8 in saved_steps(staged.folder)
     staged.send()
@@ -226,7 +226,7 @@ def test_what_the_store_did_not_take_is_kept_and_sent_later(
     put_checkpoint(staged.folder, 4)
     with pytest.raises(SaveError, match=f"{url} cannot be written: .*No space left"):
         staged.close_after(None)
-    staged.close_after(KeyError)  # the error that is under way is what the user must see
+    staged.close_after(KeyError)  # the user must see the current error
     assert "cannot be written" in caplog.text and steps_stored(url) == [2]
 
     ballast.unlink()
@@ -252,7 +252,7 @@ def test_the_run_goes_on_uploading_after_an_error_that_passes(monkeypatch, tmp_p
     staged = StagedDirectory(url, str(tmp_path / "machine"))
     staged.fetch()
     staged.start()
-    for step in (2, 4):  # the second one comes when all is well again
+    for step in (2, 4):  # the store works again before the second
         put_checkpoint(staged.folder, step)
         wait_until(lambda step=step: step in steps_stored(url), longest_secs=60)
         manifest = make_manifest(staged.folder / "checkpoints" / str(step))
