@@ -94,9 +94,10 @@ def fit_probes(
     mesh = sharding.create_mesh(data=-1, fsdp=1, devices=jax.local_devices())
     num_classes = start.shape[1]
     train, held_out = _stack_blocks(draws, num_classes), _stack_blocks([validation], num_classes)
-    fixed = jax.device_put(
+    train, held_out, start = jax.device_put(
         (train, held_out, np.asarray(start, np.float32)), sharding.replicated(mesh)
     )
+    fixed = ((*train, _curvatures(train)), held_out, start)
     block = max(labels.shape[2] for _, labels, _ in (train, held_out))
     per_setting = len(draws) * num_classes * block
     chunk = mesh.size * max(1, min(_LOGITS_AT_ONCE // per_setting, -(-len(settings) // mesh.size)))
@@ -155,19 +156,19 @@ def _fit_chunk(train, held_out, start, settings, *, num_steps):
     """Returns hits [G, D], weights [G, D, d, C] and bias [G, D, C] for settings [G, 3]."""
     held_out = jax.tree.map(lambda x: x[0], held_out)
 
-    def fit(setting, image_emb, labels, mask):
-        moved, bias = _fit_one(image_emb, labels, mask, start, setting, num_steps)
+    def fit(setting, image_emb, labels, mask, curvature):
+        moved, bias = _fit_one(image_emb, labels, mask, curvature, start, setting, num_steps)
         weights = start + moved
         return _count_hits(*held_out, weights, bias), weights, bias
 
-    over_draws = jax.vmap(fit, in_axes=(None, 0, 0, 0))
-    return jax.vmap(over_draws, in_axes=(0, None, None, None))(settings, *train)
+    over_draws = jax.vmap(fit, in_axes=(None, 0, 0, 0, 0))
+    return jax.vmap(over_draws, in_axes=(0, None, None, None, None))(settings, *train)
 
 
-def _fit_one(image_emb, labels, mask, start, setting, num_steps):
+def _fit_one(image_emb, labels, mask, curvature, start, setting, num_steps):
     """Returns the learned offset W [d, C] and the bias [C]; examples as in `_stack_blocks`."""
     radius, bias_radius, weight_decay = setting
-    step_size = 1.0 / (_curvature(image_emb, mask) + weight_decay)
+    step_size = 1.0 / (curvature + weight_decay)
     num_examples = mask.sum()
 
     def gradient(weights, bias):
@@ -204,17 +205,26 @@ def _fit_one(image_emb, labels, mask, start, setting, num_steps):
     return weights, bias
 
 
-def _curvature(image_emb: jax.Array, mask: jax.Array) -> jax.Array:
-    """Bounds the largest curvature of the mean loss in (W, b).
+def _curvatures(train: tuple[jax.Array, jax.Array, jax.Array]) -> np.ndarray:
+    """Bounds the largest curvature of each draw's mean loss in (W, b): float32 [D].
 
     The Hessian of cross-entropy with respect to the logits is at most 1/2 (Böhning 1992), so the
     bound is half of the largest eigenvalue of the mean of [x, 1] [x, 1]^T.
+
+    NumPy computes the eigenvalues: jaxlib 0.10 waits for a batch of them within XLA's CPU threads,
+    so several CPU devices that do this at the same time may wait for each other forever.
     """
+    image_emb, _, mask = train
+    return 0.5 * np.linalg.eigvalsh(np.asarray(_second_moments(image_emb, mask)))[:, -1]
+
+
+@jax.jit
+@jax.vmap
+def _second_moments(image_emb, mask):
     x = image_emb.reshape(-1, image_emb.shape[-1])
     valid = mask.reshape(-1)
     x = jnp.concatenate([x, jnp.ones((len(x), 1), x.dtype)], axis=1) * valid[:, None]
-    gram = jnp.matmul(x.T, x, precision="highest") / valid.sum()
-    return 0.5 * jnp.linalg.eigvalsh(gram)[-1]
+    return jnp.matmul(x.T, x, precision="highest") / valid.sum()
 
 
 @jax.jit

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
+from diht_jax.evaluation import linear_probe
 from diht_jax.evaluation.linear_probe import (
     LabelledEmbeddings,
     ProbeSettings,
@@ -93,6 +94,20 @@ def test_settings_and_draws_together_equal_one_by_one():
         best = int(np.argmax(accuracies))
         assert together.chosen[d] == best
         np.testing.assert_allclose(together.weights[d], alone[best].weights[0], atol=1e-4)
+
+
+def test_devices_compute_no_eigenvalues(monkeypatch):
+    # jaxlib's batched eigenvalues can hang if several CPU devices compute them at the same time.
+    programs, fit_chunk = [], linear_probe._fit_chunk
+
+    def lower_and_fit(*args, **kwargs):
+        programs.append(fit_chunk.lower(*args, **kwargs).as_text())
+        return fit_chunk(*args, **kwargs)
+
+    monkeypatch.setattr(linear_probe, "_fit_chunk", lower_and_fit)
+    draws = [_examples(seed, 6) for seed in range(2)]
+    fit_probes(draws, draws[0], np.zeros((6, 3)), [ProbeSettings()], num_steps=1)
+    assert len(programs) == 1 and "custom_call" not in programs[0]
 
 
 def test_blocks_change_nothing(monkeypatch):
