@@ -1,7 +1,8 @@
 """The gathered form of the losses: every device gathers all embeddings and holds [b, N] logits.
 
-This is the readable reference for tests of `streaming.py`, and the faster form if many devices have
-few examples each. `choose_impl` chooses between the two forms. JAX derives the gradients.
+This is the readable reference for tests of `streaming.py`, and the faster form on one device or if
+many devices have few examples each. `choose_impl` chooses between the two forms. JAX derives the
+gradients.
 """
 
 from __future__ import annotations
@@ -130,8 +131,10 @@ _GATHERED_PRODUCTS = 1.5
 # Float32 arrays [b, N] and [N, d] at the gathered form's peak memory, fitted to the TPU compiler's
 # reports for N of 8,192 to 262,144 (docs/benchmarks/training.md).
 _BLOCKS, _GATHERED = 3.0, 3.5
-# Largest fraction of the device memory that the gathered form may use.
+# Largest fraction of the device memory that the gathered form may use, and the memory that is
+# assumed of an unknown device.
 _MEMORY_SHARE = 0.05
+_UNKNOWN_BYTES = 2**33
 # Slowdown of float32 products: six bfloat16 passes on a TPU, no tensor cores on a GPU.
 _TPU_SLOWDOWN, _GPU_SLOWDOWN = 6, 15
 # GPUs of a host. It is a constant because described devices do not know their host.
@@ -150,11 +153,12 @@ def choose_impl(
 ) -> Choice:
     """Chooses the form of the loss on a mesh, for `config.loss.impl="auto"`.
 
-    The choice is streaming, unless the gathered form takes less time and its [b, N] logits are
-    small. The time is modelled by matrix products and latencies: the streaming form sends many
-    small messages in sequence, overlapped with its products; the gathered form sends a few large
-    ones. The choice depends only on the devices of the mesh, so ahead-of-time compilation for
-    another machine makes the same choice as that machine.
+    The choice is streaming, unless the [b, N] logits of the gathered form are small, and there is
+    one device or the gathered form takes less time. The time is modelled by matrix products and
+    latencies: the streaming form sends many small messages in sequence, overlapped with its
+    products; the gathered form sends a few large ones. The choice depends only on the devices of
+    the mesh, so ahead-of-time compilation for another machine makes the same choice as that
+    machine.
 
     Args:
         mesh: of the step.
@@ -171,7 +175,10 @@ def choose_impl(
     chip = find_chip(device.device_kind)
     sizes = tuple(size for name, size in mesh.shape.items() if name in axis_names)
     if math.prod(sizes) == 1:
-        return Choice("streaming", "there is one device")
+        fits, memory = _memory(chip, num_pairs, num_pairs, width)
+        return Choice(
+            "gathered" if fits else "streaming", f"there is one device; gathered, {memory}"
+        )
     if chip is None:
         return Choice("streaming", f"nothing is known of the links of a '{device.device_kind}'")
     return _choose(chip, sizes, num_pairs, width)
@@ -191,10 +198,16 @@ def _choose(chip: Chip, axis_sizes: tuple[int, ...], num_pairs: int, width: int)
     )
     if max(ring_secs, products_secs) <= gathered_secs + _GATHERED_PRODUCTS * products_secs:
         return Choice("streaming", times)
-    most_bytes = _MEMORY_SHARE * chip.hbm_bytes
+    fits, memory = _memory(chip, num_rows, num_pairs, width)
+    return Choice("gathered" if fits else "streaming", f"{times}; {memory}")
+
+
+def _memory(chip: Chip | None, num_rows: int, num_pairs: int, width: int) -> tuple[bool, str]:
+    """Returns whether the memory of the gathered form is allowed, and a clause to explain it."""
+    most_bytes = _MEMORY_SHARE * (chip.hbm_bytes if chip else _UNKNOWN_BYTES)
     needed_bytes = 4 * num_pairs * (_BLOCKS * num_rows + _GATHERED * width)
-    memory = f"it needs {needed_bytes / 1e9:.2f} GB, of {most_bytes / 1e9:.2f} GB allowed"
-    return Choice("gathered" if needed_bytes <= most_bytes else "streaming", f"{times}; {memory}")
+    clause = f"it needs {needed_bytes / 1e9:.2f} GB, of {most_bytes / 1e9:.2f} GB allowed"
+    return needed_bytes <= most_bytes, clause
 
 
 def _ring_latency(chip: Chip, num_devices: int, group: int) -> tuple[float, str]:

@@ -268,7 +268,7 @@ def report_with(traffic, topology):
         mesh={"data": 256, "fsdp": 1},
         batch_size=65536,
         attention={"vision": "cudnn", "text": "xla"},
-        loss_form=("streaming", "there is one device"),
+        loss_form=("streaming", "as config.loss.impl has it"),
         micro_batch=None,
         remat="none",
         memory_limit_bytes=16 * GIB,

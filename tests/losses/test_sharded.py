@@ -78,6 +78,9 @@ def choose(kind, data, fsdp, num_pairs, width=768):
         ("NVIDIA H100", 64, 8, 1_048_576, "streaming"),  # 2,048 examples each: products hide it
         ("TPU v5 lite", 32, 8, 8_192, "gathered"),  # 0.17 ms for 0.05 ms, gathered 0.12 ms
         ("cpu", 8, 1, 256, "streaming"),
+        ("cpu", 1, 1, 256, "gathered"),
+        ("NVIDIA H100", 1, 1, 4_096, "gathered"),
+        ("NVIDIA H100", 1, 1, 65_536, "streaming"),  # 52 GB of logits
     ],
 )
 def test_the_choice(kind, data, fsdp, num_pairs, impl):
