@@ -158,15 +158,15 @@ SCOPE = """\
   web, on emoji and on CIFAR-10, all runs of an arm share the data, filter pass and teacher unless
   drawn anew: their intervals cover initialisation, order and test items. Elsewhere, each run has
   its own web or draw.
-- **Seen before registration:** both arms of ten contrasts, in some form
-  ([which](method.md#what-had-been-seen-before)).
+- **Seen before registration:** the results on one web that the primary claims repeat, and both
+  arms of ten contrasts ([which](method.md#what-had-been-seen-before)).
 - **Does not transfer:** effect sizes, and anything about batches of thousands, long training or web
   captions. Nothing here was run on LAION. CAT drops captions without a verb. It was predicted to
   harm on the [titles](clipart.md) and the [second web](second_web.md), and does. It was also
   predicted to beat a random subset of the latter, and to replace
   [four times the data](second_web.md#amount-of-data); the results show neither.
 
-[How the differences are measured](method.md), and how to add an experiment.
+[How the differences are measured](method.md).
 """
 
 METHOD = """\
