@@ -1,8 +1,8 @@
 """The gathered form of the losses: every device gathers all embeddings and holds [b, N] logits.
 
-This is the readable reference for tests of `streaming.py`, and the faster form on one device or if
-many devices have few examples each. `choose_impl` chooses between the two forms. JAX derives the
-gradients.
+This is the readable reference for tests of `streaming.py`, the plain form for one device, and the
+faster form if many devices have few examples each. `choose_impl` chooses between the two forms. JAX
+derives the gradients.
 """
 
 from __future__ import annotations
@@ -153,12 +153,12 @@ def choose_impl(
 ) -> Choice:
     """Chooses the form of the loss on a mesh, for `config.loss.impl="auto"`.
 
-    The choice is streaming, unless the [b, N] logits of the gathered form are small, and there is
-    one device or the gathered form takes less time. The time is modelled by matrix products and
-    latencies: the streaming form sends many small messages in sequence, overlapped with its
-    products; the gathered form sends a few large ones. The choice depends only on the devices of
-    the mesh, so ahead-of-time compilation for another machine makes the same choice as that
-    machine.
+    One device uses the gathered form if its [b, N] logits are small; half as many products again
+    are little next to the towers. On several devices it also has to take less time. The time is
+    modelled by matrix products and latencies: the streaming form sends many small messages in
+    sequence, overlapped with its products; the gathered form sends a few large ones. The choice
+    depends only on the devices of the mesh, so ahead-of-time compilation for another machine makes
+    the same choice as that machine.
 
     Args:
         mesh: of the step.
@@ -176,9 +176,8 @@ def choose_impl(
     sizes = tuple(size for name, size in mesh.shape.items() if name in axis_names)
     if math.prod(sizes) == 1:
         fits, memory = _memory(chip, num_pairs, num_pairs, width)
-        return Choice(
-            "gathered" if fits else "streaming", f"there is one device; gathered, {memory}"
-        )
+        impl = "gathered" if fits else "streaming"
+        return Choice(impl, f"there is one device; gathered, {memory}")
     if chip is None:
         return Choice("streaming", f"nothing is known of the links of a '{device.device_kind}'")
     return _choose(chip, sizes, num_pairs, width)
