@@ -3,9 +3,9 @@
     python -m benchmarks.pod_fit --only diht_vitb16_stages:stage=1,diht_vitl14_stages:stage=1
     python -m benchmarks.stages
 
-Prints chip-hours from the lower bounds compiled by `benchmarks.pod_fit`, in which everything
-overlaps, and for TPUs also with everything in the order of its schedule. Later stages compute the
-step of a recipe without stages, and have the same bound.
+Prints chip-hours from the lower bounds compiled by `benchmarks.pod_fit`, with everything overlapped
+and with everything in the order of its schedule. Later stages compute the step of a recipe without
+stages, and have the same bound.
 """
 
 from __future__ import annotations
@@ -40,16 +40,23 @@ def main(_: list[str]) -> None:
         stages = [(f"{recipe}:stage={n}", row) for n, row in enumerate(rows, 1)]
         both = (stages, [(name, name) for name in single])
         whole = [print_part(parts, tpus, gpus) for parts in both]
-        ratios = [f"{b / a:.1f} times less" if a and b else "" for a, b in zip(*whole, strict=True)]
-        print(f"| stages against none | | | {ratios[0]} | | {ratios[1]} |")
-        few, many = (
-            sum(chip_hours(part, tpus[name], "scheduled_secs") for part, name in parts)
+        print(f"| stages against none | | | {' | | '.join(map(_ratio, *whole))} |")
+        scheduled = [
+            [
+                sum(chip_hours(part, rows[name], "scheduled_secs") for part, name in parts)
+                for rows in (tpus, gpus)
+            ]
             for parts in both
-        )
-        print(
-            f"| the same as scheduled | | | {few:,.0f} of {many:,.0f}, "
-            f"{many / few:.1f} times less | | |"
-        )
+        ]
+        cells = [
+            f"{few:,.0f} of {many:,.0f}, {_ratio(few, many)}"
+            for few, many in zip(*scheduled, strict=True)
+        ]
+        print(f"| the same as scheduled | | | {' | | '.join(cells)} |")
+
+
+def _ratio(few: float, many: float) -> str:
+    return f"{many / few:.1f} times less"
 
 
 def chip_hours(recipe: str, row: dict[str, Any], bound: str) -> float:
@@ -60,9 +67,7 @@ def chip_hours(recipe: str, row: dict[str, Any], bound: str) -> float:
     return steps * row[bound] * row["chips"] / 3600
 
 
-def print_part(
-    parts: list[tuple[str, str]], *machines: dict[str, dict[str, Any]]
-) -> list[float | None]:
+def print_part(parts: list[tuple[str, str]], *machines: dict[str, dict[str, Any]]) -> list[float]:
     """Prints a line for each part of a training run, and one for the total.
 
     Args:
@@ -70,25 +75,19 @@ def print_part(
         *machines: name of a row -> row.
 
     Returns:
-        Chip-hours of all parts on each machine; None if a bound is missing.
+        Chip-hours of all parts on each machine.
     """
-    totals: list[float | None] = [0.0 for _ in machines]
+    totals = [0.0 for _ in machines]
     for recipe, name in parts:
         stem, _, argument = recipe.partition(":")
         samples = load_recipe(stem, argument).total_examples
         cells = []
         for index, rows in enumerate(machines):
-            row, total = rows.get(name), totals[index]
-            if row is None:
-                totals[index] = None
-                cells += ["not compiled", ""]
-                continue
-            hours = chip_hours(recipe, row, "step_secs")
-            totals[index] = None if total is None else total + hours
-            cells += [f"{1e3 * row['step_secs']:,.0f} ms", f"{hours:,.0f}"]
+            hours = chip_hours(recipe, rows[name], "step_secs")
+            totals[index] += hours
+            cells += [f"{1e3 * rows[name]['step_secs']:,.0f} ms", f"{hours:,.0f}"]
         print(f"| `{recipe}` | {samples / 1e9:g} billion | {' | '.join(cells)} |")
-    sums = ["" if total is None else f"**{total:,.0f}**" for total in totals]
-    print(f"| together | | | {' | | '.join(sums)} |")
+    print(f"| together | | | {' | | '.join(f'**{total:,.0f}**' for total in totals)} |")
     return totals
 
 
