@@ -202,7 +202,7 @@ def _format_switches(rows: Sequence[Row]) -> str:
         return "; ".join(f"{name}: {_effect(by_key[key])}" for name, key in named) or "none"
 
     lines = [
-        "| switch | effect here, in points | runs | holds for | strongest control | elsewhere "
+        "| switch | effect, in points | runs | holds for | strongest control | elsewhere "
         "| advice |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -402,10 +402,10 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _link(block: str) -> str:
-    page = next(name for name, (_, blocks) in PAGES.items() if block in blocks)
+    page, inside = next((name, b) for name, (_, b) in PAGES.items() if block in b)
     title = BLOCKS[block][0]
-    anchor = re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
-    return f"[{title}]({page}.md#{anchor})"
+    anchor = "#" + re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+    return f"[{title}]({page}.md{anchor if len(inside) > 1 else ''})"
 
 
 if __name__ == "__main__":
