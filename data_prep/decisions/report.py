@@ -252,8 +252,8 @@ class _Sums:
         """Counts the waiting rows. A score that a part did not record is null."""
         if not self._waiting:
             return
-        rows = pyarrow.concat_tables(self._waiting, promote_options="default")
-        all_rows, self._waiting = rows.unify_dictionaries(), []
+        all_rows = pyarrow.concat_tables(self._waiting, promote_options="default")
+        self._waiting = []
         grouped = all_rows.select(_GROUPED).group_by(list(_GROUPED)).aggregate([([], "count_all")])
         self._groups.append(grouped.rename_columns({"count_all": "count"}))
         is_kept = pc.equal(all_rows["outcome"], KEPT)
@@ -285,8 +285,7 @@ class _Sums:
 
 def _sum(tables: Sequence[pyarrow.Table], *columns: str) -> pyarrow.Table:
     """Sums the column "count" of tables for each combination of the other columns."""
-    rows = pyarrow.concat_tables(tables).unify_dictionaries()
-    total = rows.group_by(list(columns)).aggregate([("count", "sum")])
+    total = pyarrow.concat_tables(tables).group_by(list(columns)).aggregate([("count", "sum")])
     return total.rename_columns({"count_sum": "count"}).select([*columns, "count"])
 
 

@@ -86,7 +86,6 @@ _ROWS = 2**16  # rows per row group
 _HASH_BYTES = 16
 # Keys of a shard often share a prefix, which this encoding stores once.
 _ENCODINGS = {"key": "DELTA_BYTE_ARRAY", "uid": "PLAIN"}
-_TEXTS = ("outcome", "reason", "label", "gate", "format", "image_error", "looked", "match")
 _LARGEST = {pyarrow.uint8(): 2**8 - 1, pyarrow.uint16(): 2**16 - 1}
 
 
@@ -186,7 +185,7 @@ def read_decisions(
 
     Args:
         path: path from `decisions_path`.
-        columns: columns to read; None for all. Repetitive texts are dictionary-encoded.
+        columns: columns to read; None for all.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -196,7 +195,7 @@ def read_decisions(
     rest, stated, footer = _find_hash(data)
     if stated != hash_file(path, rest, footer):
         raise ValueError(f"{path}: damaged; delete it, and run the filter again")
-    file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data), read_dictionary=list(_TEXTS))
+    file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
     yield from file.iter_batches(_ROWS, columns=columns)
 
 
@@ -273,8 +272,7 @@ def read_kept(
     """Yields the decisions about the kept pairs of parts, in order."""
     for output in outputs:
         for rows in read_decisions(decisions_path(output), [*columns, "outcome"]):
-            is_kept = pc.equal(rows["outcome"].dictionary_decode(), KEPT)
-            yield rows.filter(is_kept).select(list(columns))
+            yield rows.filter(pc.equal(rows["outcome"], KEPT)).select(list(columns))
 
 
 def write_lists(folder: str, kept: Iterable[pyarrow.RecordBatch]) -> None:

@@ -99,8 +99,7 @@ class Columns:
         if name not in self._masks:
             array, self._masks[name] = self._array(name), {}
             if not pyarrow.types.is_null(array.type):
-                if not pyarrow.types.is_dictionary(array.type):
-                    array = array.dictionary_encode()
+                array = array.dictionary_encode()
                 codes = array.indices.fill_null(-1).to_numpy(zero_copy_only=False)
                 texts = enumerate(array.dictionary.to_pylist())
                 self._masks[name] = {text: codes == number for number, text in texts}

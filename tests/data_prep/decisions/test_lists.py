@@ -1,6 +1,7 @@
 """The lists of kept pairs that other programs read."""
 
 import numpy as np
+import pyarrow
 
 from data_prep.decisions import table
 from data_prep.decisions.table import DecisionWriter, decisions_path, pack_uid
@@ -43,6 +44,13 @@ def test_lists_of_keys_and_uids(tmp_path, monkeypatch):
         "kept_keys.txt",
         "kept_uids.npy",
     ]
+
+
+def test_no_column_is_read_as_a_dictionary(tmp_path):
+    # Indices of missing texts are undefined then, and Arrow crashes where it unifies dictionaries.
+    _write(str(tmp_path / "x"), [("a", None)])
+    for rows in table.read_decisions(decisions_path(str(tmp_path / "x"))):
+        assert not any(pyarrow.types.is_dictionary(field.type) for field in rows.schema)
 
 
 def test_without_uids_there_is_no_array(tmp_path):
