@@ -186,4 +186,4 @@ def prepare_ahead(
                 done, prepared = ahead.popleft()
                 yield done, [future.result() for future in prepared]
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)  # as in `map_many`

@@ -116,17 +116,18 @@ def map_many(
         yield from map(function, items)
         return
     waiting: collections.deque[futures.Future[_Result]] = collections.deque()
-    with futures.ThreadPoolExecutor(_READ_THREADS) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) == _READ_THREADS:
-                    yield waiting.popleft().result()
-            while waiting:
+    pool = futures.ThreadPoolExecutor(_READ_THREADS)
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) == _READ_THREADS:
                 yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        # The garbage collector may get here while a thread starts, and then a wait for another
+        # thread would never end.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def parse_json(data: bytes | str, kind: type = dict) -> Any:

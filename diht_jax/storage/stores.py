@@ -19,6 +19,7 @@ import os
 import stat
 import time
 from collections.abc import Callable, Generator, Mapping
+from concurrent import futures
 from typing import Any, TypeVar
 
 _Result = TypeVar("_Result")
@@ -339,21 +340,21 @@ class RangesFile(io.RawIOBase):
     def __init__(self, path: str, size: int | None = None, *, in_blocks: bool = False):
         """Opens the file; `size` is the size of a file in a store, if known."""
         self.path, self.failure = path, None
-        self._position, self._file, self._blocks = 0, None, None
+        self._position, self._file, self._pool = 0, None, None
         if not is_remote(path):
             self._file = retry(functools.partial(open_local, path), path)
             self.size = os.fstat(self._file.fileno()).st_size
             return
         self.size = input_size(path) if size is None else size
         if in_blocks:
-            from fsspec.caching import BackgroundBlockCache
-
-            self._blocks = BackgroundBlockCache(BLOCK_BYTES, self._fetch, self.size, _MAX_BLOCKS)
+            self._pool = futures.ThreadPoolExecutor(2)
+            submit = functools.partial(self._pool.submit, _fetch_block, path, self.size)
+            self._block = functools.lru_cache(_MAX_BLOCKS)(submit)
 
     def read_range(self, start: int, end: int) -> bytes:
         """Returns the bytes [start, end), fewer at the end of the file."""
-        if self._blocks is not None:
-            return self._blocks._fetch(start, end)
+        if self._pool is not None:
+            return self._read_blocks(start, end)
         if is_remote(self.path):
             return read_range(self.path, start, end)
         return retry(functools.partial(self._read_local, start, end), self.path)
@@ -368,14 +369,19 @@ class RangesFile(io.RawIOBase):
             self._file = open_local(self.path)
             raise
 
-    def _fetch(self, start: int, end: int) -> bytes:
-        end = min(end, self.size)
-        data = read_range(self.path, start, end) if start < end else b""
-        if len(data) != max(0, end - start):
-            raise StorageError(
-                f"{self.path}: it was written again while it was being read; run the command again"
-            )
-        return data
+    def _read_blocks(self, start: int, end: int) -> bytes:
+        parts = []
+        for number in range(start // BLOCK_BYTES, -(-min(end, self.size) // BLOCK_BYTES)):
+            try:
+                block = self._block(number).result()
+            except Exception:
+                self._block.cache_clear()
+                raise
+            if (number + 1) * BLOCK_BYTES < self.size:
+                self._block(number + 1)
+            first = number * BLOCK_BYTES
+            parts.append(block[max(0, start - first) : end - first])
+        return b"".join(parts)
 
     def readable(self) -> bool:
         """Returns True."""
@@ -408,7 +414,21 @@ class RangesFile(io.RawIOBase):
 
     def close(self) -> None:
         """Closes the file."""
-        if not self.closed:
-            for opened in filter(None, (self._file, self._blocks)):
-                opened.close()
+        if self._file is not None:
+            self._file.close()
+        if self._pool is not None:
+            # The garbage collector may close the file while a thread starts, and then a wait for
+            # another thread would never end.
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._block.cache_clear()
         super().close()
+
+
+def _fetch_block(url: str, size: int, number: int) -> bytes:
+    start, end = number * BLOCK_BYTES, min((number + 1) * BLOCK_BYTES, size)
+    data = read_range(url, start, end)
+    if len(data) != end - start:
+        raise StorageError(
+            f"{url}: it was written again while it was being read; run the command again"
+        )
+    return data

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 
 import fsspec
 import pytest
@@ -142,3 +143,31 @@ def test_an_object_with_a_checksum_is_none_once_it_is_another(tmp_path):
     assert files.read_object(path) is None
     (tmp_path / "x.json").write_text("".join(whole.split()))  # formatted differently
     assert files.read_object(path) == value
+
+
+@pytest.mark.parametrize("reader", ["file", "map"])
+def test_an_abandoned_reader_ends_while_a_thread_still_reads(monkeypatch, reader):
+    """The garbage collector may end it while a thread starts; a wait for a thread would hang."""
+    reading, go_on = threading.Event(), threading.Event()
+
+    def read(number):
+        if number:
+            reading.set()
+            assert go_on.wait(60)
+        return bytes(stores.BLOCK_BYTES)
+
+    monkeypatch.setattr(stores, "BLOCK_BYTES", 4)
+    monkeypatch.setattr(stores, "read_range", lambda url, start, end: read(start // 4))
+    if reader == "file":
+        file = stores.RangesFile("memory://any", 12, in_blocks=True)
+        assert file.read(2) == bytes(2)
+        close = file.close
+    else:
+        mapped = files.map_many(read, range(100))
+        assert next(mapped) == bytes(4)
+        close = mapped.close
+    assert reading.wait(60)
+    ended = threading.Thread(target=lambda: (close(), go_on.set()))
+    ended.start()
+    assert go_on.wait(20), "it waits for the thread that reads"
+    ended.join()
