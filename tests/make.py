@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import os
@@ -212,6 +213,12 @@ def train_iterator(
     section.update({name: value for name, value in data.items() if value is not None})
     hosts = {"process_index": process_index, "process_count": process_count}
     return TrainIterator(records, section, seed=seed, **hosts)
+
+
+def take_batches(batches: Any, count: int) -> list[dict[str, np.ndarray]]:
+    """Returns the next batches of a `TrainIterator`, and closes it, also after an error."""
+    with contextlib.closing(batches):
+        return [next(batches) for _ in range(count)]
 
 
 def write_records(

@@ -12,8 +12,7 @@ from diht_jax.config import default_config
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.order import make_order
 from diht_jax.input.sub_batches import MAX_IN_A_ROW
-from diht_jax.records.formats import TFRecordSource, TFRecordWriter
-from diht_jax.records.schema import Record, encode_record
+from diht_jax.records.formats import TFRecordSource
 from diht_jax.records.shard_files import TFRecordError
 from diht_jax.records.train_data import open_records
 from diht_jax.storage import stores
@@ -29,12 +28,9 @@ BAD = {3: b"no picture", 11: b"", 17: b"\xff\xd8\xff"}
 def shard(tmp_path_factory) -> pathlib.Path:
     """24 records; image i has grey value i, and three records are bad in different ways."""
     path = tmp_path_factory.mktemp("records") / "pairs-train-00000.tfrecord"
-    with TFRecordWriter(path) as writer:
-        for number in range(24):
-            image = BAD.get(number, encoded(plain((number,) * 3, (6, 5))))
-            record = Record(key=f"key{number}", image=image, caption="text")
-            writer.write(encode_record(record) if image else b"no record")
-    return path
+    images = [BAD.get(n, encoded(plain((n,) * 3, (6, 5)))) for n in range(24)]
+    records = [make.record(n, key=f"key{n}", image=image) for n, image in enumerate(images)]
+    return make.write_shard(path, [record if record.image else b"no record" for record in records])
 
 
 def read(shard, mode, num_workers=0, order="global"):
@@ -48,10 +44,7 @@ def read(shard, mode, num_workers=0, order="global"):
         num_workers=num_workers,
         on_bad_record=mode,
     )
-    try:
-        batches = [next(iterator) for _ in range(3)]
-    finally:
-        iterator.close()
+    batches = make.take_batches(iterator, 3)
     return np.array([batch["images"][:, 0, 0, 0] for batch in batches]), iterator.skipped_records
 
 

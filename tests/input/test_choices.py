@@ -82,7 +82,7 @@ def test_every_format_gives_the_same_captions_and_the_filter_keeps_their_kinds(t
             seed=2,
             num_workers=0,
         )
-        return np.concatenate([next(iterator)["tokens"] for _ in range(8)])
+        return np.concatenate([batch["tokens"] for batch in make.take_batches(iterator, 8)])
 
     raw = tokens(tmp_path / "in", caption_columns=columns)
     words = [decode(row).split()[0] for row in raw]
@@ -152,15 +152,10 @@ def sentences_of(index):
     return captions
 
 
-class Records(make.InMemory):
-    """Records with these captions."""
-
-    def __len__(self):
-        return 20
-
-    def __getitem__(self, index):
-        texts = [" ".join(sentences) for sentences in sentences_of(index)]
-        return encode_record(Record(f"{index}", png(index, SIZE), texts[0], {"captions": texts}))
+def record_of(index):
+    """Returns a record with these captions."""
+    texts = [" ".join(sentences) for sentences in sentences_of(index)]
+    return encode_record(Record(f"{index}", png(index, SIZE), texts[0], {"captions": texts}))
 
 
 @pytest.mark.parametrize("words", [0, 4])
@@ -173,12 +168,10 @@ def test_an_example_has_the_part_of_its_caption_that_seed_and_position_say(words
         8, LENGTH, SCALE, "{caption}", caption_sentences=2, caption_words=words,
         caption_choice=CaptionChoice(batch_size=8),
     )  # fmt: skip
-    iterator = make.train_iterator(
-        make.one_source(Records(), decode, 5), batch_size=8, seed=5, num_workers=0
-    )
+    source = make.one_source(make.InMemory(map(record_of, range(20))), decode, 5)
+    iterator = make.train_iterator(source, batch_size=8, seed=5, num_workers=0)
     iterator.set_state({"next_example": 16})
-    batches = [next(iterator) for _ in range(3)]
-    iterator.close()
+    batches = make.take_batches(iterator, 3)
     key = np.random.Philox(derived_seed(5, 3)).state["state"]["key"]
     order = GlobalOrder(20, 5)
     for number, batch in enumerate(batches):

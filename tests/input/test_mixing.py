@@ -23,20 +23,17 @@ class Grey(InMemory):
     """Records of one grey level each, from `first` on, so that a batch shows their source."""
 
     def __init__(self, first, size, bad=()):
+        images = [encoded(plain((first + index,) * 3, (2, 2))) for index in range(size)]
+        for index in bad:
+            images[index] = b"no picture"
+        super().__init__(
+            encode_record(Record(key=f"{first}+{index}", image=image, caption="text"))
+            for index, image in enumerate(images)
+        )
         self._first = first
-        self._size = size
-        self._bad = bad
-
-    def __len__(self):
-        return self._size
 
     def locate(self, index):
         return f"{self._first}.tfrecord", index
-
-    def __getitem__(self, index):
-        grey = encoded(plain((self._first + index,) * 3, (2, 2)))
-        image = b"no picture" if index in self._bad else grey
-        return encode_record(Record(key=f"{self._first}+{index}", image=image, caption="text"))
 
 
 SOURCES = {"/many": Grey(0, 90), "/few": Grey(100, 17), "/third": Grey(200, 30)}
@@ -66,9 +63,7 @@ def two(order):
 
 def batches(mixed, count=1, **options):
     iterator = make.train_iterator(mixed, batch_size=8, seed=3, num_workers=0, **options)
-    found = [next(iterator) for _ in range(count)]
-    iterator.close()
-    return found
+    return make.take_batches(iterator, count)
 
 
 @pytest.mark.parametrize("order", ["global", "blocks"])

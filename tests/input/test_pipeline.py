@@ -13,7 +13,7 @@ from diht_jax.input import examples, sub_batches, transforms
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.order import BlockOrder
 from diht_jax.records.schema import Record, decode_record, encode_record
-from tests.make import InMemory, encoded, noise, one_source, plain, train_iterator
+from tests.make import InMemory, encoded, noise, one_source, plain, take_batches, train_iterator
 
 
 def numbered(size=23):
@@ -37,19 +37,13 @@ def textured():
 DECODE = DecodeExample(8, 16, (0.9, 1.0), "the {caption}")
 
 
-def take(batches, count):
-    taken = [next(batches) for _ in range(count)]
-    batches.close()
-    return taken
-
-
 def test_the_global_order_and_its_crops_are_those_of_grains_own_graph():
     """Existing runs used this order, and any of them may be resumed."""
     source = textured()
     graph = grain.MapDataset.source(source).seed(17).shuffle().repeat()
     graph = graph.random_map(lambda data, rng: DECODE.plan(decode_record(data), rng)())
     batches = train_iterator(one_source(source, DECODE, 17), batch_size=4, seed=17, num_workers=0)
-    for step, batch in enumerate(take(batches, 6)):
+    for step, batch in enumerate(take_batches(batches, 6)):
         expected = [graph[4 * step + row] for row in range(4)]
         for name, dtype in (("images", np.uint8), ("tokens", np.int32)):
             np.testing.assert_array_equal(batch[name], [e[name] for e in expected])
@@ -74,13 +68,13 @@ def test_any_number_of_hosts_reads_the_same_rows_and_resumes_them(process_count,
             process_count=process_count,
         )
 
-    whole = take(batches(0, 1), 2)
+    whole = take_batches(batches(0, 1), 2)
     monkeypatch.setattr(sub_batches, "MAX_ROWS", 5)  # several parts per batch
     state = {"next_example": 64}
     for process in range(0, process_count, max(1, process_count // 4)):
         part = batches(process, process_count)
         part.set_state(state)
-        (found,) = take(part, 1)
+        (found,) = take_batches(part, 1)
         for name, values in found.items():
             np.testing.assert_array_equal(values, whole[1][name][process::process_count])
         assert part.get_state() == {"next_example": 128}
@@ -91,7 +85,7 @@ def test_a_batch_that_is_joined_ahead_is_not_taken_yet(monkeypatch):
         monkeypatch.setattr(sub_batches, "MAX_ROWS", max_rows)
         return train_iterator(one_source(textured(), DECODE), batch_size=4, seed=0, num_workers=0)
 
-    whole, joined = take(batches(256), 6), batches(1)
+    whole, joined = take_batches(batches(256), 6), batches(1)
     for number in (0, 1, 2):
         np.testing.assert_array_equal(next(joined)["images"], whole[number]["images"])
     state = joined.get_state()
@@ -141,10 +135,8 @@ def read(decode, num_workers, count, **options):
         prefetch_batches=1,
         **options,
     )
-    try:
-        return [next(batches)["images"] for _ in range(count)], batches.skipped_records
-    finally:
-        batches.close()
+    taken = take_batches(batches, count)
+    return [batch["images"] for batch in taken], batches.skipped_records
 
 
 def test_a_worker_that_dies_costs_no_example(tmp_path, monkeypatch):

@@ -200,17 +200,10 @@ SIZES = [
 
 
 def torchvision_eval(image, size):
-    from torchvision import transforms as torchvision_transforms
+    from torchvision.transforms import InterpolationMode, functional
 
-    transform = torchvision_transforms.Compose(
-        [
-            torchvision_transforms.Resize(
-                size, torchvision_transforms.InterpolationMode.BICUBIC, antialias=True
-            ),
-            torchvision_transforms.CenterCrop(size),
-        ]
-    )
-    return np.asarray(transform(image))
+    resized = functional.resize(image, size, InterpolationMode.BICUBIC, antialias=True)
+    return np.asarray(functional.center_crop(resized, size))
 
 
 def largest_difference(ours, theirs):

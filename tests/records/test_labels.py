@@ -130,10 +130,7 @@ def mixture(train, labels=None, num_concepts=4, **values):
 
 def batches(source, count=7, **options):
     iterator = make.train_iterator(source, batch_size=8, seed=3, num_workers=0, **options)
-    try:
-        return [next(iterator) for _ in range(count)], iterator.skipped_records
-    finally:
-        iterator.close()
+    return make.take_batches(iterator, count), iterator.skipped_records
 
 
 def assert_same(found, expected):
