@@ -16,12 +16,10 @@ from PIL import Image
 from diht_jax.input.transforms import decode_rgb
 from diht_jax.readers.registry import Skipped, list_shards, open_source, read_pairs
 from diht_jax.records import dataset_info
-from diht_jax.records.formats import TFRecordWriter
-from diht_jax.records.schema import Record, encode_record
+from diht_jax.records.schema import Record
 from diht_jax.records.shard_files import shard_name
+from tests import make
 from tests.make import encoded
-
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
 _TENSORFLOW_SCRIPT = '''
 import io, json, pathlib, sys
@@ -124,11 +122,10 @@ def _write_folder(folder: pathlib.Path, image_formats: list[str], shard_lengths:
     index = 0
     for shard, length in enumerate(shard_lengths):
         name = shard_name("pairs", "train", shard, len(shard_lengths))
-        with TFRecordWriter(folder / name) as writer:
-            for _ in range(length):
-                image_format = image_formats[index % len(image_formats)]
-                writer.write(encode_record(_make_record(index, image_format)))
-                index += 1
+        numbers = range(index, index + length)
+        formats = (image_formats[number % len(image_formats)] for number in numbers)
+        make.write_shard(folder / name, map(_make_record, numbers, formats))
+        index += length
     dataset_info.write_dataset_info(
         folder,
         dataset="pairs",
@@ -254,4 +251,4 @@ dataset_info.write_dataset_info({str(work / "webp")!r}, dataset="pairs", split="
     shard_lengths=[2], num_bytes=1, image_formats=["JPEG"])
 assert "tensorflow" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=_REPOSITORY)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=make.REPOSITORY)

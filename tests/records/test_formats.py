@@ -219,10 +219,7 @@ def _write(folder, counts=(5, 0, 3)):
     records = []
     for number, count in enumerate(counts):
         shard = [f"record {number} {i}".encode() * 50 for i in range(count)]
-        with open_writer(folder / f"x-train-{number:05d}.array_record") as writer:
-            for record in shard:
-                writer.write(record)
-            assert len(writer) == count
+        make.write_shard(folder / f"x-train-{number:05d}.array_record", shard)
         records += shard
     return records
 

@@ -49,21 +49,12 @@ MEMBERS = [
 _KEPT = ["0", "f" * 300 + "/" + "k" * 120, "caf\u00e9", "last"]
 
 
-def write_members(path, members, tar_format=tarfile.PAX_FORMAT) -> str:
-    with tarfile.open(path, "w", format=tar_format) as tar:
-        folder = tarfile.TarInfo("folder")
-        folder.type = tarfile.DIRTYPE
-        tar.addfile(folder)
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return str(path)
-
-
 @pytest.mark.parametrize("tar_format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 def test_records_are_what_the_reader_of_tars_gives(tmp_path, tar_format, caplog):
-    path = write_members(tmp_path / "a.tar", MEMBERS, tar_format)
+    path = write_tar(tmp_path / "a.tar", MEMBERS[:11], format=tar_format)
+    with tarfile.open(path, "a", format=tar_format) as tar:
+        tar.add(tmp_path, "folder", recursive=False)
+    write_tar(path, MEMBERS[11:], "a", format=tar_format)
     pairs = [entry for entry in read_tar(path) if not isinstance(entry, Skipped)]
     assert [pair.key for pair in pairs] == _KEPT
     with caplog.at_level(python_logging.WARNING, logger="absl"):
