@@ -1,4 +1,4 @@
-"""TFRecord shards, indices and `tf.train.Example`s, written by hand from their specifications.
+"""Shards, indices, `tf.train.Example`s and PNGs, written by hand from their specifications.
 
 Independent of the code under test.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -91,3 +92,17 @@ def _varint(value: int) -> bytes:
         encoded += bytes([value & 0x7F | 0x80])
         value >>= 7
     return encoded + bytes([value])
+
+
+def png(
+    width: int, height: int, data: bytes, *chunks: bytes, depth: int = 8, colour_type: int = 2
+) -> bytes:
+    """Returns a PNG with this compressed data, and with other chunks before it."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
+    parts = [chunk(b"IHDR", header), *chunks, chunk(b"IDAT", data), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    """Returns a chunk of a PNG."""
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))

@@ -12,6 +12,7 @@ from scipy import stats
 
 from diht_jax.input import transforms
 from diht_jax.input.transforms import ImageError, check_readable, decode_rgb
+from tests.fuzz import framing
 from tests.make import encoded, noise
 
 
@@ -22,24 +23,10 @@ def _decode(data: bytes) -> np.ndarray:
 
 
 def _png(width, height, depth, colour_type, samples, *chunks) -> bytes:
-    """Encodes a PNG by its specification; `samples` is an array of the file's integers."""
-
-    def chunk(name, data):
-        body = name + data
-        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
-
-    dtype = ">u2" if depth == 16 else "u1"
-    rows = np.asarray(samples).astype(dtype).reshape(height, -1)
-    raw = b"".join(b"\0" + row.tobytes() for row in rows)
-    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
-    extra = b"".join(chunk(name, data) for name, data in chunks)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + extra
-        + chunk(b"IDAT", zlib.compress(raw))
-        + chunk(b"IEND", b"")
-    )
+    """Encodes an array of the file's integers."""
+    rows = np.asarray(samples).astype(">u2" if depth == 16 else "u1").reshape(height, -1)
+    data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    return framing.png(width, height, data, *chunks, depth=depth, colour_type=colour_type)
 
 
 def _on_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -59,11 +46,11 @@ def test_alpha_is_composed_on_white():
         np.testing.assert_array_equal(got[1], rgba[1, :, :3])
 
 
-_PALETTE = (b"PLTE", bytes([255, 0, 0, 0, 0, 255, 10, 20, 30]))
+_PALETTE = framing.chunk(b"PLTE", bytes([255, 0, 0, 0, 0, 255, 10, 20, 30]))
 
 
-def _key(*values) -> tuple[bytes, bytes]:
-    return b"tRNS", struct.pack(f">{len(values)}H", *values)
+def _key(*values) -> bytes:
+    return framing.chunk(b"tRNS", struct.pack(f">{len(values)}H", *values))
 
 
 @pytest.mark.parametrize(
@@ -72,7 +59,7 @@ def _key(*values) -> tuple[bytes, bytes]:
         # Grey with alpha; a palette with and without an alpha for each entry.
         (_png(3, 1, 8, 4, [0, 0, 0, 128, 200, 255]), [[255] * 3, [127] * 3, [200] * 3]),
         (
-            _png(3, 1, 8, 3, [0, 1, 2], _PALETTE, (b"tRNS", bytes([255, 0, 128]))),
+            _png(3, 1, 8, 3, [0, 1, 2], _PALETTE, framing.chunk(b"tRNS", bytes([255, 0, 128]))),
             [[255, 0, 0], [255, 255, 255], [132, 137, 142]],
         ),
         (_png(3, 1, 8, 3, [0, 1, 2], _PALETTE), [[255, 0, 0], [0, 0, 255], [10, 20, 30]]),

@@ -1,4 +1,4 @@
-"""Blocks of shards; the checks of a `dataset.index` at a start, and messages about a new folder."""
+"""Blocks of shards; a `dataset.index`, its checks at a start, and messages about a new folder."""
 
 import os
 import pathlib
@@ -18,6 +18,7 @@ from diht_jax.records.sharded import ShardedRecords
 from diht_jax.records.train_data import fingerprint_records
 from diht_jax.storage.stores import read_range
 from tests import make
+from tests.fuzz import framing
 from tests.readers.inputs import JPEG
 from tests.records.stores import MeteredStore
 
@@ -51,6 +52,18 @@ def without_index(folder: pathlib.Path) -> TFRecordSource:
     other = folder.parent / "other"
     shutil.copytree(folder, other, ignore=shutil.ignore_patterns("dataset.index"))
     return TFRecordSource(other)
+
+
+def test_the_file_is_as_its_format_is_described(tmp_path):
+    random, frames = np.random.default_rng(0), {}
+    for number, count in enumerate((130, 0, 64, 1, 200)):
+        records = [random.bytes(int(random.integers(0, 90))) for _ in range(count)]
+        path = make.write_shard(tmp_path / f"part-{number}.tfrecord", records)
+        frames[path.name] = list(map(framing.frame, records))
+    rows = fingerprint_records(TFRecordSource(tmp_path)).shards  # from the shards themselves
+    update_index(tmp_path)
+    head, offsets = framing.dataset_index(frames, [int(digest, 16) for *_, digest in rows])
+    assert (tmp_path / "dataset.index").read_bytes() == framing.with_preamble(head) + offsets
 
 
 def test_an_indexed_folder_has_the_records_and_the_fingerprint_of_its_shards(folder, url):

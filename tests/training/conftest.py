@@ -89,6 +89,19 @@ def no_curves():
         yield
 
 
+class Position:
+    """A data iterator that only stores its position."""
+
+    def __init__(self, next_example):
+        self.next_example = next_example
+
+    def get_state(self):
+        return {"next_example": self.next_example}
+
+    def set_state(self, state):
+        self.next_example = state["next_example"]
+
+
 def series(workdir: pathlib.Path, name: str) -> np.ndarray:
     """Returns the values of a metric, from the lines of a run that have it."""
     return np.array([row[name] for row in read_metrics(workdir) if name in row])

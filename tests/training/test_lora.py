@@ -8,7 +8,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import diht_jax
-from diht_jax.models.parameters import Lora, ModelDefinition, lora_of, merge_model
+from diht_jax.models.parameters import ModelDefinition, lora_of
 from diht_jax.models.zoo import get_architecture
 from diht_jax.training.loop import train
 from diht_jax.training.program import TrainProgram
@@ -103,20 +103,3 @@ def test_model_begins_as_it_was_and_without_adapters_nothing_changes(config):
         np.testing.assert_array_equal(after.pop(name), value)
     assert len(after) == 2 * 4 * 2
     assert [(name, v) for name, v in after.items() if np.any(v) != name.endswith("lora_a")] == []
-
-
-def test_an_adapted_layer_adds_alpha_over_rank_times_its_product():
-    rank, alpha = 2, 16.0
-    arch = get_architecture("tiny_32px", {"vision_layers": 1, "text_layers": 1, "vocab_size": 64})
-    lora = Lora(rank, alpha, ("text",), ("fc_in",))
-    definition = ModelDefinition(arch, "float32", "float32", lora=lora)
-    params = make.draw_parameters(definition.init_params)
-    layer = params["text"]["blocks"]["0"]["mlp"]["fc_in"]
-    rng = np.random.default_rng(0)
-    layer["lora_b"] = rng.standard_normal(layer["lora_b"].shape).astype(np.float32)
-    x = rng.standard_normal((3, arch.text_width)).astype(np.float32)
-    model = merge_model(definition, params)
-    found = model.text.blocks[0].mlp.fc_in(x)
-    w, b, a = (layer[name].astype(np.float64) for name in ("kernel", "bias", "lora_a"))
-    expected = x @ w + b + alpha / rank * (x @ a @ layer["lora_b"])
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)

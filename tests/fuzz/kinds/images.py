@@ -18,6 +18,7 @@ from PIL import Image
 
 from diht_jax.input import examples, transforms
 from tests.fuzz.damage import Draw, cut, damaged, flipped, noise, seeds
+from tests.fuzz.framing import chunk, png
 from tests.fuzz.judge import ERROR, SUCCESS, Refused, attempt, require
 from tests.make import encoded
 
@@ -113,16 +114,6 @@ def check_damaged(draw: Draw, folder: pathlib.Path) -> str:
     return _judge(draw(whole | resized | flipped(data) | head | cut(data) | damaged(data)))
 
 
-def _png(width: int, height: int, body: bytes, *extra: bytes, depth: int = 8, kind: int = 2):
-    header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
-    chunks = [_chunk(b"IHDR", header), *extra, _chunk(b"IDAT", body), _chunk(b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
-
-
-def _chunk(name: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-
 def check_giant(draw: Draw, folder: pathlib.Path) -> str:
     """A header that claims more pixels than the limit allocates no memory."""
     side = draw(one([8193, 20_000, 2**16 - 1]))
@@ -130,7 +121,7 @@ def check_giant(draw: Draw, folder: pathlib.Path) -> str:
     gif = struct.pack("<HHBBB", side, side, 0, 0, 0) + b","
     gif += struct.pack("<HHHHB", 0, 0, side, side, 0) + b"\2\2\x44\1\0;"
     bmp = struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, wide, -wide, 1, 24, *[0] * 6)
-    data = [_png(wide, wide, zlib.compress(b"")), _png(2**26 + 1, 1, zlib.compress(b""))]
+    data = [png(wide, wide, zlib.compress(b"")), png(2**26 + 1, 1, zlib.compress(b""))]
     data += [b"GIF89a" + gif, b"BM" + bmp, b"P6\n%d %d\n255\n" % (wide, wide)]
     return _judge(draw(one([*data, _jpeg_with_size(draw, side)])), "too_large")
 
@@ -148,14 +139,14 @@ def check_bomb(draw: Draw, folder: pathlib.Path) -> str:
     side = draw(one([1000, 3000]))
     rows = zlib.compress(bytes(side * (side // 8 + 1)))
     chunks = [
-        [_chunk(b"zTXt", b"Comment\0\0" + zeros)] * 9,
-        [_chunk(b"iTXt", b"Comment\0\1\0\0\0" + zeros)] * 9,
-        [_chunk(b"iCCP", b"x\0\0" + zeros)],
-        [_chunk(b"tEXt", b"a\0" + bytes(2**20))],
-        [_chunk(b"tRNS", b"\0\0\0\0\0\0")] * 5,
+        [chunk(b"zTXt", b"Comment\0\0" + zeros)] * 9,
+        [chunk(b"iTXt", b"Comment\0\1\0\0\0" + zeros)] * 9,
+        [chunk(b"iCCP", b"x\0\0" + zeros)],
+        [chunk(b"tEXt", b"a\0" + bytes(2**20))],
+        [chunk(b"tRNS", b"\0\0\0\0\0\0")] * 5,
     ]
-    data = [_png(side, side, rows, depth=1, kind=0), _png(1, 1, zeros)]
-    return _judge(draw(one([*data, *(_png(1, 1, small, *extra) for extra in chunks)])))
+    data = [png(side, side, rows, depth=1, colour_type=0), png(1, 1, zeros)]
+    return _judge(draw(one([*data, *(png(1, 1, small, *extra) for extra in chunks)])))
 
 
 def check_tiff_tags(draw: Draw, folder: pathlib.Path) -> str:

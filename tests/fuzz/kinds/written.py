@@ -54,6 +54,7 @@ from tests.data_prep.filtering.jobs import snapshot
 from tests.fuzz import outputs
 from tests.fuzz.damage import Draw, damage_file
 from tests.fuzz.judge import ERROR, SUCCESS, Refused, attempt, require
+from tests.training.conftest import Position
 
 _INDEXED = r"[^/]*\.(tfrecord|array_record|tar)(\.idx)?|dataset.index"
 _BASE = pathlib.Path()  # the intact files: folder "0", and "1" with other contents
@@ -212,9 +213,11 @@ def _fetch(folder: pathlib.Path) -> Any:
 def _resume(folder: pathlib.Path) -> Any:
     target = outputs.train_state(0, read_weights(_BASE / "0" / "weights.safetensors").params)
     checkpointer = Checkpointer(folder / "run", keep_last=2)
-    state = checkpointer.restore(target, outputs.Position())
+    position = Position(0)
+    state = checkpointer.restore(target, position)
     checkpointer.close()
-    return dataclasses.replace(state, step=None)  # the state of the step before is equal otherwise
+    # The state of the step before is equal otherwise.
+    return dataclasses.replace(state, step=None), position.next_example
 
 
 def _read_progress(folder: pathlib.Path) -> Any:

@@ -12,21 +12,8 @@ from diht_jax.training.step import TrainState
 from diht_jax.training.workdir.checkpoint import BestStep, Checkpointer, SaveError
 from diht_jax.training.workdir.saved_run import tree_checksums, write_config
 from tests import make
-from tests.training.conftest import saved_steps
+from tests.training.conftest import Position, saved_steps
 from tests.waiting import wait_until
-
-
-class Position:
-    """A data iterator that only stores its position."""
-
-    def __init__(self, next_example):
-        self.next_example = next_example
-
-    def get_state(self):
-        return {"next_example": self.next_example}
-
-    def set_state(self, state):
-        self.next_example = state["next_example"]
 
 
 def state_of(step, value=0.0, size=64):
