@@ -9,7 +9,6 @@ import pytest
 
 from diht_jax.data.index import update_index
 from diht_jax.records.formats import TFRecordSource
-from diht_jax.records.shard_files import ShardIndex
 from tests import make
 from tests.records.stores import MeteredStore
 
@@ -102,23 +101,6 @@ def test_folders_of_the_same_relative_path_share_no_work(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "y")
     update_index("kept", work_dir=tmp_path)
     assert [len(record) for record in records_of("kept")] == [7, 9]
-
-
-def test_a_run_that_is_stopped_goes_on(folder, monkeypatch):
-    find = ShardIndex.find
-
-    def stop(self, path, size, **options):
-        if path.endswith("part-2.tfrecord"):
-            raise KeyboardInterrupt
-        return find(self, path, size, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ShardIndex, "find", stop)
-        with pytest.raises(KeyboardInterrupt):
-            update_index(folder, num_threads=1)
-    assert not (folder / "dataset.index").exists()
-    assert update_index(folder).num_read == 1
-    assert records_of(folder) == RECORDS
 
 
 def test_shards_in_a_store(folder, tmp_path):

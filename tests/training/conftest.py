@@ -14,6 +14,8 @@ import pytest
 from etils.epath import backend, gpath
 from fsspec.registry import _registry
 
+from diht_jax.models.parameters import ModelDefinition
+from diht_jax.models.zoo import Architecture
 from diht_jax.records.dataset_info import STATS_SUFFIX
 from diht_jax.records.schema import Record
 from diht_jax.records.vocabulary import ConceptList, Vocabulary, write_vocabulary
@@ -21,6 +23,8 @@ from diht_jax.training import loop, program
 from diht_jax.training.monitoring import throughput
 from diht_jax.training.monitoring.metrics import read_metrics
 from diht_jax.training.program import TrainProgram
+from diht_jax.weights.export import write_model
+from diht_jax.weights.source import ModelFiles
 from tests import make
 from tests.records.stores import BucketStore
 
@@ -100,6 +104,15 @@ class Position:
 
     def set_state(self, state):
         self.next_example = state["next_example"]
+
+
+def write_weights(
+    folder: pathlib.Path, arch: Architecture, form: str = "safetensors", **facts: Any
+) -> Any:
+    """Writes a weight directory of randomly drawn parameters, and returns these."""
+    params = make.draw_parameters(ModelDefinition(arch, "float32", "float32").init_params)
+    write_model(folder, form, ModelFiles(arch, params, "drawn", **facts), card="")
+    return params
 
 
 def series(workdir: pathlib.Path, name: str) -> np.ndarray:

@@ -10,7 +10,6 @@ from etils import epath
 
 from diht_jax import command_line
 from diht_jax.loading import load_model
-from diht_jax.models.parameters import ModelDefinition
 from diht_jax.models.zoo import Architecture, get_architecture
 from diht_jax.train import main
 from diht_jax.training import loop
@@ -18,11 +17,9 @@ from diht_jax.training.initial_parameters import bind_architecture
 from diht_jax.training.loop import train
 from diht_jax.training.recipe import default_config
 from diht_jax.training.workdir.saved_run import write_config
-from diht_jax.weights.export import write_model
-from diht_jax.weights.source import ModelFiles
 from tests import make
 from tests.docs.commands import parse_command
-from tests.training.conftest import assert_bitwise_equal
+from tests.training.conftest import assert_bitwise_equal, write_weights
 
 OTHER = make.small_architecture(
     image_size=24,
@@ -58,11 +55,8 @@ def architecture_of(config) -> Architecture:
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """A weight directory of `OTHER`, and its parameters."""
-    init = ModelDefinition(OTHER, "float32", "float32").init_params
-    params = make.draw_parameters(init)
     folder = tmp_path_factory.mktemp("weights") / "model"
-    write_model(folder, "safetensors", ModelFiles(OTHER, params, "drawn"), card="")
-    return folder, params
+    return folder, write_weights(folder, OTHER)
 
 
 @pytest.fixture
@@ -88,10 +82,7 @@ def test_a_run_starts_as_the_model_and_goes_on_without_it(recipe, weights, tmp_p
 
 def test_adapters_on_the_texts_of_siglip_leave_its_images_and_begin_at_its_bias(config, tmp_path):
     arch = dataclasses.replace(OTHER, **SIGLIP)
-    init = ModelDefinition(arch, "float32", "float32").init_params
-    params = make.draw_parameters(init)
-    drawn = ModelFiles(arch, params, "drawn", loss_scalars={"logit_bias": -7.5})
-    write_model(tmp_path / "siglip", "huggingface", drawn, card="")
+    write_weights(tmp_path / "siglip", arch, "huggingface", loss_scalars={"logit_bias": -7.5})
     config.model.init_from = str(tmp_path / "siglip")
     config.model.patch_dropout = 0.0
     config.loss.update(kind="sigmoid", beta=0.0)

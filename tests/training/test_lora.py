@@ -12,10 +12,9 @@ from diht_jax.models.parameters import ModelDefinition, lora_of
 from diht_jax.models.zoo import get_architecture
 from diht_jax.training.loop import train
 from diht_jax.training.program import TrainProgram
-from diht_jax.weights.export import write_model
 from diht_jax.weights.inference import LoadedModel
 from diht_jax.weights.source import ModelFiles
-from tests import make
+from tests.training.conftest import write_weights
 
 
 def flat(tree):
@@ -27,10 +26,8 @@ def weights(make_config, tmp_path_factory):
     """A weight directory of the runs' architecture, and its parameters."""
     model = make_config().model
     arch = get_architecture(model.name, model.overrides.to_dict())
-    params = make.draw_parameters(ModelDefinition(arch, "float32", "float32").init_params)
     folder = tmp_path_factory.mktemp("weights") / "model"
-    write_model(folder, "safetensors", ModelFiles(arch, params, "drawn"), card="")
-    return folder, params
+    return folder, write_weights(folder, arch)
 
 
 @pytest.fixture(scope="module")
