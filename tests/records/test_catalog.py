@@ -66,6 +66,17 @@ def test_the_file_is_as_its_format_is_described(tmp_path):
     assert (tmp_path / "dataset.index").read_bytes() == framing.with_preamble(head) + offsets
 
 
+def test_the_head_of_an_index_has_a_checksum(tmp_path):
+    folder = make.write_records(tmp_path / "kept", 6, [3, 3])
+    update_index(folder)
+    path, data = folder / "dataset.index", (folder / "dataset.index").read_bytes()
+    preamble, offsets = 24, 6 * 8  # bytes before and behind the head
+    for position in range(preamble, len(data) - offsets):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 4]) + data[position + 1 :])
+        with pytest.raises(ValueError, match=rf"{path}: .*the checksum of its table differs"):
+            TFRecordSource(folder)
+
+
 def test_an_indexed_folder_has_the_records_and_the_fingerprint_of_its_shards(folder, url):
     plain = without_index(folder)
     for source in (TFRecordSource(folder), TFRecordSource(url), TFRecordSource(f"{url}/part-*")):
