@@ -19,6 +19,33 @@ def encoded_image(name: str = "PNG") -> bytes:
 
 
 PNG, JPEG = encoded_image(), encoded_image("JPEG")
+# Members of a tar with one pair, "good", and with everything that is no pair.
+ODD_MEMBERS = [
+    ("good.png", PNG),
+    ("good.txt", b"ok"),
+    ("no_caption.png", PNG),
+    ("empty_caption.png", PNG),
+    ("empty_caption.txt", b" \n"),
+    ("no_image.txt", b"text"),
+    ("two_images.png", PNG),
+    ("two_images.jpg", JPEG),
+    ("two_images.txt", b"text"),
+    ("twice.png", PNG),
+    ("twice.txt", b"one"),
+    ("twice.txt", b"two"),
+    ("bad_json.png", PNG),
+    ("bad_json.txt", b"text"),
+    ("bad_json.json", b"{"),
+    ("deep.png", PNG),
+    ("deep.json", b"[" * 100_000),
+    ("mask.seg.png", PNG),
+    ("mask.txt", b"the image has another kind of name"),
+    ("good.png", PNG),
+    ("good.txt", b"the key again"),
+    ("readme", b"no extension"),
+    (".hidden.png", PNG),
+    ("other.mp4", b"not ours"),
+]
 
 
 def write_source(

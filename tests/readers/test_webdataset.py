@@ -10,7 +10,15 @@ from diht_jax.readers.base import SOURCE_REASONS
 from diht_jax.readers.registry import open_source
 from diht_jax.readers.shard_formats import read_tar
 from diht_jax.records.schema import encode_record
-from tests.readers.inputs import JPEG, PNG, encoded_image, read_entries, skip_reasons, write_tar
+from tests.readers.inputs import (
+    JPEG,
+    ODD_MEMBERS,
+    PNG,
+    encoded_image,
+    read_entries,
+    skip_reasons,
+    write_tar,
+)
 
 
 def test_tar_as_img2dataset_writes_it(tmp_path):
@@ -69,35 +77,7 @@ def test_of_a_tar_that_is_cut_off_all_pairs_before_the_cut_come_first(tmp_path, 
 
 
 def test_tar_counts_what_is_no_pair(tmp_path):
-    path = write_tar(
-        tmp_path / "a.tar",
-        [
-            ("good.png", PNG),
-            ("good.txt", b"ok"),
-            ("no_caption.png", PNG),
-            ("empty_caption.png", PNG),
-            ("empty_caption.txt", b" \n"),
-            ("no_image.txt", b"text"),
-            ("two_images.png", PNG),
-            ("two_images.jpg", JPEG),
-            ("two_images.txt", b"text"),
-            ("twice.png", PNG),
-            ("twice.txt", b"one"),
-            ("twice.txt", b"two"),
-            ("bad_json.png", PNG),
-            ("bad_json.txt", b"text"),
-            ("bad_json.json", b"{"),
-            ("deep.png", PNG),
-            ("deep.json", b"[" * 100_000),
-            ("mask.seg.png", PNG),
-            ("mask.txt", b"the image has another kind of name"),
-            ("good.png", PNG),
-            ("good.txt", b"the key again"),
-            ("readme", b"no extension"),
-            (".hidden.png", PNG),
-            ("other.mp4", b"not ours"),
-        ],
-    )
+    path = write_tar(tmp_path / "a.tar", ODD_MEMBERS)
     source = open_source(path)
     assert [pair.key for pair in source] == ["good"]
     assert skip_reasons(read_entries(path)) == {

@@ -29,6 +29,15 @@ from tests import make
 from tests.records.stores import BucketStore
 
 NUM_RECORDS = 52
+# Fields of an architecture with the components of SigLIP's towers.
+SIGLIP = {
+    "class_token": False,
+    "vision_projection": "none",
+    "text_projection": "bias",
+    "causal_text": False,
+    "text_pool": "last",
+    "activation": "gelu_tanh",
+}
 
 
 # The data and evaluation keys on which a program depends, and the keys on which it does not.

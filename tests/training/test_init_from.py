@@ -19,7 +19,7 @@ from diht_jax.training.recipe import default_config
 from diht_jax.training.workdir.saved_run import write_config
 from tests import make
 from tests.docs.commands import parse_command
-from tests.training.conftest import assert_bitwise_equal, write_weights
+from tests.training.conftest import SIGLIP, assert_bitwise_equal, write_weights
 
 OTHER = make.small_architecture(
     image_size=24,
@@ -32,20 +32,6 @@ OTHER = make.small_architecture(
     layer_norm_epsilon=1e-06,
     vision_mlp_width=64,
 )
-
-
-# Components of SigLIP's towers, with matching sizes.
-SIGLIP = {
-    "embed_dim": 48,
-    "vocab_size": 600,
-    "class_token": False,
-    "vision_pool_heads": 3,
-    "vision_projection": "none",
-    "text_projection": "bias",
-    "causal_text": False,
-    "text_pool": "last",
-    "activation": "gelu_tanh",
-}
 
 
 def architecture_of(config) -> Architecture:
@@ -81,7 +67,8 @@ def test_a_run_starts_as_the_model_and_goes_on_without_it(recipe, weights, tmp_p
 
 
 def test_adapters_on_the_texts_of_siglip_leave_its_images_and_begin_at_its_bias(config, tmp_path):
-    arch = dataclasses.replace(OTHER, **SIGLIP)
+    sizes = {"embed_dim": 48, "vocab_size": 600, "vision_pool_heads": 3}
+    arch = dataclasses.replace(OTHER, **SIGLIP, **sizes)
     write_weights(tmp_path / "siglip", arch, "huggingface", loss_scalars={"logit_bias": -7.5})
     config.model.init_from = str(tmp_path / "siglip")
     config.model.patch_dropout = 0.0
