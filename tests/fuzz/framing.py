@@ -34,12 +34,9 @@ def index(frames: Sequence[bytes], shard_bytes: int | None = None) -> bytes:
 
 
 def dataset_index(
-    shards: Mapping[str, Sequence[bytes]], digests: Sequence[int] | None = None
+    shards: Mapping[str, Sequence[bytes]], digests: Sequence[int]
 ) -> tuple[bytes, bytes]:
-    """Returns head and offsets of the `dataset.index` of shards that consist of these frames.
-
-    Without `digests`, the digests of the shards' ends are wrong but distinct.
-    """
+    """Returns head and offsets of the `dataset.index` of shards that consist of these frames."""
     offsets = [
         [sum(map(len, frames[:n])) for n in range(len(frames))] for frames in shards.values()
     ]
@@ -49,7 +46,7 @@ def dataset_index(
     facts = {"shards": len(shards), "records": sum(counts), "anchors": len(anchors)}
     facts |= {"names_bytes": len(names), "kinds": ["tfrecord"]}
     text = json.dumps(facts, sort_keys=True).encode()
-    words = [*counts, *sizes, *(digests or range(len(shards))), *anchors]
+    words = [*counts, *sizes, *digests, *anchors]
     arrays = struct.pack(f"<{len(words)}Q", *words) + bytes(len(shards)) + names
     head = struct.pack("<Q", len(text)) + text + bytes(-len(text) % 8)
     head += arrays + bytes(-len(arrays) % 8)

@@ -22,6 +22,7 @@ from diht_jax.records import schema
 from diht_jax.records.dataset_info import write_dataset_info
 from diht_jax.records.formats import TFRecordSource
 from diht_jax.records.shard_files import shard_name
+from diht_jax.records.train_data import fingerprint_records
 from tests.fuzz.damage import (
     NO_OBJECT,
     NOT_UTF8,
@@ -186,7 +187,8 @@ def check_dataset_index(draw: Draw, folder: pathlib.Path) -> str:
     frames = {name: [frame(data) for data in records] for name, records in shards.items()}
     for name in shards:
         (folder / name).write_bytes(b"".join(frames[name]))
-    head, offsets = dataset_index(frames)
+    rows = fingerprint_records(TFRecordSource(str(folder))).shards
+    head, offsets = dataset_index(frames, [int(digest, 16) for *_, digest in rows])
     own = with_preamble(head) + offsets
     odd = [0, 1, 16, 2**32, 2**40, 2**62, 2**63, 2**64 - 1, *map(len, frames.values())]
 
