@@ -21,7 +21,7 @@ from diht_jax.records.shard_files import shard_name
 from tests import make
 from tests.make import encoded
 
-_TENSORFLOW_SCRIPT = '''
+_TENSORFLOW_SCRIPT = """
 import io, json, pathlib, sys
 import numpy as np
 import tensorflow as tf
@@ -52,55 +52,43 @@ for name in ("ours", "webp"):
     }
 
 # 2. Data sets by TFDS.
-class TinyCaptions(tfds.core.GeneratorBasedBuilder):
-    """Laid out as COCO captions."""
-    VERSION = tfds.core.Version("1.0.0")
+def write(name, folder, features, splits, file_format="tfrecord"):
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name=name, version="3.0.1", features=tfds.features.FeaturesDict(features),
+        split_datasets=splits, data_dir=str(work / folder), file_format=file_format,
+    )
 
-    def _info(self):
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
-            "image": tfds.features.Image(),
-            "image/filename": tfds.features.Text(),
-            "captions": tfds.features.Sequence({"id": np.int64, "text": tfds.features.Text()}),
-        }))
-
-    def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples(20), "val": self._generate_examples(3)}
-
-    def _generate_examples(self, count):
-        for i in range(count):
-            texts = [f"first {i}", f"second {i}"] if i else []
-            yield i, {
-                "image": io.BytesIO(encode_png(i)),
-                "image/filename": f"{i}.png",
-                "captions": [{"id": n, "text": text} for n, text in enumerate(texts)],
-            }
+def captioned(count):
+    for i in range(count):
+        texts = [f"first {i}", f"second {i}"] if i else []
+        yield i, {
+            "image": io.BytesIO(encode_png(i)),
+            "image/filename": f"{i}.png",
+            "captions": [{"id": n, "text": text} for n, text in enumerate(texts)],
+        }
 
 for file_format in ("tfrecord", "array_record"):
-    builder = TinyCaptions(data_dir=work / file_format, file_format=file_format)
-    builder.download_and_prepare()
+    features = {  # as COCO captions
+        "image": tfds.features.Image(),
+        "image/filename": tfds.features.Text(),
+        "captions": tfds.features.Sequence({"id": np.int64, "text": tfds.features.Text()}),
+    }
+    splits = {"train": captioned(20), "val": captioned(3)}
+    write("tiny_captions", file_format, features, splits, file_format)
 
-class Mnist(tfds.core.GeneratorBasedBuilder):
-    """With the name of a set that TFDS knows, so that its own code meets the files."""
-    VERSION = tfds.core.Version("3.0.1")
-
-    def _info(self):
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
-            "image": tfds.features.Image(shape=(28, 28, 1)),
-            "label": tfds.features.ClassLabel(num_classes=10),
-        }))
-
-    def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples()}
-
-    def _generate_examples(self):
-        for i in range(12):
-            label = i % 10 if i else -1
-            yield i, {"image": np.full((28, 28, 1), 20 * i, np.uint8), "label": label}
-
-Mnist(data_dir=work / "labels").download_and_prepare()
+# With name and version of a set that TFDS knows, so that its own code meets the files.
+features = {
+    "image": tfds.features.Image(shape=(28, 28, 1)),
+    "label": tfds.features.ClassLabel(num_classes=10),
+}
+examples = [
+    (i, {"image": np.full((28, 28, 1), 20 * i, np.uint8), "label": i % 10 if i else -1})
+    for i in range(12)
+]
+write("mnist", "labels", features, {"train": examples})
 
 (work / "result.json").write_text(json.dumps(result))
-'''
+"""
 
 
 def _make_record(index: int, image_format: str) -> Record:
@@ -198,7 +186,7 @@ def test_parts_of_a_split(work, file_format):
     assert len(whole) == 20
     assert keys("train[:25%]") == whole[:5]
     assert keys("train[5:]") == whole[5:]
-    folder = work / file_format / "tiny_captions" / "1.0.0"
+    folder = work / file_format / "tiny_captions" / "3.0.1"
     entries = [e for s in list_shards(f"tfds:{folder}:val") for e in read_pairs(s)]
     assert len(entries) == 3
     assert sum(isinstance(entry, Skipped) for entry in entries) == 1
