@@ -14,6 +14,7 @@ import pytest
 from etils.epath import backend, gpath
 from fsspec.registry import _registry
 
+from diht_jax.input.pipeline import TrainIterator
 from diht_jax.models.parameters import ModelDefinition
 from diht_jax.models.zoo import Architecture
 from diht_jax.records.dataset_info import STATS_SUFFIX
@@ -122,6 +123,19 @@ def write_weights(
     params = make.draw_parameters(ModelDefinition(arch, "float32", "float32").init_params)
     write_model(folder, form, ModelFiles(arch, params, "drawn", **facts), card="")
     return params
+
+
+def at_step(monkeypatch, step, action):
+    """Calls `action` when the batch of a step is taken."""
+    take, taken = TrainIterator.__next__, []
+
+    def acting(iterator):
+        taken.append(None)
+        if len(taken) == step:
+            action()
+        return take(iterator)
+
+    monkeypatch.setattr(TrainIterator, "__next__", acting)
 
 
 def series(workdir: pathlib.Path, name: str) -> np.ndarray:

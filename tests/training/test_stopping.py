@@ -31,7 +31,7 @@ from diht_jax.training.workdir.checkpoint import Checkpointer, SaveError
 from tests import make
 from tests.docs.commands import parse_command
 from tests.training import kill_trial
-from tests.training.conftest import assert_bitwise_equal, saved_steps
+from tests.training.conftest import assert_bitwise_equal, at_step, saved_steps
 
 
 def test_a_killed_and_a_terminated_run_end_bit_identically(tmp_path):
@@ -86,17 +86,13 @@ def test_one_interrupt_saves_and_a_second_one_aborts(config, tmp_path, monkeypat
 
 
 def test_a_second_sigterm_does_not_disturb_the_last_save(config, tmp_path, monkeypatch):
-    take, close = TrainIterator.__next__, Checkpointer.close
-
-    def terminated(iterator):
-        signal.raise_signal(signal.SIGTERM)
-        return take(iterator)
+    close = Checkpointer.close
 
     def disturbed(checkpointer):
         signal.raise_signal(signal.SIGTERM)
         close(checkpointer)
 
-    monkeypatch.setattr(TrainIterator, "__next__", terminated)
+    at_step(monkeypatch, 1, lambda: signal.raise_signal(signal.SIGTERM))
     monkeypatch.setattr(Checkpointer, "close", disturbed)
     with pytest.raises(Stopped):
         train(config, tmp_path, devices=jax.devices()[:1])
@@ -116,22 +112,18 @@ def test_the_steps_of_all_stages_are_counted_for_the_stop_of_a_job(monkeypatch):
 
 
 def test_a_run_whose_input_stalls_saves_and_stops(config, tmp_path, monkeypatch, caplog):
-    device, take, end = jax.devices()[:1], TrainIterator.__next__, threading.Event()
+    device, end = jax.devices()[:1], threading.Event()
     undisturbed = train(config, tmp_path / "undisturbed", devices=device)
     waits = {"poll_secs": 0.01, "warn_after_secs": 0.02, "grace_secs": 0.05}
     waiting = functools.partialmethod(TrainIterator.take, **waits)
+
+    def stall():
+        signal.raise_signal(signal.SIGTERM)
+        end.wait()
+
     for stalled_step, saved in ((1, []), (4, [3])):
-        taken = []
-
-        def stalling(iterator, taken=taken, stalled_step=stalled_step):
-            taken.append(None)
-            if len(taken) == stalled_step:
-                signal.raise_signal(signal.SIGTERM)
-                end.wait()
-            return take(iterator)
-
         with monkeypatch.context() as patched:
-            patched.setattr(TrainIterator, "__next__", stalling)
+            at_step(patched, stalled_step, stall)
             patched.setattr(TrainIterator, "take", waiting)
             with pytest.raises(Stopped, match=f"after step {stalled_step - 1} of 6, while its in"):
                 train(config, tmp_path / "stalled", devices=device)

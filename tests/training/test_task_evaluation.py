@@ -7,11 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from diht_jax.input.pipeline import TrainIterator
 from diht_jax.training import task_evaluation
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
-from tests.training.conftest import saved_steps
+from tests.training.conftest import at_step, saved_steps
 
 # The model's score after each step: step 2 is the best.
 SCORES = {2: 0.9, 4: 0.2, 6: 0.3}
@@ -33,19 +32,6 @@ def run(config, squares, tmp_path):
 
 def values_of(workdir, name):
     return {row["step"]: row[name] for row in read_metrics(workdir) if name in row}
-
-
-def at_step(monkeypatch, step, action):
-    """Calls `action` when the batch of a step is taken."""
-    take, taken = TrainIterator.__next__, []
-
-    def acting(iterator):
-        taken.append(None)
-        if len(taken) == step:
-            action()
-        return take(iterator)
-
-    monkeypatch.setattr(TrainIterator, "__next__", acting)
 
 
 @pytest.fixture
