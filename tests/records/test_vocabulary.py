@@ -25,10 +25,10 @@ def _vocabulary(objects=("dog", "polar bear", "café"), attributes=("black",)) -
     )
 
 
-def _write_shard(path, label=None) -> None:
+def _write_shard(path, label) -> None:
     make.write_shard(path, [Pair("k", b"i", "c")])
-    counts = {"read": 1} if label is None else {"vocabulary": label}
-    (path.parent / f"{path.name}.stats.json").write_text(json.dumps({"counts": counts}))
+    stats = {"counts": {"vocabulary": label}}
+    (path.parent / f"{path.name}.stats.json").write_text(json.dumps(stats))
 
 
 def _labelled_folder(folder, vocabulary, names=("a", "b")):

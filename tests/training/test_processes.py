@@ -131,16 +131,13 @@ def shades(tmp_path_factory):
 @pytest.fixture(scope="module")
 def captioned(tmp_path_factory):
     """The squares with a caption of each kind."""
-    folder = tmp_path_factory.mktemp("captioned")
-    for shard, numbers in enumerate((range(31), range(31, NUM_RECORDS))):
-        records = []
-        for number in numbers:
-            texts = [colored_square(number).caption]
-            texts += [f"{kind} {number}" for kind in KINDS[1:]]
-            metadata = {"captions": texts, "caption_kinds": list(KINDS)}
-            records.append(dataclasses.replace(colored_square(number), metadata=metadata))
-        make.write_shard(folder / f"squares-{shard}.tfrecord", records)
-    return folder
+    records = []
+    for number in range(NUM_RECORDS):
+        texts = [colored_square(number).caption]
+        texts += [f"{kind} {number}" for kind in KINDS[1:]]
+        metadata = {"captions": texts, "caption_kinds": list(KINDS)}
+        records.append(dataclasses.replace(colored_square(number), metadata=metadata))
+    return make.write_records(tmp_path_factory.mktemp("captioned"), records, (31, 21))
 
 
 def test_a_job_in_a_store_that_loses_a_process_and_is_stopped_is_the_run_of_one(
