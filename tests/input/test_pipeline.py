@@ -68,11 +68,12 @@ def test_any_number_of_hosts_reads_the_same_rows_and_resumes_them(process_count,
             process_count=process_count,
         )
 
-    whole = take_batches(batches(0, 1), 2)
+    whole, keys = take_batches(batches(0, 1), 2), batches(0, 1).keys(first_example=64)
     monkeypatch.setattr(sub_batches, "MAX_ROWS", 5)  # several parts per batch
     state = {"next_example": 64}
     for process in range(0, process_count, max(1, process_count // 4)):
         part = batches(process, process_count)
+        assert part.keys(first_example=64) == keys[process::process_count]
         part.set_state(state)
         (found,) = take_batches(part, 1)
         for name, values in found.items():
