@@ -258,7 +258,7 @@ def _read_csv_header(
     start = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
     for delimiter in ("\t",) if _has_suffix(path, ".tsv") else _DELIMITERS:
         file.seek(start)
-        header = next(_read_csv(path, file, delimiter, strict=False), [])
+        header = next(filter(None, _read_csv(path, file, delimiter, strict=False)), [])
         if any(map(_is_bad, header)):
             raise ValueError(f"{path}: the header is not UTF-8; {_CONVERT_LATIN}")
         header = [name.strip() for name in header]

@@ -118,7 +118,8 @@ def test_wrong_tables(tmp_path, text, options, message):
 
 
 @pytest.mark.parametrize(
-    ("suffix", "text"), [("jsonl", ""), ("jsonl", "\n"), ("csv", ""), ("csv", "image,caption\n")]
+    ("suffix", "text"),
+    [("jsonl", ""), ("jsonl", "\n"), ("csv", ""), ("csv", "\n\n"), ("csv", "image,caption\n")],
 )
 def test_a_table_without_rows_does_not_hold_up_the_others(tmp_path, suffix, text):
     _image_folder(tmp_path)
@@ -133,6 +134,15 @@ def test_a_table_without_rows_does_not_hold_up_the_others(tmp_path, suffix, text
     assert entry.caption == "x"
     with pytest.raises(ValueError, match=r"t0\."):
         list_shards(str(empty))
+
+
+@pytest.mark.parametrize("rows_per_shard", [1, 100])
+def test_blank_lines_of_a_csv_are_left_out(tmp_path, rows_per_shard):
+    _image_folder(tmp_path)
+    text = "\n\r\nimage,caption\n\nimages/a.png,x\n\nimages/a.png,y\n\n"
+    (tmp_path / "t.csv").write_text(text)
+    entries = read_entries(str(tmp_path / "t.csv"), rows_per_shard=rows_per_shard)
+    assert [entry.caption for entry in entries] == ["x", "y"]
 
 
 def test_a_column_that_some_rows_have_is_enough(tmp_path):
