@@ -98,7 +98,7 @@ class _Notes:
     def note_of(self, pair: Pair) -> tuple[str, str]:
         """Returns the extension and the text."""
         if self._task.kind == CLASSIFICATION:
-            raw = raw_label(pair, self._task.label_field)
+            raw = raw_label(pair, self._task.label)
             return "cls", str(resolve_label(raw, self._task.class_names, self._index))
         captions = [
             " ".join(fill_caption_template(self._task.caption_template, caption).split())

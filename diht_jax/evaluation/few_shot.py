@@ -142,10 +142,10 @@ def evaluate_few_shot(
 
 def _check_label_fields(others: Sequence[Task], test: Task) -> None:
     for task in others:
-        if task.label_field not in (None, test.label_field):
+        if task.label not in (None, test.label):
             raise ValueError(
-                f"{task.source}: label={task.label_field}, and the test has its labels in "
-                f"'{test.label_field or 'label'}'; all splits need them in one field"
+                f"{task.source}: label={task.label}, and the test has its labels in "
+                f"'{test.label or 'label'}'; all splits need them in one field"
             )
 
 

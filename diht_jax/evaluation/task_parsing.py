@@ -272,10 +272,7 @@ def _make_task(request: _Request, defaults: Mapping[str, Any]) -> Task:
     kind = str(request.kind) if entry is None else entry.kind
     protocol = PROTOCOLS[kind]
     given, source_options = _parse_options(request, kind)
-    for typed, option in protocol.options.items():
-        field = option.field or typed
-        if field in defaults:
-            given.setdefault(field, defaults[field])
+    given = {k: value for k, value in defaults.items() if k in protocol.options} | given
     is_folder = source.startswith(BENCHMARK_PREFIX)
     fields: dict[str, Any] = dict(protocol.defaults)
     words: dict[str, Any] = {}
@@ -292,9 +289,7 @@ def _make_task(request: _Request, defaults: Mapping[str, Any]) -> Task:
         # In CLIP_benchmark's layout the labels index the folder's own class names.
         fields |= _fields_of_entry(entry, source, (words if is_folder else {}) | given)
     fields |= given
-    own = {}
-    for key in _TASK_FIELDS & fields.keys():
-        own[key] = fields.pop(key)
+    own = {key: fields.pop(key) for key in _TASK_FIELDS & fields.keys()}
     # Kinds or options that only an annotation file can satisfy name its reader.
     reader = protocol.reader
     by_name = source.endswith(".jsonl") and "image_name" in source_options
@@ -319,7 +314,7 @@ def _parse_options(request: _Request, kind: str) -> tuple[dict[str, Any], dict[s
             if name in SOURCE_OPTIONS:
                 source_options[name] = parse_text(value)
             elif name in options:
-                given[options[name].field or name] = options[name].parse(value)
+                given[name] = options[name](value)
             else:
                 hint = suggest(name, (*options, *SOURCE_OPTIONS))
                 raise ValueError(f"a '{kind}' task has no option '{name}'; {hint}")

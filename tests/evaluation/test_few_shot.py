@@ -143,7 +143,7 @@ def test_the_command_writes_numbers_and_plot(workdir, tmp_path, capsys):
 
 @pytest.mark.parametrize("label, field", [(None, "'label'"), ("kind", "'kind'")])
 def test_splits_have_their_labels_in_one_field(label, field):
-    train, test = (Task("x", "classification", "a.tar", label_field=f) for f in ("shape", label))
+    train, test = (Task("x", "classification", "a.tar", label=f) for f in ("shape", label))
     with pytest.raises(ValueError, match=f"a.tar: label=shape, and the test .* in {field}"):
         evaluate_few_shot(make.HashedModel(), train, test)
 
@@ -159,7 +159,7 @@ def test_options_of_the_task_and_of_the_source(task, tmp_path):
     names.write_text("cat\ndog\n")
     made = parsed(f"{task or 'classification'}?class_names={names}", "a?.tar?label=shape")
     assert made.kind == "classification" and made.source == "a?.tar"
-    assert made.class_names == ("cat", "dog") and made.label_field == "shape"
+    assert made.class_names == ("cat", "dog") and made.label == "shape"
     assert made.name == ("pat" if task == "pat=classification" else "a")
     plain = parsed(task)
     assert (plain.kind, plain.source, plain.class_names) == ("classification", "train.tar", None)
@@ -172,4 +172,4 @@ def test_a_built_in_task_lends_its_words(tmp_path):
     assert made.source == "train.tar" and made.class_names[0] == "airplane"
     assert parsed(f"cifar10?class_names={names}").class_names == tuple("abcdefghij")
     # The option of the source takes precedence.
-    assert parsed("cifar10?label=a", "train.tar?label=b").label_field == "b"
+    assert parsed("cifar10?label=a", "train.tar?label=b").label == "b"

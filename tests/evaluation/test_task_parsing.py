@@ -33,9 +33,7 @@ from tests import make
         # A "?" of a glob does not start options, and a "=" in a path does not end a name.
         (
             "shape=classification:/d=1/0?-*.tar?label=shape&templates={}",
-            Task(
-                "shape", "classification", "/d=1/0?-*.tar", templates=("{}",), label_field="shape"
-            ),
+            Task("shape", "classification", "/d=1/0?-*.tar", templates=("{}",), label="shape"),
         ),
     ],
 )

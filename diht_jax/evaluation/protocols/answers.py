@@ -2,10 +2,10 @@
 
 DiHT (arXiv 2301.02280) reports both, but its prompts are not public. The protocols here are our
 own:
-- **Entailment**: the hypothesis goes into one prompt for each of the three relations, and the
 - **Entailment**: the hypothesis is put into one prompt per relation, and the prompt most similar to
   the image wins (`ENTAILMENT_PROMPTS`). Accuracy.
 - **VQA**: every candidate answer is put into the prompt with the question. Accuracy as VQA
+  v2 defines it (`vqa_credit`), with the normalisation of the official evaluation code.
 
 Each image is embedded once. A question and its answers are embedded once for all its images.
 
@@ -26,15 +26,14 @@ import numpy as np
 
 from diht_jax.evaluation.embedding.encoding import Encoder, UnusablePair
 from diht_jax.evaluation.protocols.base import (
-    CLASS_NAMES,
-    TEMPLATES,
     Measured,
     Metric,
-    Option,
     Protocol,
     Task,
     check_has_class_names,
+    parse_templates,
     parse_text,
+    read_class_names,
 )
 from diht_jax.records.schema import Pair
 from diht_jax.terminal import ProgressBar
@@ -252,7 +251,7 @@ _METRICS = {"accuracy": Metric("share", "accuracy")}
 ENTAILMENT = Protocol(
     run=run_entailment,
     metrics=_METRICS,
-    options={"templates": TEMPLATES},
+    options={"templates": parse_templates},
     defaults={"templates": tuple(ENTAILMENT_PROMPTS.values())},
     check=_check_three_prompts,
     reader="annotations",
@@ -261,8 +260,8 @@ VQA = Protocol(
     run=run_vqa,
     metrics=_METRICS,
     options={
-        "class_names": CLASS_NAMES,
-        "answer_template": Option(_parse_answer_template),
+        "class_names": read_class_names,
+        "answer_template": _parse_answer_template,
     },
     check=lambda task: check_has_class_names(task, "candidate answers"),
     reader="annotations",

@@ -43,7 +43,7 @@ class Task:
     # Prompts, each with one "{}" for the class name. For "entailment", one prompt per relation with
     # "{}" for the hypothesis.
     templates: tuple[str, ...] = PLAIN_TEMPLATES
-    label_field: str | None = None  # metadata field of the label, if it is not "label"
+    label: str | None = None  # metadata field of the label, if it is not "label"
     # Prompt with "{caption}" for the caption; None uses the one that the model was trained with.
     caption_template: str | None = None
     # Options of the protocol, by name; only those that were given.
@@ -179,13 +179,9 @@ def _read_benchmark(file: str, name: str) -> list[str]:
     return entries[name]
 
 
-class Option(NamedTuple):
-    """An option of a task, such as "templates" in "cifar10?templates=a {}"."""
-
-    # Parses a text or a config value; raises ValueError.
-    parse: Callable[[Any], Any]
-    # Field of `Task`; None stores the value in `Task.options` under the option's name.
-    field: str | None = None
+# Parses an option of a task, such as "templates" in "cifar10?templates=a {}", from a text or from a
+# config value; raises ValueError.
+Parser = Callable[[Any], Any]
 
 
 def parse_text(value: Any) -> str:
@@ -195,21 +191,15 @@ def parse_text(value: Any) -> str:
     return value
 
 
-def choice(name: str, *values: str) -> Option:
-    """Creates an option called `name` with a fixed set of values."""
+def choice(name: str, *values: str) -> Parser:
+    """Returns the parser of an option called `name` with a fixed set of values."""
 
     def parse(value: Any) -> str:
         if str(value) not in values:
             raise ValueError(f"{name}={value}: expected {' or '.join(values)}")
         return str(value)
 
-    return Option(parse)
-
-
-CLASS_NAMES = Option(read_class_names, "class_names")
-TEMPLATES = Option(parse_templates, "templates")
-LABEL = Option(parse_text, "label_field")
-CAPTION_TEMPLATE = Option(parse_text, "caption_template")
+    return parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,8 +228,8 @@ class Protocol:
     # Measures a task with an encoder of its source; raises ValueError if the source lacks data.
     run: Callable[[Task, Encoder], Measured]
     metrics: Mapping[str, Metric]  # all metrics that `run` may return, in table order
-    # Options by the name that users type.
-    options: Mapping[str, Option] = dataclasses.field(default_factory=dict)
+    # Options by the name that users type: a field of `Task`, or else a key of `Task.options`.
+    options: Mapping[str, Parser] = dataclasses.field(default_factory=dict)
     # Defaults of `Task` fields that differ from those of the class.
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     # Raises ValueError if a task lacks what the protocol needs; callers prepend the name of

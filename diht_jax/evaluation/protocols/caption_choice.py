@@ -16,13 +16,13 @@ import numpy as np
 from diht_jax.evaluation.embedding.encoding import EmbeddingModel, Encoder, UnusablePair
 from diht_jax.evaluation.protocols.base import (
     CAPTION_SLOT,
-    CAPTION_TEMPLATE,
     Measured,
     Metric,
     Protocol,
     Task,
     choice,
     fill_caption_template,
+    parse_text,
 )
 from diht_jax.records.schema import Pair
 
@@ -166,6 +166,6 @@ PROTOCOL = Protocol(
         "accuracy": Metric("share", "accuracy"),
         "macro_accuracy": Metric("share", "macro accuracy"),
     },
-    options={"caption_template": CAPTION_TEMPLATE, "ties": choice("ties", *TIES)},
+    options={"caption_template": parse_text, "ties": choice("ties", *TIES)},
     defaults={"caption_template": CAPTION_SLOT},
 )

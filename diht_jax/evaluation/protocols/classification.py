@@ -26,17 +26,16 @@ from diht_jax.evaluation.embedding.encoding import (
     encode_text_batches,
 )
 from diht_jax.evaluation.protocols.base import (
-    CLASS_NAMES,
     CLASS_SLOT,
-    LABEL,
-    TEMPLATES,
     Measured,
     Metric,
-    Option,
     Protocol,
     Task,
     check_templates,
     choice,
+    parse_templates,
+    parse_text,
+    read_class_names,
 )
 from diht_jax.evaluation.protocols.class_names import (
     Classes,
@@ -120,7 +119,7 @@ def run(task: Task, encoder: Encoder) -> Measured:
     index = None if names is None else name_index(names)
 
     def describe(pair: Pair) -> tuple[Any, list[int], list[int | str]]:
-        label: Any = raw_label(pair, task.label_field)
+        label: Any = raw_label(pair, task.label)
         if names is not None and index is not None:
             label = resolve_label(label, names, index)
         own_group = [] if group is None else [read_group(pair, group)]
@@ -162,7 +161,7 @@ def _describe(task: Task, encoded: EncodedImages, result: ClassificationResult) 
     num_classes, per_class = len(result.classes.names), result.per_class()
     protocol = {
         "class_names_from": result.classes.origin,
-        "label_field": task.label_field or "label",
+        "label_field": task.label or "label",
         "templates": list(task.templates),
         "text_embedding": "normalised, averaged over the templates, normalised",
         "ties": "among equally similar classes the first in the list wins",
@@ -349,11 +348,11 @@ PROTOCOL = Protocol(
         "f1_macro": Metric("share", "macro F1"),
     },
     options={
-        "class_names": CLASS_NAMES,
-        "templates": TEMPLATES,
-        "label": LABEL,
+        "class_names": read_class_names,
+        "templates": parse_templates,
+        "label": parse_text,
         "candidates": choice("candidates", "all", "with_images"),
-        "group": Option(str),  # the position may come as a number
+        "group": str,  # the position may come as a number
         "f1": choice("f1", "macro"),
     },
 )

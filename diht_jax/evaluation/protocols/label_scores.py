@@ -14,15 +14,15 @@ import numpy as np
 
 from diht_jax.evaluation.embedding.encoding import EncodedImages, Encoder, UnusablePair
 from diht_jax.evaluation.protocols.base import (
-    CLASS_NAMES,
-    LABEL,
-    TEMPLATES,
     Measured,
     Metric,
     Protocol,
     Task,
     check_has_class_names,
     choice,
+    parse_templates,
+    parse_text,
+    read_class_names,
 )
 from diht_jax.evaluation.protocols.class_names import (
     name_index,
@@ -85,14 +85,14 @@ def run(task: Task, encoder: Encoder) -> Measured:
         raise ValueError(
             f"yes and no need two class names, the second for label 1; got {len(names)}"
         )
-    index, field = name_index(names), task.label_field or ("label" if binary else "labels")
+    index, field = name_index(names), task.label or ("label" if binary else "labels")
 
     def resolve(pair: Pair, field: str) -> list[int]:
         return resolve_labels(pair, field, names, index)
 
     def describe(pair: Pair) -> tuple[list[int], list[int], list[int] | None]:
         if binary:
-            return [resolve_label(raw_label(pair, task.label_field), names, index)], [], None
+            return [resolve_label(raw_label(pair, task.label), names, index)], [], None
         if pair.metadata.get(field) is None:
             raise UnusablePair("no_label")
         counted = resolve(pair, "counted_labels") if "counted_labels" in pair.metadata else None
@@ -127,7 +127,7 @@ def _describe(
 ) -> Measured:
     """Returns the result for scores, targets and ignored entries, [n, C]; C is 1 if binary."""
     protocol = {
-        "label_field": task.label_field or ("label" if task.kind == "binary" else "labels"),
+        "label_field": task.label or ("label" if task.kind == "binary" else "labels"),
         "templates": list(task.templates),
         "text_embedding": "normalised, averaged over the templates, normalised",
     }
@@ -194,7 +194,7 @@ def rank_items(
     return Ranking(order[:stop], is_positive[:stop], ends)
 
 
-_OPTIONS = {"class_names": CLASS_NAMES, "templates": TEMPLATES, "label": LABEL}
+_OPTIONS = {"class_names": read_class_names, "templates": parse_templates, "label": parse_text}
 MULTILABEL = Protocol(
     run=run,
     metrics={"mean_average_precision": Metric("share", "mean average precision")},

@@ -14,13 +14,13 @@ import numpy as np
 
 from diht_jax.evaluation.embedding.encoding import Encoder
 from diht_jax.evaluation.protocols.base import (
-    CAPTION_TEMPLATE,
     PHOTO_TEMPLATE,
     Measured,
     Metric,
     Protocol,
     Task,
     fill_caption_template,
+    parse_text,
 )
 from diht_jax.records.schema import Pair
 
@@ -147,7 +147,7 @@ WINOGROUND = Protocol(
         "image": Metric("share", "image score"),
         "group": Metric("share", "group score"),
     },
-    options={"caption_template": CAPTION_TEMPLATE},
+    options={"caption_template": parse_text},
     defaults={"caption_template": PHOTO_TEMPLATE},
     reader="winoground",
 )

@@ -19,13 +19,13 @@ import numpy as np
 
 from diht_jax.evaluation.embedding.encoding import Encoder, UnusablePair, check_finite
 from diht_jax.evaluation.protocols.base import (
-    CAPTION_TEMPLATE,
     Measured,
     Metric,
     Protocol,
     Task,
     choice,
     fill_caption_template,
+    parse_text,
 )
 from diht_jax.records.schema import Pair
 
@@ -239,7 +239,7 @@ PROTOCOL = Protocol(
         for name, metric in _METRICS.items()
     },
     options={
-        "caption_template": CAPTION_TEMPLATE,
+        "caption_template": parse_text,
         "equal_captions": choice("equal_captions", "wrong", "right"),
     },
 )
