@@ -6,11 +6,10 @@ Each teacher's file defines a `TeacherKind`; `registry.py` lists the teachers.
 from __future__ import annotations
 
 import abc
-import collections
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from concurrent import futures
 from typing import Any
 
 import ml_collections
@@ -21,6 +20,7 @@ from diht_jax.input import transforms
 from diht_jax.input.transforms import ImageError, decode_rgb
 from diht_jax.input.workers import usable_cores
 from diht_jax.records.schema import Record
+from diht_jax.storage.files import map_many
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -175,15 +175,11 @@ def prepare_ahead(
     prepare: Callable[[Record], Any],
 ) -> Iterator[tuple[list[Record], list[Any]]]:
     """Yields batches of records with their prepared values, and prepares the next meanwhile."""
-    ahead: collections.deque[tuple[list[Record], list[futures.Future]]] = collections.deque()
-    pool = futures.ThreadPoolExecutor(min(max_threads, usable_cores()))
-    records = iter(records)
-    try:
-        while (chunk := list(itertools.islice(records, batch_size))) or ahead:
-            if chunk:
-                ahead.append((chunk, [pool.submit(prepare, record) for record in chunk]))
-            if len(ahead) > 1 or not chunk:
-                done, prepared = ahead.popleft()
-                yield done, [future.result() for future in prepared]
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # as in `map_many`
+    threads = min(max_threads, usable_cores())
+    prepared = map_many(
+        lambda record: (record, prepare(record)), records, num_threads=threads, ahead=batch_size
+    )
+    with contextlib.closing(prepared):
+        while chunk := list(itertools.islice(prepared, batch_size)):
+            done, values = zip(*chunk, strict=True)
+            yield list(done), list(values)

@@ -38,6 +38,8 @@ _HAVE_FOLDERS = ("file", "local", "sftp", "ssh", "ftp", "smb", "hdfs", "webhdfs"
 _TEMPORARY = re.compile(r"\.(.+)\.\d+-[0-9a-f]{8}\.tmp")  # names made by `temporary_path`
 _CHECKSUM = "checksum"
 _READ_THREADS = 32  # concurrent reads of small files in a store
+# Limit for encoded images that wait for a thread; an ordinary batch needs a tenth of it.
+_WAITING_BYTES = 2**28
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -106,24 +108,38 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
 
 
 def map_many(
-    function: Callable[[_Item], _Result], items: Iterable[_Item], where: str | None = None
-) -> Iterator[_Result]:
+    function: Callable[[_Item], _Result],
+    items: Iterable[_Item],
+    where: str | None = None,
+    *,
+    num_threads: int = _READ_THREADS,
+    ahead: int = _READ_THREADS - 1,
+    num_bytes: Callable[[_Item], int] = lambda _: 0,
+) -> Generator[_Result]:
     """Maps a function over items and yields the results in order, holding only a few at a time.
 
     A thread pool calls the function, unless `where`, a file or folder that it reads, is local.
+
+    Args:
+        num_threads: size of the pool.
+        ahead: items in flight at a time; fewer if by `num_bytes` they take much memory.
     """
     if where is not None and not is_remote(where):
         yield from map(function, items)
         return
-    waiting: collections.deque[futures.Future[_Result]] = collections.deque()
-    pool = futures.ThreadPoolExecutor(_READ_THREADS)
+    waiting: collections.deque[tuple[futures.Future[_Result], int]] = collections.deque()
+    waiting_bytes = 0
+    pool = futures.ThreadPoolExecutor(num_threads)
     try:
         for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) == _READ_THREADS:
-                yield waiting.popleft().result()
+            waiting.append((pool.submit(function, item), num_bytes(item)))
+            waiting_bytes += waiting[-1][1]
+            while len(waiting) > ahead or waiting_bytes > _WAITING_BYTES:
+                result, size = waiting.popleft()
+                waiting_bytes -= size
+                yield result.result()
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting.popleft()[0].result()
     finally:
         # The garbage collector may get here while a thread starts, and then a wait for another
         # thread would never end.

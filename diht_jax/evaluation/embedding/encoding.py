@@ -14,7 +14,6 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent import futures
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -24,14 +23,12 @@ from diht_jax.evaluation.embedding.entries import Order, Processes, Units, decod
 from diht_jax.input.transforms import ImageError
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
+from diht_jax.storage.files import map_many
 from diht_jax.terminal import ProgressBar
 
 # Batches of decoded images that wait for the device: enough to keep the threads busy during a
 # device step, and small enough for a laptop's memory.
 _BATCHES_AHEAD = 2
-
-# Limit for encoded images that wait for a thread; an ordinary window needs a tenth of it.
-_WAITING_BYTES = 2**28
 
 _DROPPED_KEYS_KEPT = 10
 
@@ -267,12 +264,10 @@ def _decode_ahead(
     window: int,
     num_threads: int | None,
 ) -> Generator[tuple[_Row, np.ndarray | None]]:
-    """Yields rows with their pixels, in order, with up to `window` entries in flight.
+    """Returns rows with their pixels, in order, with up to `window` entries in flight."""
 
-    The window shrinks when the encoded images take much memory.
-    """
-
-    def decode(order: Order, entry: Pair | Skipped) -> tuple[_Row, np.ndarray | None]:
+    def decode(ordered: tuple[Order, Pair | Skipped]) -> tuple[_Row, np.ndarray | None]:
+        order, entry = ordered
         if isinstance(entry, Skipped):
             return _Row(order, entry.key, reason=entry.reason), None
         try:
@@ -284,19 +279,10 @@ def _decode_ahead(
             reason = f"image_{error.reason}"
         return _Row(order, entry.key, reason=reason), None
 
-    pool = futures.ThreadPoolExecutor(num_threads or min(os.cpu_count() or 1, 16))
-    queue: collections.deque[tuple[futures.Future, int]] = collections.deque()
-    waiting_bytes = 0
-    try:
-        for order, entry in entries:
-            size = len(entry.image) if isinstance(entry, Pair) else 0
-            queue.append((pool.submit(decode, order, entry), size))
-            waiting_bytes += size
-            while len(queue) > window or waiting_bytes > _WAITING_BYTES:
-                work, size = queue.popleft()
-                waiting_bytes -= size
-                yield work.result()
-        for work, _ in queue:
-            yield work.result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # as in `map_many`
+    return map_many(
+        decode,
+        entries,
+        num_threads=num_threads or min(os.cpu_count() or 1, 16),
+        ahead=window,
+        num_bytes=lambda ordered: len(ordered[1].image) if isinstance(ordered[1], Pair) else 0,
+    )
