@@ -176,7 +176,7 @@ def _write(
     """Writes the model with its card, the record and the plot, and prints the record."""
     from diht_jax.evaluation.charts import draw_trade_off
     from diht_jax.evaluation.results import write_results
-    from diht_jax.weights.export import find_lost_scalars, write_model
+    from diht_jax.weights.export import write_model
     from diht_jax.weights.model_card import model_card
 
     card = model_card(
@@ -185,7 +185,6 @@ def _write(
         output.name,
         members=[(member["model"], member["weight"]) for member in record["members"]],
         results=[("diht_jax.average", record["metrics"])] if "metrics" in record else [],
-        lost=find_lost_scalars(format, model.arch, model.loss_scalars, output.name),
         license=license,
     )
     write_model(output, format, model, card=card, dtype=dtype)

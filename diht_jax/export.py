@@ -72,7 +72,7 @@ def export_model(
 
     from diht_jax.evaluation.results import named_metrics, read_results
     from diht_jax.loading import read_model
-    from diht_jax.weights.export import check_target, find_lost_scalars, write_model
+    from diht_jax.weights.export import check_target, write_model
     from diht_jax.weights.model_card import model_card
 
     output = pathlib.Path(output)
@@ -87,7 +87,6 @@ def export_model(
         logging.warning("%s: there are no concept heads to keep", model)
     if source.decoder is not None:
         logging.warning("%s: the caption decoder is left out, no format has one", model)
-    lost = find_lost_scalars(format, source.arch, source.loss_scalars, model)
     source = dataclasses.replace(source, params=jax.tree.map(np.asarray, source.params))
     card = model_card(
         format,
@@ -95,7 +94,6 @@ def export_model(
         model,
         results=measured,
         heads=sorted(source.heads) if keep_heads else (),
-        lost=lost,
         license=license,
         hub_name=push,
     )

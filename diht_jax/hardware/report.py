@@ -147,12 +147,7 @@ def describe_step(report: StepReport) -> str:
         *_flops_lines(report),
     ]
     if report.traffic is not None:
-        lines += _traffic_lines(report, report.traffic)
-        roofline = report.roofline
-        lines += ["", *_roofline_lines(report, roofline)]
-        if roofline is not None:
-            rate = report.batch_size / roofline.scheduled_secs
-            lines += ["", *describe_input(report.topology, rate)]
+        lines += [*_traffic_lines(report, report.traffic), "", *_roofline_lines(report)]
     lines += ["", _verdict(report)]
     return "\n".join(lines)
 
@@ -258,8 +253,8 @@ def _traffic_lines(report: StepReport, traffic: Traffic) -> list[str]:
     return lines
 
 
-def _roofline_lines(report: StepReport, estimate: Roofline | None) -> list[str]:
-    chip, traffic = report.topology.chip, report.traffic
+def _roofline_lines(report: StepReport) -> list[str]:
+    chip, traffic, estimate = report.topology.chip, report.traffic, report.roofline
     if estimate is None or chip is None or traffic is None:
         kind = report.topology.devices[0].device_kind
         return [f"no estimate of the time: the peak rates of '{kind}' are not known"]
@@ -267,11 +262,12 @@ def _roofline_lines(report: StepReport, estimate: Roofline | None) -> list[str]:
     network = f"at up to {chip.link_bytes_per_sec / 1e9:.0f} GB/s"
     if _has_hosts(report) and chip.network_bytes_per_sec:
         network += f", {chip.network_bytes_per_sec / 1e9:.0f} GB/s a GPU between hosts"
+    rate = report.batch_size / estimate.scheduled_secs
     lines = [
         "the least time of a step (bounds, not measurements)",
         _row("as scheduled, in order", f"{_ms(estimate.scheduled_secs)}"),
         *(_row(f"  {kind}", _ms(secs)) for kind, secs in estimate.secs_by_kind.items() if secs),
-        _row("examples per second <=", f"{report.batch_size / estimate.scheduled_secs:,.0f}"),
+        _row("examples per second <=", f"{rate:,.0f}"),
         _row("MFU <= model / (peak x step)", f"{estimate.scheduled_mfu:.1%}"),
         "with everything overlapped, a weaker bound",
         _row(
@@ -292,7 +288,7 @@ def _roofline_lines(report: StepReport, estimate: Roofline | None) -> list[str]:
     ]
     if unknown := traffic.unknown_kernels:
         lines.insert(2, f"  ({unknown} kernels of unknown length, by their memory traffic alone)")
-    return lines
+    return [*lines, "", *describe_input(report.topology, rate)]
 
 
 def _verdict(report: StepReport) -> str:

@@ -102,18 +102,16 @@ class Architecture:
             raise ValueError(
                 f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}"
             )
-        for tower in ("vision", "text"):
-            width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
-            if width % heads:
-                raise ValueError(f"{tower}_width {width} is no multiple of {tower}_heads {heads}")
-        pool_heads, width = self.vision_pool_heads, self.vision_width
-        if pool_heads is None and (not self.class_token or self.rotary_grid is not None):
+        needs_pool = not self.class_token or self.rotary_grid is not None
+        if self.vision_pool_heads is None and needs_pool:
             field = "rotary_grid" if self.class_token else "class_token=False"
             raise ValueError(f"{field} needs vision_pool_heads, since all tokens are pooled then")
-        if pool_heads is not None and width % pool_heads:
-            raise ValueError(
-                f"vision_width {width} is no multiple of vision_pool_heads {pool_heads}"
-            )
+        for field in ("vision_heads", "text_heads", "vision_pool_heads"):
+            tower, heads = field.partition("_")[0], getattr(self, field)
+            width = getattr(self, f"{tower}_width")
+            if heads is not None and width % heads:
+                raise ValueError(f"{tower}_width {width} is no multiple of {field} {heads}")
+        width = self.vision_width
         if self.rotary_grid is not None and width // self.vision_heads % 4:
             raise ValueError(
                 f"rotary_grid needs heads of a multiple of 4, got {width} / {self.vision_heads}"

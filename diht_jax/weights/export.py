@@ -189,23 +189,21 @@ def check_target(output: pathlib.Path, format: str, dtype: str) -> None:
         raise ValueError(f"{output}: nothing can be written to {present}; name another directory")
 
 
-def find_lost_scalars(
-    format: str, arch: Architecture, loss_scalars: Mapping[str, float], name: str
-) -> list[str]:
+def find_lost_scalars(format: str, model: ModelFiles, name: str) -> list[str]:
     """Returns the names of learnt loss scalars of the model `name` that a format cannot store.
 
     SigLIP's bias can be stored in transformers' SiglipModel, and in open_clip models with timm
     towers. All others are logged.
     """
-    holds_bias = format not in _PROGRAMS and open_clip_layout.is_timm(arch)
-    lost = [scalar for scalar in loss_scalars if not (holds_bias and scalar == LOGIT_BIAS)]
+    holds_bias = format not in _PROGRAMS and open_clip_layout.is_timm(model.arch)
+    lost = [scalar for scalar in model.loss_scalars if not (holds_bias and scalar == LOGIT_BIAS)]
     for scalar in lost:
         logging.warning(
             "%s: %s=%.6g, which the loss has learnt, is left out, since format '%s' has no place "
             "for it: it is in the card. Probabilities of pairs need it, similarities do not",
             name,
             scalar,
-            loss_scalars[scalar],
+            model.loss_scalars[scalar],
             format,
         )
     return lost

@@ -20,6 +20,7 @@ from diht_jax.pages.render import render
 from diht_jax.records.train_data import TrainSource, find_inputs, parse_train
 from diht_jax.records.vocabulary import find_train_vocabulary
 from diht_jax.storage.files import join, parse_checked_object, read_bytes, read_object
+from diht_jax.weights.export import find_lost_scalars
 from diht_jax.weights.open_clip_layout import is_timm
 from diht_jax.weights.source import ModelFiles
 
@@ -45,7 +46,6 @@ def model_card(
     members: Sequence[tuple[str, float]] = (),
     results: Sequence[tuple[str, Mapping[str, Any]]],
     heads: Sequence[str] = (),
-    lost: Sequence[str] = (),
     license: str | None = None,
     hub_name: str | None = None,
 ) -> str:
@@ -58,7 +58,6 @@ def model_card(
         members: (name, weight) of each averaged model; empty for a single model.
         results: (source, {metric: value}) of each evaluation.
         heads: names of the concept heads that were kept.
-        lost: names of learnt loss parameters that the format cannot store.
         license: of the weights, as stated by the user.
         hub_name: `hf-hub:owner/name`, for a model that is written to the hub.
     """
@@ -76,6 +75,7 @@ def model_card(
         names = ", ".join(part.names[number] for number in order[:_SHOWN_CONCEPTS])
         more = " ..." if len(part) > _SHOWN_CONCEPTS else ""
         concepts.append(f"{part.kind} ({len(part):,}): {names}{more}")
+    lost = find_lost_scalars(format, model, name)
     fields = [(field, v) for field, v in dataclasses.asdict(model.arch).items() if v is not None]
     return render(
         "model_card.md",

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import io
 import os
 import pathlib
 import zlib
@@ -26,7 +25,7 @@ import pyarrow
 from PIL import Image
 
 from diht_jax.evaluation.embedding.files import SETTINGS_FILE, read_object
-from diht_jax.input.transforms import ImageError, decode_rgb, load_rgb, open_image
+from diht_jax.input.transforms import ImageError, decode_rgb, encode, load_rgb, open_image
 from diht_jax.readers import image_folder
 from diht_jax.records.schema import Pair
 from diht_jax.storage import files
@@ -289,6 +288,4 @@ def make_thumbnail(data: bytes) -> bytes:
     except ImageError:
         return b""
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BICUBIC)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=80)
-    return buffer.getvalue()
+    return encode(image, "JPEG", quality=80)
