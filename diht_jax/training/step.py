@@ -157,6 +157,7 @@ def loss_gradients(
     """
     terms = active_terms(config)
     examples = with_kept_patches(state, batch, definition.arch, config.model.patch_dropout, mesh)
+    num_rows = len(batch["tokens"])
     encode = functools.partial(
         encode_examples,
         definition=definition,
@@ -166,19 +167,29 @@ def loss_gradients(
     )
     # Differentiating by the trained parameters alone avoids the backward pass of a locked tower.
     trained, frozen = split_parameters(config.optimizer, state.params)
-
+    split = sharding.tree_shardings((trained, frozen), mesh)
+    rows = PartitionSpec(sharding.BATCH_AXES)
     kept = None if state.record_means is None else (state.record_means, state.step)
 
-    def loss_fn(trained: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
-        encoded = encode_on_mesh(
-            encode,
-            trained,
-            frozen,
-            examples,
-            mesh=mesh,
-            micro_batch=config.micro_batch,
-            scan_layers=definition.execution.scan_layers,
+    # Each device encodes its own rows. The transposed `shard_map` sums each gradient over devices
+    # once, after the last micro-batch, in the parameter's dtype; it is sharded like the parameters.
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(*jax.tree.map(lambda leaf: leaf.spec, split), rows),
+        out_specs=rows,
+        check_vma=False,
+    )
+    def encode_rows(trained: Tree, frozen: Tree, examples: Tree) -> Tree:
+        params = merge_parameters(trained, frozen)
+        if definition.execution.scan_layers:  # stacked once for all micro-batches
+            params = stack_blocks(params)
+        return encode_in_parts(
+            encode, params, examples, num_rows // (config.micro_batch or num_rows)
         )
+
+    def loss_fn(trained: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
+        encoded = encode_rows(trained, frozen, examples)
         params = merge_parameters(trained, frozen)
         loss, metrics, means = total_loss(
             encoded, params, examples, terms=terms, mesh=mesh, config=config, kept=kept
@@ -189,86 +200,34 @@ def loss_gradients(
     return grads, metrics, means
 
 
-def encode_on_mesh(
-    encode: Encode,
-    trained: dict[str, Any],
-    frozen: dict[str, Any],
-    examples: dict[str, jax.Array],
-    *,
-    mesh: Mesh,
-    micro_batch: int | None = None,
-    scan_layers: bool = False,
-) -> dict[str, jax.Array]:
-    """Encodes the global batch; each device encodes its own rows.
+def encode_in_parts(encode: Encode, params: Tree, examples: Tree, count: int) -> Tree:
+    """Computes `encode(params, examples)` with memory for one of `count` micro-batches.
 
-    Differentiable with respect to `trained`, whose gradient is summed over all devices and
-    sharded like the parameters.
-
-    Args:
-        encode: receives this device's shard of every parameter, and gathers it with
-            `sharding.ParameterGather`.
-        trained: nested dict of parameters, sharded by the partition rules, one entry per layer.
-        examples: arrays [N, ...], sharded over the mesh by rows.
-        micro_batch: examples to encode at once, over all devices; see `in_micro_batches`.
-        scan_layers: whether `encode` expects stacked blocks.
-
-    Returns:
-        The results of `encode`, [N, ...], sharded over the mesh by rows.
-    """
-    split = sharding.tree_shardings((trained, frozen), mesh)
-    rows = PartitionSpec(sharding.BATCH_AXES)
-    batch_size = next(iter(examples.values())).shape[0]
-    count = batch_size // (micro_batch or batch_size)
-
-    def encode_rows(trained, frozen, examples):
-        params = merge_parameters(trained, frozen)
-        # Stacked once for all micro-batches.
-        params = stack_blocks(params) if scan_layers else params
-        if count == 1:
-            return encode(params, examples)
-        return in_micro_batches(encode, count)(params, examples)
-
-    # The transposed `shard_map` sums each gradient over devices once, after the last micro-batch,
-    # in the parameter's dtype.
-    return jax.shard_map(
-        encode_rows,
-        mesh=mesh,
-        in_specs=(*jax.tree.map(lambda leaf: leaf.spec, split), rows),
-        out_specs=rows,
-        check_vma=False,
-    )(trained, frozen, examples)
-
-
-def in_micro_batches(encode: Encode, count: int) -> Encode:
-    """Wraps `encode` to need memory for only one of `count` micro-batches; same gradient.
-
-    The forward pass keeps only the results. The backward pass receives their cotangents from a loss
-    over the whole batch, and encodes each micro-batch again to backpropagate its part.
-    Results are exact if `encode` treats examples independently; random keys must be part of the
-    examples. Source: GradCache (Gao et al. 2021, arXiv 2101.06983).
+    The gradient is the same. The forward pass keeps only the results. The backward pass receives
+    their cotangents from a loss over the whole batch, and encodes each micro-batch again to
+    backpropagate its part. Results are exact if `encode` treats examples independently; random keys
+    must be part of the examples. Source: GradCache (Gao et al. 2021, arXiv 2101.06983).
 
     Args:
         encode: function of parameters and `b / count` examples.
         count: number of micro-batches; divides b.
     """
+    if count == 1:
+        return encode(params, examples)
+    dtypes = jax.tree.map(lambda p: p.dtype, params)
+    # Gradients are summed in at least float32, since the sum is long.
+    wide = jax.tree.map(lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)), params)
 
-    def encode_all(params: Tree, examples: Tree) -> Tree:
-        dtypes = jax.tree.map(lambda p: p.dtype, params)
-        # Gradients are summed in at least float32, since the sum is long.
-        wide = jax.tree.map(lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)), params)
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def encode_part(wide: Tree, part: Tree) -> Tree:
+        return encode(jax.tree.map(lambda p, dtype: p.astype(dtype), wide, dtypes), part)
 
-        @functools.partial(jax.checkpoint, prevent_cse=False)
-        def encode_part(wide: Tree, part: Tree) -> Tree:
-            return encode(jax.tree.map(lambda p, dtype: p.astype(dtype), wide, dtypes), part)
-
-        parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), examples)
-        # Reversed, so that the backward pass runs from the first micro-batch to the last.
-        _, encoded = jax.lax.scan(
-            lambda _, part: (None, encode_part(wide, part)), None, parts, reverse=True
-        )
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), encoded)
-
-    return encode_all
+    parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), examples)
+    # Reversed, so that the backward pass runs from the first micro-batch to the last.
+    _, encoded = jax.lax.scan(
+        lambda _, part: (None, encode_part(wide, part)), None, parts, reverse=True
+    )
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), encoded)
 
 
 def encode_examples(
