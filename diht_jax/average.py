@@ -240,8 +240,8 @@ class _Models:
         chosen: tuple[str | None, str | None],
     ):
         """Checks that `ema` and `architecture`, if given, apply to at least one of the models."""
+        from diht_jax.training.workdir.saved_run import is_run
         from diht_jax.training.workdir.stored_run import local_run
-        from diht_jax.training.workdir.trained_model import is_run
 
         self._runs = {name for name in names if is_run(local_run(name))}
         given = f"--models={','.join(names)}"

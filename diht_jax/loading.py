@@ -25,13 +25,14 @@ from diht_jax.training.recipe import default_config, pictures_of
 from diht_jax.training.terms.concepts import HEADS
 from diht_jax.training.workdir.saved_run import (
     checkpoint_root,
+    is_run,
     open_tokenizer,
     read_checks,
     read_config,
+    restore_model,
     steps_of_run,
 )
 from diht_jax.training.workdir.stored_run import local_run
-from diht_jax.training.workdir.trained_model import is_run, restore_model
 from diht_jax.weights.clip_layout import heads_to_clip
 from diht_jax.weights.inference import LoadedModel
 from diht_jax.weights.releases import RELEASES

@@ -36,12 +36,13 @@ from diht_jax.training.workdir.saved_run import (
     TOKENIZER_DIRECTORY,
     checkpoint_root,
     finished_steps,
+    is_run,
     read_config,
     read_position,
+    restore_model,
     steps_of_run,
 )
 from diht_jax.training.workdir.stored_run import local_run, read_manifests
-from diht_jax.training.workdir.trained_model import is_run, restore_model
 from diht_jax.weights.releases import RELEASES
 from diht_jax.weights.settings import Preprocessing, field_value
 from diht_jax.weights.source import ModelFiles, read_weights
