@@ -37,21 +37,10 @@ _MAX_FILES = 3
 _CROP_DEPTH = 3
 
 
-@dataclasses.dataclass(frozen=True)
-class Position:
-    """A snapshot of an iterator's position in the data."""
-
-    state: dict[str, int]
-
-    def get_state(self) -> dict[str, int]:
-        """Returns the state for `TrainIterator.set_state`."""
-        return self.state
-
-
 class StoppedWaiting(Exception):
-    """A stop was requested while the batch at `position` did not arrive."""
+    """A stop was requested while the batch at `position`, from `get_state`, did not arrive."""
 
-    def __init__(self, position: Position):
+    def __init__(self, position: dict[str, int]):
         super().__init__("the input stalls")
         self.position = position
 
@@ -184,7 +173,7 @@ class TrainIterator:
         Raises:
             StoppedWaiting: waiting was stopped; the iterator can no longer be used.
         """
-        position = Position(self.get_state())
+        position = self.get_state()
         fetched = workers.run_in_thread(self.__next__, "next_batch")
         try:
             waited = stopping = 0.0

@@ -16,7 +16,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from diht_jax import sharding
-from diht_jax.input.pipeline import Position, StoppedWaiting, TrainIterator
+from diht_jax.input.pipeline import StoppedWaiting
 from diht_jax.records.train_data import parse_train
 from diht_jax.terminal import ProgressBar
 from diht_jax.training import recipe, task_evaluation
@@ -185,9 +185,9 @@ class Run:
         """Returns the state of the latest checkpoint, or the initial state of a new run."""
         config = self.config
         if self.checkpointer.latest_step is not None:
-            state = self.checkpointer.restore(self.program.abstract_state(), self.iterator)
-            saved = self.checkpointer.restored_dataset
-            opening.check_same_data(config.data, saved, self.fingerprint)
+            state, position, dataset = self.checkpointer.restore(self.program.abstract_state())
+            opening.check_same_data(config.data, dataset, self.fingerprint)
+            self.iterator.set_state(position)
             return state
         state, arch = self.program.create_state(), self.program.arch
         if config.stage.previous:
@@ -251,7 +251,7 @@ class Run:
             if saves or step % self.config.log_every_steps == 0 or step == self.patch_dropout_steps:
                 progress.set_postfix_str(self._write_line(step))
             if saves:
-                self._save(self.iterator)
+                self._save(self.iterator.get_state())
             if stop_requested and (not at_end or self.has_next_stage):
                 progress.close()
                 raise Stopped(f"stopped after step {step} of {self.total_steps}")
@@ -378,13 +378,13 @@ class Run:
         if curves is not None:
             self.writer.write_picture(last_step, "curves", curves)
 
-    def _save(self, position: TrainIterator | Position) -> None:
+    def _save(self, position: dict[str, int]) -> None:
         """Saves the metrics and the state; the files of the state may be finished later."""
         with self.wall_time.during("checkpoint"):
             self.writer.sync()
             self.checkpointer.save(self.state, position)
 
-    def _stop_before(self, step: int, position: Position) -> None:
+    def _stop_before(self, step: int, position: dict[str, int]) -> None:
         """Saves the state before a step whose batch does not come, if it is not saved yet.
 
         Raises:

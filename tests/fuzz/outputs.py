@@ -42,7 +42,6 @@ from tests.data_prep.duplicates.jobs import duplicates_config, scene, write_pict
 from tests.data_prep.filtering.jobs import job_config
 from tests.data_prep.labelling.pictures import label_config
 from tests.records.labels import write_clip_embeddings
-from tests.training.conftest import Position
 
 PICTURES = ("abc", "xyz")  # hashes of the images whose text was read, by seed
 EXPORTS = ("clip", "open_clip", "huggingface", "safetensors")
@@ -63,6 +62,9 @@ class Model(make.HashedModel):
     def caption(self, images: Sequence[np.ndarray], **_: Any) -> list[str]:
         """Returns different texts for different images."""
         return [f"of {int(image.sum())}" for image in images]
+
+
+POSITION = {"next_example": 7}
 
 
 def write_all(folder: pathlib.Path, seed: int) -> None:
@@ -185,7 +187,7 @@ def _write_models(folder: pathlib.Path, seed: int) -> None:
     keep_tokenizer(own.tokenizer, run)
     checkpointer = Checkpointer(run, keep_last=2)
     for step in (1, 2):
-        checkpointer.save(train_state(step, model.params), Position(7))
+        checkpointer.save(train_state(step, model.params), POSITION)
     checkpointer.close()
     times = WallTime(run, 0, began=0.0, clock=lambda: 3.0)
     times.save()

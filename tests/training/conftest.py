@@ -103,19 +103,6 @@ def no_curves():
         yield
 
 
-class Position:
-    """A data iterator that only stores its position."""
-
-    def __init__(self, next_example):
-        self.next_example = next_example
-
-    def get_state(self):
-        return {"next_example": self.next_example}
-
-    def set_state(self, state):
-        self.next_example = state["next_example"]
-
-
 def write_weights(
     folder: pathlib.Path, arch: Architecture, form: str = "safetensors", **facts: Any
 ) -> Any:

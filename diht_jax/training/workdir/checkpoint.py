@@ -20,7 +20,6 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from diht_jax.input.pipeline import Position, TrainIterator
 from diht_jax.training.multihost import TemporaryError, first_text, gather_texts
 from diht_jax.training.step import TrainState
 from diht_jax.training.workdir.saved_run import (
@@ -73,9 +72,6 @@ class Checkpointer:
 
     A checkpoint counts once it is complete. When the run resumes, it removes incomplete ones, which
     a killed process leaves.
-
-    Attributes:
-        restored_dataset: the `dataset` stored in the restored checkpoint; empty before.
     """
 
     def __init__(
@@ -102,7 +98,6 @@ class Checkpointer:
         self._dataset = dataset
         self._saving: int | None = None
         self._failure: SaveError | None = None
-        self.restored_dataset: dict[str, Any] = {}
         self._found = shared_steps(self._root)
         # If there are checkpoints, `restore` opens it once it knows which ones are intact.
         self._manager: Any = None if self._found else self._open()
@@ -119,8 +114,10 @@ class Checkpointer:
         """Steps of the checkpoints, including one being saved; needs an open manager."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state: TrainState, iterator: TrainIterator | Position) -> None:
+    def save(self, state: TrainState, position: dict[str, int]) -> None:
         """Starts saving, unless this step is already saved; returns before the files are finished.
+
+        `position` is that in the data, from `TrainIterator.get_state`.
 
         If a checkpoint cannot be written (such as on a full disk), an error is logged and the run
         continues with the earlier ones; the next call tries again. A job of several processes ends
@@ -133,7 +130,6 @@ class Checkpointer:
         step = int(state.step)
         if step == self.latest_step:
             return
-        position = iterator.get_state()
         checks = {
             CHECKSUMS: tree_checksums(state),
             "place": json_checksum(position),
@@ -154,11 +150,14 @@ class Checkpointer:
         except Exception as error:  # the type depends on where the storage fails
             self._report_failure(error)
 
-    def restore(self, target: TrainState, iterator: TrainIterator) -> TrainState:
+    def restore(self, target: TrainState) -> tuple[TrainState, dict[str, int], dict[str, Any]]:
         """Restores the latest intact state, sharded like `target`.
 
         Moves damaged checkpoints after it to `corrupt_checkpoints/`, so that their steps can
         be saved again.
+
+        Returns:
+            The state, the position in the data, and the `dataset` of the checkpoint.
 
         Raises:
             ValueError: no checkpoint can be read; has the reason for each.
@@ -188,10 +187,8 @@ class Checkpointer:
         for damaged, problem in problems.items():
             self._set_aside(damaged, problem, instead=step)
         self._manager = self._open()
-        iterator.set_state(position)
-        self.restored_dataset = checks["dataset"]
         logging.info("resumed at step %d", step)
-        return state
+        return state, position, checks["dataset"]
 
     def close(self) -> None:
         """Waits until everything is on disk.

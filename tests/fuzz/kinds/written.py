@@ -54,7 +54,6 @@ from tests.data_prep.filtering.jobs import snapshot
 from tests.fuzz import outputs
 from tests.fuzz.damage import Draw, damage_file
 from tests.fuzz.judge import ERROR, SUCCESS, Refused, attempt, require
-from tests.training.conftest import Position
 
 _INDEXED = r"[^/]*\.(tfrecord|array_record|tar)(\.idx)?|dataset.index"
 _BASE = pathlib.Path()  # the intact files: folder "0", and "1" with other contents
@@ -213,11 +212,10 @@ def _fetch(folder: pathlib.Path) -> Any:
 def _resume(folder: pathlib.Path) -> Any:
     target = outputs.train_state(0, read_weights(_BASE / "0" / "weights.safetensors").params)
     checkpointer = Checkpointer(folder / "run", keep_last=2)
-    position = Position(0)
-    state = checkpointer.restore(target, position)
+    state, position, _ = checkpointer.restore(target)
     checkpointer.close()
-    # The state of the step before is equal otherwise.
-    return dataclasses.replace(state, step=None), position.next_example
+    assert position == outputs.POSITION
+    return dataclasses.replace(state, step=None)  # the state of the step before is equal otherwise
 
 
 def _read_progress(folder: pathlib.Path) -> Any:

@@ -12,8 +12,12 @@ from diht_jax.training.step import TrainState
 from diht_jax.training.workdir.checkpoint import BestStep, Checkpointer, SaveError
 from diht_jax.training.workdir.saved_run import tree_checksums, write_config
 from tests import make
-from tests.training.conftest import Position, saved_steps
+from tests.training.conftest import saved_steps
 from tests.waiting import wait_until
+
+
+def position(next_example):
+    return {"next_example": next_example}
 
 
 def state_of(step, value=0.0, size=64):
@@ -30,9 +34,8 @@ def state_of(step, value=0.0, size=64):
 
 def restore(workdir):
     checkpointer = Checkpointer(workdir, keep_last=5)
-    position = Position(0)
-    state = checkpointer.restore(state_of(0), position)
-    return checkpointer, state, position
+    state, found, _ = checkpointer.restore(state_of(0))
+    return checkpointer, state, found
 
 
 @pytest.mark.parametrize(
@@ -47,7 +50,7 @@ def test_the_last_ones_and_the_best_one_stay(tmp_path, keep_last, lower_is_bette
     best = BestStep(lower_is_better)
     checkpointer = Checkpointer(tmp_path, keep_last=keep_last, best=best)
     for step, score in scores.items():
-        checkpointer.save(state_of(step), Position(step * 10))
+        checkpointer.save(state_of(step), position(step * 10))
         if score is not None:
             best.values[step] = score
     checkpointer.close()
@@ -59,7 +62,7 @@ def two_steps(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_steps")
     checkpointer = Checkpointer(folder, keep_last=5)
     for step in (1, 2):
-        checkpointer.save(state_of(step), Position(step * 10))
+        checkpointer.save(state_of(step), position(step * 10))
     checkpointer.close()
     return folder
 
@@ -98,11 +101,11 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
 ):
     shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
     damage(find(tmp_path / "checkpoints" / "2"))
-    checkpointer, state, position = restore(tmp_path)
-    assert int(state.step) == 1 and position.next_example == 10
+    checkpointer, state, found = restore(tmp_path)
+    assert int(state.step) == 1 and found == position(10)
     assert "the checkpoint of step 2 is damaged" in caplog.text and cause in caplog.text
     assert saved_steps(tmp_path) == [1] and (tmp_path / "corrupt_checkpoints" / "2-0").is_dir()
-    checkpointer.save(state_of(2), Position(20))
+    checkpointer.save(state_of(2), position(20))
     checkpointer.close()
     checkpointer, state, _ = restore(tmp_path)
     checkpointer.close()
@@ -145,21 +148,20 @@ def test_on_a_full_disk_the_earlier_checkpoint_stays_and_the_run_goes_on(mount_t
     small_disk = mount_tmpfs("size=2m")
     size = 2000  # 0.5 MB per state
     checkpointer = Checkpointer(small_disk / "run", keep_last=1)
-    checkpointer.save(state_of(1, size=size), Position(10))
+    checkpointer.save(state_of(1, size=size), position(10))
     checkpointer._finish_saving()
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(1_200_000))
     writer = MetricWriter(small_disk / "run", 0, make.tiny_config())
-    checkpointer.save(state_of(2, size=size), Position(20))
-    checkpointer.save(state_of(3, size=size), Position(30))
+    checkpointer.save(state_of(2, size=size), position(20))
+    checkpointer.save(state_of(3, size=size), position(30))
     assert "the checkpoint of step 2 could not be written, that of step 1 is intact" in caplog.text
     assert "No space left" in caplog.text or "RESOURCE_EXHAUSTED" in caplog.text
     with pytest.raises(SaveError, match="step 3 could not be written, that of step 1 is"):
         checkpointer.close()
     checkpointer = Checkpointer(small_disk / "run", keep_last=1)
-    position = Position(0)
-    restored = checkpointer.restore(state_of(0, size=size), position)
-    assert int(restored.step) == 1 and position.next_example == 10
+    restored, found, _ = checkpointer.restore(state_of(0, size=size))
+    assert int(restored.step) == 1 and found == position(10)
 
     # Temporary folders are removed in the background.
     wait_until(lambda: not list((small_disk / "run" / "checkpoints").glob("*tmp*")))
@@ -175,7 +177,7 @@ def test_on_a_full_disk_the_earlier_checkpoint_stays_and_the_run_goes_on(mount_t
     writer.write(2, {"loss": 2.0})
     writer.close()
     assert [row["step"] for row in read_metrics(small_disk / "run")] == [1, 2]
-    checkpointer.save(state_of(4, size=size), Position(40))
+    checkpointer.save(state_of(4, size=size), position(40))
     checkpointer.close()
     assert saved_steps(small_disk / "run") == [4]
 
