@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diht_jax.records.catalog import Paths, Shard, open_catalog
-from diht_jax.records.dataset_index import END_BYTES
 from diht_jax.records.shard_files import (
     FRAME_BYTES,
     SUFFIXES,
@@ -80,16 +79,6 @@ class _TFRecordShard(OpenShard):
                 "write the shard again"
             ) from error
         raise self.wrong(f"record {record} is not where the index says")
-
-    def _has_damaged_end(self, offsets: np.ndarray) -> bool:
-        ends = np.append(offsets[1:], np.uint64(self.size))
-        at_ends = (offsets < END_BYTES) | (ends + np.uint64(END_BYTES) > self.size)
-        try:
-            for record in np.flatnonzero(at_ends).tolist():
-                self.read(record)
-        except DamagedRecordError:
-            return True
-        return False
 
 
 class TFRecordSource(ShardedRecords):
@@ -181,17 +170,6 @@ class _ArrayRecordShard(OpenShard):
             return shard.index.num_records.item(shard.row), shard.num_bytes, None
         opened = cls(shard)
         return opened.num_records, opened.size, None
-
-    def _has_damaged_end(self, offsets: np.ndarray) -> bool:
-        num_bytes = 0
-        try:
-            for record in range(len(offsets)):
-                num_bytes += len(self.read(record))
-                if num_bytes >= END_BYTES:
-                    break
-        except DamagedRecordError:
-            return True
-        return False
 
     def read(self, record: int) -> bytes:
         if record >= self._reader.num_records():

@@ -18,7 +18,12 @@ import numpy as np
 from diht_jax.records import schema
 from diht_jax.records.catalog import Catalog, Paths, Shard, open_catalog
 from diht_jax.records.dataset_index import END_BYTES, digest_shard, rebuild_command
-from diht_jax.records.shard_files import ShardIndex, TFRecordError, wrong_index
+from diht_jax.records.shard_files import (
+    DamagedRecordError,
+    ShardIndex,
+    TFRecordError,
+    wrong_index,
+)
 from diht_jax.storage.files import map_many
 from diht_jax.storage.stores import RangesFile, input_size, is_remote
 
@@ -306,6 +311,13 @@ class OpenShard:
 
     def _has_damaged_end(self, offsets: np.ndarray) -> bool:
         """Returns whether an end mismatch is a damaged record, which its read reports by itself."""
+        ends = np.append(offsets[1:], np.uint64(self.size))
+        at_ends = (offsets < END_BYTES) | (ends + np.uint64(END_BYTES) > self.size)
+        try:
+            for record in np.flatnonzero(at_ends).tolist():
+                self.read(record)
+        except DamagedRecordError:
+            return True
         return False
 
     def read(self, record: int) -> bytes:
