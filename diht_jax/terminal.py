@@ -1,4 +1,4 @@
-"""Terminal output of commands: escaped text, tables and progress bars.
+"""Terminal output of commands: escaped text, tables, progress bars and logs.
 
 Keys, captions and file names are untrusted. Printed raw, a control character can move the cursor or
 send input to the terminal, a line break can forge a line of the log, and a bidirectional override
@@ -11,7 +11,9 @@ occasional lines in a file.
 from __future__ import annotations
 
 import itertools
+import logging
 import math
+import os
 import re
 import sys
 import time
@@ -30,6 +32,10 @@ _STEERING = (
 )
 _IN_A_LINE = re.compile(f"[{_STEERING}]")
 _BUT_LINE_BREAKS = re.compile(f"(?![\n\t])[{_STEERING}]")
+# Counts at which a repeated warning is written again, and the number of remembered texts.
+_SHOWN_COUNTS = frozenset(10**power for power in range(16))
+_REMEMBERED_TEXTS = 256
+_LIBRARIES = f"{os.sep}site-packages{os.sep}"  # part of the paths of their files
 
 
 def print_escaped(text: str = "", file: TextIO | None = None) -> None:
@@ -147,3 +153,40 @@ class ProgressBar(tqdm):
         self._last_line_secs = self._clock()
         self.fp.write(f"{self!s}\n")
         self.fp.flush()
+
+
+class LogHandler(logging.Handler):
+    """Writes logs to stderr above the progress bar.
+
+    Unless `verbose`, messages of libraries below WARNING are dropped, since Orbax logs a page at
+    every save.
+
+    A repeated warning or error is only written at its 10th, 100th, ... occurrence, with the count.
+    Otherwise a failure at every step, such as a write to a full disk, would fill the log.
+    """
+
+    def __init__(self, verbose: bool = False):
+        super().__init__()
+        self._verbose = verbose
+        self._counts: dict[str, int] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes a record, unless it is dropped."""
+        is_serious = record.levelno >= logging.WARNING
+        if not (is_serious or self._verbose) and _LIBRARIES in record.pathname:
+            return
+        try:
+            count = 1
+            if is_serious:
+                message = record.getMessage()
+                # The latest message is the last entry.
+                count = self._counts[message] = self._counts.pop(message, 0) + 1
+                if len(self._counts) > _REMEMBERED_TEXTS:
+                    del self._counts[next(iter(self._counts))]
+            if count not in _SHOWN_COUNTS:
+                return
+            # Text from keys and captions must not control the terminal or imitate a log line.
+            text = escape_lines(self.format(record)).replace("\n", "\n  ")
+            tqdm.write(text + (f" ({count:,} times so far)" if count > 1 else ""), file=sys.stderr)
+        except Exception:
+            self.handleError(record)

@@ -15,7 +15,7 @@ import ml_collections
 import pytest
 from absl import flags
 
-from diht_jax import command_line
+from diht_jax import command_line, terminal
 from diht_jax.command_line import help_text
 from diht_jax.config.checks import walk
 from diht_jax.evaluate import evaluate_model
@@ -54,7 +54,7 @@ def test_a_freed_block_is_used_again():
 
 def test_keys_and_captions_in_logs_and_errors_are_escaped(capsys):
     key = "a.png\x1b[2J\n12:00:00 all is well \u202e"
-    handler = command_line._TqdmHandler()
+    handler = terminal.LogHandler()
     record = logging.LogRecord("x", logging.WARNING, "x.py", 1, "bad record '%s'", (key,), None)
     handler.emit(record)
     with pytest.raises(SystemExit):
@@ -180,7 +180,9 @@ def test_the_sections_have_every_key_once():
 
 def answer(capsys, *arguments):
     with pytest.raises(SystemExit) as caught:
-        command_line._help_or_flags(["train", *arguments], False, default_config, COMMENT_FILES)
+        command_line.parse_flags(
+            ["train", *arguments], config_defaults=default_config, comment_files=COMMENT_FILES
+        )
     captured = capsys.readouterr()
     return caught.value.code, captured.out + captured.err
 

@@ -1,10 +1,17 @@
-"""Start of every command: flags, logs above the progress bar, one-line messages for user errors."""
+"""Start of every command: flags, logs above the progress bar, one-line messages for user errors.
+
+Flags shared by several commands follow one convention. Names are in lower_snake_case, and a name
+means the same in all commands: `--input` is what is read, `--output` what is written, `num_` starts
+a count of things, `--batch_size` counts examples over all devices. A help text states the unit and
+what an unset flag means. A renamed flag keeps its old spelling as an alias.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import logging as python_logging
+import math
 import os
 import re
 import sys
@@ -14,33 +21,18 @@ from typing import Any
 
 import ml_collections
 from absl import app, flags, logging
-from tqdm import tqdm
 
 from diht_jax.command_line import help_text
 from diht_jax.command_line.help_text import read_comments
-from diht_jax.command_line.shared_flags import define_encoding_flags as define_encoding_flags
-from diht_jax.command_line.shared_flags import define_job_array_flags as define_job_array_flags
-from diht_jax.command_line.shared_flags import define_model_flags as define_model_flags
-from diht_jax.command_line.shared_flags import define_prompt_flags as define_prompt_flags
-from diht_jax.command_line.shared_flags import define_task_flags as define_task_flags
-from diht_jax.command_line.shared_flags import fractions as fractions
-from diht_jax.command_line.shared_flags import model_options as model_options
-from diht_jax.command_line.shared_flags import require_flags as require_flags
-from diht_jax.command_line.shared_flags import task_defaults as task_defaults
-from diht_jax.command_line.shared_flags import values as values
 from diht_jax.config import apply_overrides, find_recipe, load_recipe
 from diht_jax.config.checks import check_names, check_unset, walk
 from diht_jax.storage.files import refuse_url
-from diht_jax.terminal import escape_lines, print_escaped
+from diht_jax.terminal import LogHandler, print_escaped
 
 flags.disclaim_key_flags()  # each command's --help lists them as its own flags
 
 # Parameters of mallopt(3), from glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
-# Counts at which a repeated warning is written again, and the number of remembered texts.
-_SHOWN_COUNTS = frozenset(10**power for power in range(16))
-_REMEMBERED_TEXTS = 256
-_LIBRARIES = f"{os.sep}site-packages{os.sep}"  # part of the paths of their files
 _LISTED_KEYS = 5
 _HELP = frozenset(("-h", "-?", "-help", "--help", "-helpshort", "--helpshort"))
 # `--config PATH` and `--config.help [SECTION]` in a command line joined by zero bytes.
@@ -73,11 +65,11 @@ def run(
     app.run(
         functools.partial(_call, main, takes_arguments, writes_to_stores),
         flags_parser=functools.partial(
-            _help_or_flags,
+            parse_flags,
             takes_arguments=takes_arguments,
             config_defaults=config_defaults,
             optional_keys=optional_keys,
-            comment_files=comment_files or {},
+            comment_files=comment_files,
         ),
     )
 
@@ -103,45 +95,18 @@ def keep_freed_memory() -> None:
         mallopt(name, value)
 
 
-def _help_or_flags(
-    argv: Sequence[str],
-    takes_arguments: bool,
-    config_defaults: Callable[[], ml_collections.ConfigDict] | None,
-    comment_files: Mapping[str, str],
-    optional_keys: Collection[str] = (),
-) -> list[str]:
-    """Answers `--help` and `--config.help` and exits, or else calls `parse_flags`."""
-    asked = re.search(_HELP_FLAG, "\0".join(argv))
-    if asked and config_defaults is not None:
-        try:
-            config = config_defaults()
-            for path, arg in _named_recipes(_with_paths(argv))[-1:]:
-                config = load_recipe(path, arg)
-            section = asked[1] or asked[2] or ""
-            text = help_text.describe_keys(config, section, read_comments(comment_files))
-        except ValueError as error:
-            _fail(str(error), status=2)
-        print_escaped(text)
-        sys.exit(0)
-    before = argv[: list(argv).index("--")] if "--" in argv else argv
-    if not _HELP.isdisjoint(before):
-        description = getattr(sys.modules["__main__"], "__doc__", None) or ""
-        found, has_config = help_text.command_flags(), config_defaults is not None
-        print_escaped(help_text.describe_command(description, found, has_config=has_config))
-        sys.exit(0)
-    return parse_flags(argv, takes_arguments, config_defaults, optional_keys)
-
-
 def parse_flags(
     argv: Sequence[str],
     takes_arguments: bool = False,
     config_defaults: Callable[[], ml_collections.ConfigDict] | None = None,
     optional_keys: Collection[str] = (),
+    comment_files: Mapping[str, str] | None = None,
 ) -> list[str]:
     """Parses a command line like `run`; returns the positional arguments.
 
-    A wrong flag or config key exits with 2.
+    Answers `--help` and `--config.help`, and exits. A wrong flag or config key exits with 2.
     """
+    _answer_help(argv, config_defaults, comment_files or {})
     # A shell expands the `~` of `--workdir ~/run`, but not that of `--config.output=~/kept`.
     home = os.path.expanduser("~")
     given = [re.sub(r"^--?[\w.]+=~(?=/|$)", lambda m: m[0][:-1] + home, each) for each in argv]
@@ -178,6 +143,31 @@ def parse_flags(
     if len(rest) > 1 and not takes_arguments:
         _fail(f"unexpected arguments: {' '.join(rest[1:])} (--help lists the flags)", status=2)
     return rest
+
+
+def _answer_help(
+    argv: Sequence[str],
+    config_defaults: Callable[[], ml_collections.ConfigDict] | None,
+    comment_files: Mapping[str, str],
+) -> None:
+    asked = re.search(_HELP_FLAG, "\0".join(argv))
+    if asked and config_defaults is not None:
+        try:
+            config = config_defaults()
+            for path, arg in _named_recipes(_with_paths(argv))[-1:]:
+                config = load_recipe(path, arg)
+            section = asked[1] or asked[2] or ""
+            text = help_text.describe_keys(config, section, read_comments(comment_files))
+        except ValueError as error:
+            _fail(str(error), status=2)
+        print_escaped(text)
+        sys.exit(0)
+    before = argv[: list(argv).index("--")] if "--" in argv else argv
+    if not _HELP.isdisjoint(before):
+        description = getattr(sys.modules["__main__"], "__doc__", None) or ""
+        found, has_config = help_text.command_flags(), config_defaults is not None
+        print_escaped(help_text.describe_command(description, found, has_config=has_config))
+        sys.exit(0)
 
 
 def load_again(argument: str) -> ml_collections.ConfigDict:
@@ -260,48 +250,12 @@ def _with_flags(message: str) -> str:
 def _log_beside_progress_bars(verbose: bool) -> None:
     if logging.get_verbosity() < logging.INFO and not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.INFO)
-    handler = _TqdmHandler(verbose)
+    handler = LogHandler(verbose)
     handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     root = python_logging.getLogger()
     logging.use_absl_handler()
     root.removeHandler(logging.get_absl_handler())
     root.addHandler(handler)
-
-
-class _TqdmHandler(python_logging.Handler):
-    """Writes logs to stderr above the progress bar.
-
-    Unless `verbose`, messages of libraries below WARNING are dropped, since Orbax logs a page at
-    every save.
-
-    A repeated warning or error is only written at its 10th, 100th, ... occurrence, with the count.
-    Otherwise a failure at every step, such as a write to a full disk, would fill the log.
-    """
-
-    def __init__(self, verbose: bool = False):
-        super().__init__()
-        self._verbose = verbose
-        self._counts: dict[str, int] = {}
-
-    def emit(self, record: python_logging.LogRecord) -> None:
-        is_serious = record.levelno >= python_logging.WARNING
-        if not (is_serious or self._verbose) and _LIBRARIES in record.pathname:
-            return
-        try:
-            count = 1
-            if is_serious:
-                message = record.getMessage()
-                # The latest message is the last entry.
-                count = self._counts[message] = self._counts.pop(message, 0) + 1
-                if len(self._counts) > _REMEMBERED_TEXTS:
-                    del self._counts[next(iter(self._counts))]
-            if count not in _SHOWN_COUNTS:
-                return
-            # Text from keys and captions must not control the terminal or imitate a log line.
-            text = escape_lines(self.format(record)).replace("\n", "\n  ")
-            tqdm.write(text + (f" ({count:,} times so far)" if count > 1 else ""), file=sys.stderr)
-        except Exception:
-            self.handleError(record)
 
 
 def set_exit_status(error: BaseException, status: int) -> None:
@@ -312,3 +266,123 @@ def set_exit_status(error: BaseException, status: int) -> None:
 def _fail(message: str, status: int) -> None:
     print_escaped(f"error: {message}", file=sys.stderr)
     sys.exit(status)
+
+
+def define_model_flags() -> None:
+    """Defines `--model` and its related flags."""
+    flags.DEFINE_string(
+        "model", None, "clipart_tiny, a released name, a run, a weight file, or hf-hub:OWNER/NAME."
+    )
+    flags.DEFINE_integer("step", None, "Checkpoint of a work directory; unset: the latest.")
+    flags.DEFINE_bool("ema", False, "Take the moving average of the parameters.")
+    flags.DEFINE_integer(
+        "image_size", None, "Resize the image positions to it, in pixels; unset: the model's own."
+    )
+    flags.DEFINE_integer(
+        "context_length",
+        None,
+        "Stretch the text positions to this many tokens; unset: the model's.",
+    )
+    flags.DEFINE_integer("dim", None, "First numbers of the embeddings to take; unset: all.")
+    flags.DEFINE_list(
+        "architecture", [], "What a bare weight file does not hold: activation=quick_gelu,..."
+    )
+
+
+def model_options() -> dict[str, Any]:
+    """Returns the arguments of `load_model` other than the model, from the flags."""
+    from diht_jax.models.zoo import parse_fields  # imports JAX, which `--help` need not wait for
+
+    return {
+        **values("step", "ema", "image_size", "context_length", "dim"),
+        "architecture": parse_fields(flags.FLAGS.architecture),
+    }
+
+
+def define_encoding_flags() -> None:
+    """Defines the flags of the commands that encode a source of images."""
+    flags.DEFINE_integer(
+        "batch_size", 256, "Images, or texts, a batch, over all devices.", lower_bound=1
+    )
+    flags.DEFINE_integer(
+        "num_threads", None, "Decoding threads; unset: one per core, at most 16.", lower_bound=1
+    )
+
+
+def define_prompt_flags() -> None:
+    """Defines the flags for the words of a zero-shot classifier."""
+    flags.DEFINE_string("class_names", None, "File with one class name a line, in label order.")
+    flags.DEFINE_string(
+        "templates", None, "'a photo of a {}.;a drawing of a {}.', @FILE, cifar10 or imagenet."
+    )
+
+
+def define_task_flags() -> None:
+    """Defines `--tasks` and its related flags, except those for prompts."""
+    flags.DEFINE_list(
+        "tasks",
+        [],
+        "Comma-separated: cifar10, imagenet, coco_retrieval, flickr30k_retrieval=SOURCE, "
+        "classification:SOURCE, retrieval:SOURCE, clip_benchmark:DIR, NAME=KIND:SOURCE; options "
+        "after '?'. docs/reference/tasks.md lists them.",
+    )
+    flags.DEFINE_string(
+        "caption_template",
+        None,
+        "Prompt around a caption, '{caption}' for none; unset: that of the model's training, or of "
+        "a benchmark its own.",
+    )
+    flags.DEFINE_integer(
+        "limit",
+        None,
+        "Only this many pairs of each task, the first ones; unset: all.",
+        lower_bound=1,
+    )
+
+
+def task_defaults() -> dict[str, Any]:
+    """Returns the arguments of `parse_tasks` other than the tasks, from the flags."""
+    from diht_jax.evaluation.protocols.base import parse_templates, read_class_names
+
+    found: dict[str, Any] = {}
+    parsers = {"class_names": read_class_names, "templates": parse_templates}
+    for name in ("class_names", "templates", "caption_template"):
+        text: Any = flags.FLAGS[name].value if name in flags.FLAGS else None
+        if text is not None:
+            found[name] = parsers[name](text) if name in parsers else text
+    return found
+
+
+def define_job_array_flags() -> None:
+    """Defines the flags that divide a command's shards between the jobs of an array."""
+    flags.DEFINE_integer("task_index", 0, "Number of this job of a job array, from 0.")
+    flags.DEFINE_integer("num_tasks", 1, "Jobs in the array.")
+    flags.register_multi_flags_validator(
+        ["task_index", "num_tasks"],
+        lambda given: 0 <= given["task_index"] < given["num_tasks"],
+        "expected a number from 0 to --num_tasks minus 1 as --task_index",
+    )
+
+
+def values(*names: str) -> dict[str, Any]:
+    """Returns the values of flags by name, as keyword arguments with the same names."""
+    return {name: flags.FLAGS[name].value for name in names}
+
+
+def fractions(name: str) -> tuple[float, ...]:
+    """Returns the numbers from 0 to 1 in a list flag; raises ValueError for anything else."""
+    texts: Any = flags.FLAGS[name].value
+    try:
+        found = tuple(map(float, texts))
+    except ValueError:
+        found = (math.nan,)
+    if not all(0 <= value <= 1 for value in found):
+        raise ValueError(f"--{name}={','.join(texts)}: expected numbers from 0 to 1")
+    return found
+
+
+def require_flags(*names: str) -> None:
+    """Raises ValueError for a flag that is not set; unlike a required flag, it permits `--help`."""
+    for name in names:
+        if not flags.FLAGS[name].value:
+            raise ValueError(f"--{name} is required")
