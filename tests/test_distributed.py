@@ -7,7 +7,6 @@ import threading
 import pytest
 
 from diht_jax import distributed
-from diht_jax.distributed import roll_call
 from tests import make
 from tests.serving import free_address
 from tests.waiting import wait_until
@@ -41,7 +40,7 @@ def test_a_command_whose_peer_never_starts_names_it_and_its_port_and_ends(
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(roll_call, "_POLL_SECS", 0.1)
+    monkeypatch.setattr(distributed, "_POLL_SECS", 0.1)
 
 
 class Roll:
@@ -54,7 +53,7 @@ class Roll:
     def start(self, process_id, **options):
         def call():
             try:
-                roll_call.call_roll(self.address, self.num_processes, process_id, **options)
+                distributed.call_roll(self.address, self.num_processes, process_id, **options)
             except ConnectionError as error:
                 self.errors[process_id] = str(error)
 
