@@ -33,7 +33,8 @@ from diht_jax.training.workdir.saved_run import (
     explain_error,
     finished_steps,
     json_checksum,
-    read_checkpoint,
+    read_position,
+    read_state,
     shared_steps,
     tree_checksums,
 )
@@ -168,7 +169,8 @@ class Checkpointer:
             self._check_seen(step)
             problem = None
             try:
-                state, position, checks = read_checkpoint(self._root / str(step), target)
+                position, checks = read_position(self._root / str(step))
+                state = read_state(self._root / str(step), target)
             except ValueError as error:
                 problem = str(error)
             problem = first_text(problem)

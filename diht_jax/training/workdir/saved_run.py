@@ -42,7 +42,6 @@ from diht_jax.storage.stores import is_remote
 from diht_jax.training.monitoring.trackers import replace_file
 from diht_jax.training.multihost import error_chain, share_from_first
 from diht_jax.training.recipe import default_config
-from diht_jax.training.step import TrainState
 from diht_jax.weights.source import list_weight_files
 from diht_jax.weights.tokenizer_file import copy_tokenizer, is_copy, read_tokenizer
 
@@ -138,31 +137,16 @@ def _local_folder(folder: str, names: list[str]) -> str:
     return str(local)
 
 
-def read_checkpoint(
-    directory: epath.Path, target: TrainState
-) -> tuple[TrainState, dict[str, int], dict[str, Any]]:
-    """Reads this process's part of a checkpoint.
-
-    Uses Orbax's handlers without the manager, which synchronises all processes: if one process
-    fails, the others must not wait.
+def read_position(directory: epath.Path) -> tuple[dict[str, int], dict[str, Any]]:
+    """Reads this process's data position and checks of a checkpoint.
 
     Returns:
-        The state, sharded like `target`; the position in the data, from
-        `TrainIterator.get_state`; and the checks: `checksums` (from `tree_checksums`), `place`
-        (from `json_checksum`, for the position) and `dataset`.
+        The position in the data, from `TrainIterator.get_state`; and the checks: `checksums` (from
+        `tree_checksums`), `place` (from `json_checksum`, for the position) and `dataset`.
 
     Raises:
         ValueError: an item cannot be read; the message names it.
     """
-    position, checks = read_position(directory)
-    try:
-        return read_state(directory, target), position, checks
-    except Exception as error:  # damaged files raise errors of any type
-        raise ValueError(f"{directory / STATE_ITEM}: {explain_error(error)}") from error
-
-
-def read_position(directory: epath.Path) -> tuple[dict[str, int], dict[str, Any]]:
-    """Reads data position and checks of a checkpoint, as in `read_checkpoint`."""
     item = directory / DATA_ITEM
     try:
         position = ocp.JsonCheckpointHandler().restore(item)
@@ -177,15 +161,25 @@ def read_position(directory: epath.Path) -> tuple[dict[str, int], dict[str, Any]
 
 
 def read_state(directory: epath.Path, target: Any) -> Any:
-    """Reads the arrays of a checkpoint that `target` has, in its shapes, dtypes and shardings."""
-    return ocp.PyTreeCheckpointHandler().restore(
-        directory / STATE_ITEM,
-        args=ocp.args.PyTreeRestore(
-            item=target,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-            partial_restore=True,
-        ),
-    )
+    """Reads the arrays of a checkpoint that `target` has, in its shapes, dtypes and shardings.
+
+    Uses Orbax's handlers without the manager, which synchronises all processes: if one process
+    fails, the others must not wait.
+
+    Raises:
+        ValueError: the arrays cannot be read.
+    """
+    try:
+        return ocp.PyTreeCheckpointHandler().restore(
+            directory / STATE_ITEM,
+            args=ocp.args.PyTreeRestore(
+                item=target,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+                partial_restore=True,
+            ),
+        )
+    except Exception as error:  # damaged files raise errors of any type
+        raise ValueError(f"{directory / STATE_ITEM}: {explain_error(error)}") from error
 
 
 def read_checks(directory: epath.Path) -> dict[str, Any]:
