@@ -127,16 +127,19 @@ class Softmax(Objective):
         log_count, has_negatives = math.log(num_pairs - 1), None
         if statistics.num_negatives is not None:
             has_negatives = statistics.num_negatives > 0
-            counts = jnp.maximum(statistics.num_negatives, 1)
-            statistics = _with_some_negative(statistics, has_negatives, counts)
-            log_count = jnp.log(counts)
+            log_count = jnp.log(jnp.maximum(statistics.num_negatives, 1))
+            # A negative logit of 0 keeps the logarithms of rows without negatives finite.
+            statistics = statistics._replace(
+                highest=jnp.where(has_negatives, statistics.highest, 0),
+                sums=tuple(jnp.where(has_negatives, total, 1) for total in statistics.sums),
+            )
         offsets = tuple(
             factor * statistics.highest + jnp.log(total)
             for factor, total in zip(self._factors(scalars), statistics.sums, strict=True)
         )
-        log_spread, equal = 0.0, None
+        log_spread, own = 0.0, positives
         if statistics.equal is not None:
-            positives, log_spread, equal = _with_equal(statistics.equal, positives)
+            positives, log_spread, count, log_sum = _with_equal(statistics.equal, own)
             log_alpha += log_spread
         margin = offsets[0] - positives
         if self.weighted:
@@ -145,12 +148,16 @@ class Softmax(Objective):
         slope = jax.nn.sigmoid(margin - log_alpha)
         by_beta = jnp.zeros_like(losses)
         by_alpha = jnp.exp(log_spread - losses)
-        slopes = RowSlopes(-slope, slope, offsets, (by_alpha, by_beta))
-        if equal is not None:
-            slopes = _with_equal_slopes(slopes, *equal, jax.nn.sigmoid(log_alpha - margin))
+        by_positive, by_equal = -slope, ()
+        if statistics.equal is not None:
+            share = jax.nn.sigmoid(log_alpha - margin)  # of all positives in the denominator
+            by_positive = share * jnp.exp(own - log_sum) - 1 / count
+            by_equal, offsets = (share, -1 / count), (*offsets, log_sum)
+        found = (losses, by_positive, slope, (by_alpha, by_beta), by_equal)
         if has_negatives is not None:
-            losses, slopes = _without_empty_rows(losses, slopes, has_negatives)
-        return losses, slopes
+            found = jax.tree.map(lambda x: jnp.where(has_negatives, x, 0), found)
+        losses, by_positive, slope, by_scalars, by_equal = found
+        return losses, RowSlopes(by_positive, slope, offsets, by_scalars, by_equal)
 
     def negative_slope(
         self, logits: Tile, slopes: RowSlopes, axis: int, scalars: Scalars
@@ -248,19 +255,8 @@ def _exp(factor: jax.Array | float, below: Tile, is_part: TileMask) -> Tile:
     return jnp.where(is_part, jnp.exp(factor * below), 0)
 
 
-def _with_some_negative(
-    statistics: RowStatistics, has_negatives: jax.Array, counts: Rows
-) -> RowStatistics:
-    """Gives rows without negatives a negative logit of 0, which keeps their logarithms finite."""
-    return statistics._replace(
-        highest=jnp.where(has_negatives, statistics.highest, 0),
-        sums=tuple(jnp.where(has_negatives, total, 1) for total in statistics.sums),
-        num_negatives=counts,
-    )
-
-
-def _with_equal(equal: RowStatistics, own: Rows) -> tuple[Rows, Rows, tuple[Rows, Rows, Rows]]:
-    """Returns the mean and the spread of all positives, and arguments of `_with_equal_slopes`.
+def _with_equal(equal: RowStatistics, own: Rows) -> tuple[Rows, Rows, Rows, Rows]:
+    """Returns the mean and the spread of all positives, their count, and their LSE.
 
     Args:
         equal: statistics of the positives other than the pairs themselves.
@@ -271,29 +267,4 @@ def _with_equal(equal: RowStatistics, own: Rows) -> tuple[Rows, Rows, tuple[Rows
     highest = jnp.maximum(own, equal.highest)
     sums = jnp.exp(own - highest) + exponentials * jnp.exp(equal.highest - highest)
     log_sum = highest + jnp.log(sums)
-    return mean, log_sum - mean, (own, others + 1, log_sum)
-
-
-def _with_equal_slopes(
-    slopes: RowSlopes, own: Rows, count: Rows, log_sum: Rows, share: Rows
-) -> RowSlopes:
-    """Adds the slopes of all positives; `share` is their fraction of the denominator."""
-    return slopes._replace(
-        positive=share * jnp.exp(own - log_sum) - 1 / count,
-        equal=(share, -1 / count),
-        offsets=(*slopes.offsets, log_sum),
-    )
-
-
-def _without_empty_rows(
-    losses: Rows, slopes: RowSlopes, has_negatives: Bool[Array, " rows"]
-) -> tuple[Rows, RowSlopes]:
-    def keep(values: Any) -> Any:
-        return jax.tree.map(lambda x: jnp.where(has_negatives, x, 0), values)
-
-    return keep(losses), slopes._replace(
-        positive=keep(slopes.positive),
-        negative=keep(slopes.negative),
-        equal=keep(slopes.equal),
-        scalars=keep(slopes.scalars),
-    )
+    return mean, log_sum - mean, others + 1, log_sum
