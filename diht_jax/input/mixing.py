@@ -199,7 +199,10 @@ def open_mixture(
     sources = []
     parsed = list(map(resolve_source, parse_train(data.train, data.get("labels"))))
     for source in parsed:
-        records = _open_records(source)
+        path_key = f"config.data.train.{source.name}.path" if source.name else "config.data.train"
+        records = open_records(source.path, path_key)
+        if not len(records):
+            raise ValueError(f"{path_key}: {records!r} holds no record")
         order = make_order(
             records,
             source.order or data.order,
@@ -228,14 +231,6 @@ def open_mixture(
     points = join_weights([source.weights for source in parsed])
     streams = count_streams(data, process_count) if in_blocks else 1
     return Mixture(sources, MixtureWeights(points, num_streams=streams, batch_size=data.batch_size))
-
-
-def _open_records(source: TrainSource) -> ShardedRecords:
-    key = f"config.data.train.{source.name}.path" if source.name else "config.data.train"
-    records = open_records(source.path, key)
-    if not len(records):
-        raise ValueError(f"{key}: {records!r} holds no record")
-    return records
 
 
 def _source_seed(seed: int, source: TrainSource) -> int:

@@ -180,7 +180,14 @@ def end_of_stage(
                 f"it has reached step {before.step} of {steps}; the command that trains it goes on "
                 "from there"
             )
-        _refuse_seen_validation(config, before.config)
+        share, its = config.data.validation_share, before.config.data.validation_share
+        # With the same seed, a smaller share is a subset of a larger one.
+        if share > its or (share and config.seed != before.config.seed):
+            raise ValueError(
+                f"with config.data.validation_share={its} and config.seed={before.config.seed} it "
+                f"was trained on some of the records that {share} and {config.seed} hold out; take "
+                "its values"
+            )
         position, checks = read_position(checkpoint_root(folder) / str(before.step))
         if position["next_example"] % config.data.batch_size:
             raise ValueError(
@@ -190,19 +197,6 @@ def end_of_stage(
         params = {**before.params, **before.learnt}
         params = fit_positions(params, arch.num_patches, arch.context_length)
         return _like(drawn, params, mesh), position, checks["dataset"]
-
-
-def _refuse_seen_validation(
-    config: ml_collections.ConfigDict, before: ml_collections.ConfigDict
-) -> None:
-    """Raises ValueError if records to be held out were used for training in the previous stage."""
-    share, its = config.data.validation_share, before.data.validation_share
-    # With the same seed, a smaller share is a subset of a larger one.
-    if share > its or (share and config.seed != before.seed):
-        raise ValueError(
-            f"with config.data.validation_share={its} and config.seed={before.seed} it was trained "
-            f"on some of the records that {share} and {config.seed} hold out; take its values"
-        )
 
 
 @contextlib.contextmanager
