@@ -49,11 +49,11 @@ _END_SECS = 5.0
 _ROUNDS_AHEAD = 2
 
 
+@dataclasses.dataclass
 class InFlight:
     """The prefetch distance of the input, and the memory that it needs.
 
     Attributes:
-        num_threads: decoding threads of this process if there are no workers.
         queue_parts: capacity of each of the two queues of a worker (in the worker and in this
             process), in sub-batches. One more is being put into each. Together they hold
             `prefetch_batches`, rounded up; every worker is ahead by at least four sub-batches.
@@ -64,32 +64,19 @@ class InFlight:
         process_bytes: upper bound in the memory of the processes.
     """
 
-    def __init__(
-        self,
-        *,
-        num_workers: int,
-        num_threads: int,
-        prefetch_batches: int,
-        rows: int,
-        parts_per_batch: int,
-        example_bytes: int,
-    ):
-        """Computes the number of sub-batches in flight.
+    num_workers: int  # decoding processes; 0 decodes in threads of this process
+    num_threads: int  # decoding threads of this process if there are no workers
+    prefetch_batches: int  # number of the host's batches to decode ahead
+    rows: int  # rows of a sub-batch
+    parts_per_batch: int  # sub-batches of the host's batch
+    example_bytes: int  # size of one decoded example
 
-        Args:
-            num_workers: decoding processes; 0 decodes in threads of this process.
-            num_threads: number of these threads.
-            prefetch_batches: number of the host's batches to decode ahead.
-            rows: rows of a sub-batch; the host's batch has `parts_per_batch` sub-batches.
-            example_bytes: size of one decoded example.
-        """
-        self.num_threads = num_threads
-        self._num_workers, self._prefetch_batches = num_workers, prefetch_batches
-        self._rows, self._parts_per_batch = rows, parts_per_batch
-        self.part_bytes = rows * example_bytes
-        ahead = prefetch_batches * parts_per_batch
+    def __post_init__(self):
+        num_workers, parts_per_batch = self.num_workers, self.parts_per_batch
+        self.part_bytes = self.rows * self.example_bytes
+        ahead = self.prefetch_batches * parts_per_batch
         self.queue_parts = max(1, -(-ahead // (2 * max(1, num_workers))) - 1)
-        self.thread_parts = max(num_threads, ahead)
+        self.thread_parts = max(self.num_threads, ahead)
         decoded = num_workers * (2 * self.queue_parts + 3) or self.thread_parts
         self.begun_parts = parts_per_batch + decoded
         shared_parts, process_parts = 0, self.thread_parts + JOINED_BATCHES * parts_per_batch
@@ -118,10 +105,10 @@ class InFlight:
         logging.info(
             "input: %s decode sub-batches of %d examples (%s); in flight are at most %s: %s in "
             "shared memory, %s in processes (config.data.prefetch_batches=%d)",
-            f"{self._num_workers} workers" if self._num_workers else threads,
-            self._rows,
+            f"{self.num_workers} workers" if self.num_workers else threads,
+            self.rows,
             *map(describe_bytes, sizes),
-            self._prefetch_batches,
+            self.prefetch_batches,
         )
         shared = free_shared_memory() if self.shared_bytes else None
         memory = available_memory() if max_gib is None else None
@@ -144,11 +131,11 @@ class InFlight:
             )
 
     def _refuse(self, bound: str, needed: int, advice: str) -> None:
-        batch_bytes = self._parts_per_batch * self.part_bytes
+        batch_bytes = self.parts_per_batch * self.part_bytes
         raise ValueError(
             f"{bound}, but decoded examples in flight "
-            f"(config.data.num_workers={self._num_workers}, "
-            f"config.data.prefetch_batches={self._prefetch_batches}; this host's batch has "
+            f"(config.data.num_workers={self.num_workers}, "
+            f"config.data.prefetch_batches={self.prefetch_batches}; this host's batch has "
             f"{describe_bytes(batch_bytes)}, a sub-batch {describe_bytes(self.part_bytes)}) need "
             f"{describe_bytes(needed)}; lower the two keys, or {advice}"
         )
@@ -175,10 +162,10 @@ class InFlight:
         block_bytes = np.array([store.mean_block_bytes() for store in stores])
         records = np.array([store.order.num_records for store in stores])
         block_records = float((records / num_blocks).min())
-        stride = max(1, self._num_workers)
-        rounds = _ROUNDS_AHEAD * data.read_threads * block_records / self._rows
+        stride = max(1, self.num_workers)
+        rounds = _ROUNDS_AHEAD * data.read_threads * block_records / self.rows
         parts = math.ceil(rounds / stride) * stride
-        ahead = math.ceil((self.begun_parts + parts) * self._rows / block_records)
+        ahead = math.ceil((self.begun_parts + parts) * self.rows / block_records)
         streams, window = stores[0].order.num_streams, stores[0].order.window_blocks
         held = -(-streams * window // process_count) + window + ahead
         bound, folder = bound_bytes(data), data.cache_dir or SHARED_MEMORY
