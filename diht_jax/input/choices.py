@@ -34,6 +34,7 @@ IMAGE_FIELD, TEXT_FIELD = "teacher_image_emb", "teacher_text_emb"
 _SIZES = ((640, 480), (333, 500), (224, 224), (1024, 17))  # of images for the hash of the crops
 
 
+@dataclasses.dataclass(eq=False)
 class CaptionChoice:
     """Draws one caption of a record by the weights of the kinds of captions.
 
@@ -41,24 +42,13 @@ class CaptionChoice:
     fraction of a kind therefore does not depend on its number of captions.
     """
 
-    def __init__(
-        self,
-        weights: Mapping[str, Points] | None = None,
-        columns: Mapping[str, str] | None = None,
-        *,
-        batch_size: int,
-    ):
-        """Creates the tables of weights.
+    # Kind -> points of `parse_weights`; None draws uniformly from all captions of a record.
+    weights: Mapping[str, Points] | None = None
+    columns: Mapping[str, str] | None = None  # metadata column with captions -> their kind
+    batch_size: int = dataclasses.field(kw_only=True)  # global, for the step of a position
 
-        Args:
-            weights: kind -> points of `parse_weights`; None draws uniformly from all captions of a
-                record.
-            columns: metadata column with captions -> their kind.
-            batch_size: global batch size, for the step of a position.
-        """
-        self._columns = dict(columns or {})
-        self._batch_size = batch_size
-        points_of = weights or {}
+    def __post_init__(self):
+        points_of = self.weights or {}
         # Latest first: the segment of a step is the first one with a start that it has reached.
         self._segments = [
             (step, dict(zip(points_of, map(float, values), strict=True)))
@@ -73,15 +63,15 @@ class CaptionChoice:
         Raises:
             ValueError: a kind has no weight, or kinds do not match the record's captions.
         """
-        if self._columns:
-            record = add_columns(record, self._columns)
+        if self.columns:
+            record = add_columns(record, self.columns)
         if not self._segments:
             captions = all_captions(record)
             return captions[int(number * len(captions))]
         by_kind: dict[str, list[str]] = {}
         for text, kind in caption_kinds(record).items():
             by_kind.setdefault(kind, []).append(text)
-        weights = self._weights(record, by_kind, position // self._batch_size)
+        weights = self._weights(record, by_kind, position // self.batch_size)
         rest = number * sum(weights)
         for weight, texts in zip(weights, by_kind.values(), strict=True):
             if rest < weight:

@@ -30,7 +30,7 @@ import functools
 import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import google_crc32c
 import numpy as np
@@ -156,37 +156,29 @@ def read_labels_index(
     return index
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class LabelRecords(Sequence[Label]):
     """The labels of the records of a data set, by the number of the record.
 
     Can be pickled and shared by threads. A label shard in a store is copied to this host when one
     of its records is first read, once for all processes of the host.
-
-    Attributes:
-        facts: the facts given to `describe_labels`.
     """
 
-    kind: str  # `LABELS` or `CLIP_EMBEDDINGS`
+    kind: ClassVar[str]  # `LABELS` or `CLIP_EMBEDDINGS`
 
-    def __init__(
-        self,
-        records: TFRecordSource,
-        shards: Sequence[LabelShard],
-        facts: Mapping[str, Any],
-        cache_dir: str | None = None,
-        patiently: Callable[[Callable[[], Any]], Any] | None = None,
-    ):
-        """Stores the label shards without reading labels; `records` is in the order of `shards`.
+    records: TFRecordSource  # of all label shards
+    shards: Sequence[LabelShard]  # in the order of `records`
+    facts: Mapping[str, Any]  # the facts given to `describe_labels`
+    cache_dir: str | None = None  # see `open`, likewise the next one
+    patiently: Callable[[Callable[[], Any]], Any] | None = None
 
-        For the other arguments see `open`.
-        """
-        self.facts = facts
-        self._records, self._cache_dir, self._patiently = records, cache_dir, patiently
-        found = fingerprint_records(records).shards
-        self._shards = dict(zip(records.paths, zip(shards, found, strict=True), strict=True))
+    def __post_init__(self):
+        found = fingerprint_records(self.records).shards
+        pairs = zip(self.shards, found, strict=True)
+        self._shards = dict(zip(self.records.paths, pairs, strict=True))
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self.records)
 
     def __getitem__(self, index: int) -> Label:
         """Reads the label of a record.
@@ -194,14 +186,14 @@ class LabelRecords(Sequence[Label]):
         Raises:
             TFRecordError: the label is damaged, or its shard was replaced.
         """
-        path, number = self._records.locate(index)
+        path, number = self.records.locate(index)
         shard, (_, _, num_bytes, _) = self._shards[path]
         try:
             if is_remote(path):
                 name = f"{shard.digest}-{shard.name}"
-                copy = _open_copy(self._cache_dir, self._patiently, path, name, num_bytes)
+                copy = _open_copy(self.cache_dir, self.patiently, path, name, num_bytes)
                 return Label(copy[number], path, shard.source, number)
-            return Label(self._records[index], path, shard.source, number)
+            return Label(self.records[index], path, shard.source, number)
         except DamagedRecordError as error:
             raise DamagedRecordError(f"{error} ({_REMAKE})") from error
 
@@ -222,7 +214,7 @@ class LabelRecords(Sequence[Label]):
 
     def fingerprint(self) -> tuple[ShardIdentity, ...]:
         """Returns the rows of a `Fingerprint` for the label shards."""
-        rows = (self._shards[path] for path in self._records.paths)
+        rows = (self._shards[path] for path in self.records.paths)
         return tuple(
             (f"{self.kind}/{name}", count, size, shard.digest)
             for shard, (name, count, size, _) in rows
