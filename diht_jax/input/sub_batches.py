@@ -14,6 +14,7 @@ records are bad: `records/shard_files.py` by framing, `records/schema.py` by fie
 from __future__ import annotations
 
 import copy
+import dataclasses
 import multiprocessing
 import os
 import sys
@@ -41,6 +42,7 @@ MAX_IN_A_ROW = 100
 _GROUP_ROWS = 32
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class SubBatches(Sequence[dict[str, np.ndarray]]):
     """The sequence of parts (sub-batches) of a host's batches, as a grain data source.
 
@@ -53,38 +55,33 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
         skips: whether bad records are replaced.
     """
 
-    def __init__(
-        self,
-        records: Mixture,
-        data: ml_collections.ConfigDict,
-        *,
-        seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
-        record_ids: bool = False,
-    ):
-        """Reads nothing yet; for the arguments see `pipeline.TrainIterator`.
+    # For these, see `pipeline.TrainIterator`.
+    records: Mixture
+    data: dataclasses.InitVar[ml_collections.ConfigDict]
+    seed: int = dataclasses.field(kw_only=True)
+    process_index: int = 0
+    process_count: int = 1
+    record_ids: bool = False
+
+    def __post_init__(self, data: ml_collections.ConfigDict):
+        """Reads nothing yet.
 
         Raises:
             ValueError: the batch size is not divisible by the hosts.
         """
-        batch_size = data.batch_size
-        if batch_size % process_count:
+        batch_size = self._batch_size = data.batch_size
+        if batch_size % self.process_count:
             raise ValueError(
-                f"config.data.batch_size={batch_size} is no multiple of the {process_count} "
+                f"config.data.batch_size={batch_size} is no multiple of the {self.process_count} "
                 "processes; choose a multiple"
             )
-        self._records = records
-        self._key = np.random.Philox(seed).state["state"]["key"]
+        self._key = np.random.Philox(self.seed).state["state"]["key"]
         self.skips = data.on_bad_record == "skip"
-        self._record_ids = record_ids
-        self._batch_size = batch_size
-        self._stride = batch_size * records.same_source_batches
-        self._process_index, self._process_count = process_index, process_count
+        self._stride = batch_size * self.records.same_source_batches
         self._first_example = 0
         self._ahead = 0
         self._excluded: dict[Hashable, str] = {}
-        local = batch_size // process_count
+        local = batch_size // self.process_count
         self.rows = next(n for n in range(min(MAX_ROWS, local), 0, -1) if local % n == 0)
         self.parts_per_batch = local // self.rows
 
@@ -99,7 +96,7 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
 
     def __len__(self) -> int:
         """Practically endless; bounded only because grain needs an integer."""
-        return sys.maxsize // (self.rows * self._process_count) // 2
+        return sys.maxsize // (self.rows * self.process_count) // 2
 
     def __repr__(self) -> str:
         return f"SubBatches(rows={self.rows}, first_example={self._first_example})"
@@ -107,12 +104,12 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
     def batch(self, first_example: int) -> range:
         """Returns this host's indices of the batch that starts at an index of the order."""
         end = first_example + self._batch_size
-        return range(first_example + self._process_index, end, self._process_count)
+        return range(first_example + self.process_index, end, self.process_count)
 
     def indices(self, part: int) -> range:
         """Returns the indices in the run's order of the examples of a part."""
-        stride = self._process_count
-        first = self._first_example + self._process_index + part * self.rows * stride
+        stride = self.process_count
+        first = self._first_example + self.process_index + part * self.rows * stride
         return range(first, first + self.rows * stride, stride)
 
     def __getitem__(self, part: int) -> dict[str, np.ndarray]:
@@ -126,7 +123,7 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
             later = part + self._ahead
             # No earlier part has requested the blocks of the first parts.
             for wanted in (part, later) if part < self._ahead else (later,):
-                self._records.request(self.indices(wanted))
+                self.records.request(self.indices(wanted))
         arrays: dict[str, np.ndarray] = {}
         for row, example in enumerate(self._examples(self.indices(part))):
             for name, value in example.items():
@@ -137,7 +134,7 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
 
     def exclude(self, index: int, problem: str) -> None:
         """Marks the record at an index as bad, so it is no longer decoded."""
-        self._excluded[self._records.find(index)] = problem
+        self._excluded[self.records.find(index)] = problem
 
     def candidates(self, index: int) -> range:
         """Returns the indices whose records are tried for an index, in order."""
@@ -150,7 +147,7 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
             self.decode(index)
         except ValueError as error:
             return str(error)
-        path, record = self._records.locate(index)
+        path, record = self.records.locate(index)
         return f"{path}: record {record}: could be read at the second attempt"
 
     def find(self, index: int) -> tuple[dict[str, Any], int]:
@@ -178,7 +175,7 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
         except (TFRecordError, StorageError):
             raise  # the message already names file and record
         except ValueError as error:
-            path, record = self._records.locate(index)
+            path, record = self.records.locate(index)
             raise ValueError(f"{path}: record {record}: {error}") from error
 
     def _examples(self, indices: range) -> Iterator[dict[str, Any]]:
@@ -201,8 +198,8 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
                     example, used = plans[index](), index
                 except (KeyError, ValueError):  # retried for its error or its replacement
                     example, used = self.find(index)
-                if self._record_ids:
-                    example["record_ids"] = np.int32(self._records.record_id(used))
+                if self.record_ids:
+                    example["record_ids"] = np.int32(self.records.record_id(used))
                 if self.skips:
                     example[SKIPPED_RECORDS] = np.int32((used - index) // self._stride)
                 yield example
@@ -210,10 +207,10 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
     def _plan(self, index: int, *, fetch: bool = False) -> Callable[[], dict[str, Any]]:
         """Prepares an example except for its pixels, which the returned function decodes."""
         if self._excluded:
-            problem = self._excluded.get(self._records.find(index))
+            problem = self._excluded.get(self.records.find(index))
             if problem is not None:
                 raise ValueError(problem)
-        source, record = self._records.read(index, fetch=fetch)
+        source, record = self.records.read(index, fetch=fetch)
         return source.decode.plan(record, self._generator(index), index)
 
     def _generator(self, index: int) -> np.random.Generator:

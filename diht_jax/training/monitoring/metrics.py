@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import datetime
 import io
 import json
@@ -179,6 +180,7 @@ def _draw_curves(rows: Sequence[Mapping[str, float]]) -> bytes:
     return picture.getvalue()
 
 
+@dataclasses.dataclass(eq=False)
 class WallTime:
     """Accounts for the wall time of a run by use, over all starts in the same work directory.
 
@@ -188,33 +190,25 @@ class WallTime:
     writes.
     """
 
-    def __init__(
-        self,
-        workdir: str | epath.Path,
-        start_step: int,
-        *,
-        began: float | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ):
-        """Continues from the records of earlier starts.
+    workdir: str | epath.Path  # of the run, before lines of later steps leave its metrics
+    start_step: int  # step of the checkpoint that the run resumes from
+    # Time of `clock` at the start of this process; now by default.
+    began: float | None = dataclasses.field(default=None, kw_only=True)
+    clock: Callable[[], float] = dataclasses.field(default=time.monotonic, kw_only=True)
 
-        Args:
-            workdir: of the run, before lines of later steps are removed from its metrics.
-            start_step: step of the checkpoint that the run resumes from.
-            began: time of `clock` at the start of this process; now by default.
-        """
-        self._path = epath.Path(workdir) / WALL_TIME_FILE
-        self._clock = clock
-        self._marked = clock() if began is None else began
+    def __post_init__(self):
+        """Continues from the records of earlier starts."""
+        self._path = epath.Path(self.workdir) / WALL_TIME_FILE
+        self._marked = self.clock() if self.began is None else self.began
         self._secs, self._starts = dict.fromkeys(USES, 0.0), 1
         if jax.process_index() == 0:
-            self._add_earlier(workdir, start_step)
+            self._add_earlier()
         self._use = "start" if self._starts == 1 else "lost"
         self.save()
 
-    def _add_earlier(self, workdir: str | epath.Path, start_step: int) -> None:
+    def _add_earlier(self) -> None:
         """Adds the time of earlier starts, counting the steps after `start_step` as lost."""
-        rows = [row for row in read_metrics(workdir) if _WALL_SECS + "step" in row]
+        rows = [row for row in read_metrics(self.workdir) if _WALL_SECS + "step" in row]
         found = None
         with contextlib.suppress(Exception):  # each store has its own types
             found = parse_checked_object(self._path.read_bytes(), needs_checksum=True)
@@ -229,7 +223,7 @@ class WallTime:
             self._secs, self._starts = _known(rows[-1], _WALL_SECS), 2
         else:
             return
-        before = [row for row in rows if row["step"] <= start_step]
+        before = [row for row in rows if row["step"] <= self.start_step]
         at_start = _known(before[-1] if before else {}, _WALL_SECS)
         for use in ("step", "input"):
             again = max(0.0, self._secs[use] - at_start[use])
@@ -288,7 +282,7 @@ class WallTime:
 
     def switch(self, use: str) -> None:
         """Attributes the time from here on to a use, except within `during`."""
-        now = self._clock()
+        now = self.clock()
         self._secs[self._use] += now - self._marked
         self._marked, self._use = now, use
 

@@ -103,21 +103,18 @@ class InputRate:
     hidden_secs: float  # part of the waits for batches in which the devices ran a step
 
 
+@dataclasses.dataclass(eq=False)
 class ThroughputWindow:
     """Measurements since the last line of the metrics: means, speed, and waiting time."""
 
-    def __init__(
-        self,
-        batch_size: int,
-        flops_per_step: int,
-        mesh: Mesh,
-        clock: Callable[[], float] = time.perf_counter,
-    ):
+    batch_size: int
+    flops_per_step: int
+    mesh: Mesh
+    clock: Callable[[], float] = time.perf_counter
+
+    def __post_init__(self):
         """Starts the first window."""
-        self._batch_size = batch_size
-        self._flops_per_step = flops_per_step
-        self._peak_flops = mesh_peak_flops(mesh)
-        self._clock = clock
+        self._peak_flops = mesh_peak_flops(self.mesh)
         self._last: dict[str, jax.Array] | None = None  # metrics of the previous step
         self._arrived_secs = 0.0
         self._was_idle = False  # whether the devices were, when the last batch came
@@ -135,10 +132,10 @@ class ThroughputWindow:
             # Nothing ran before this step, so its time is that of a step. Measured once per window,
             # since the host cannot run ahead meanwhile.
             jax.block_until_ready(self._last)
-            self._step_secs = self._clock() - self._arrived_secs
-        start = self._clock()
+            self._step_secs = self.clock() - self._arrived_secs
+        start = self.clock()
         batch = get_batch(*arguments)
-        self._arrived_secs = self._clock()
+        self._arrived_secs = self.clock()
         self._data_wait_secs += self._arrived_secs - start
         if self._last is None:  # the devices run nothing meanwhile
             self._idle_wait_secs += self._arrived_secs - start
@@ -151,10 +148,10 @@ class ThroughputWindow:
         """Calls `function` without counting its time against the training speed."""
         # Steps still running on the device belong to training, not to what is excluded.
         jax.block_until_ready(self._measured)
-        start = self._clock()
+        start = self.clock()
         result = function()
         self._last, self._was_idle = None, False  # idle, but not because of the input
-        self._start += self._clock() - start
+        self._start += self.clock() - start
         return result
 
     def add(self, metrics: dict[str, jax.Array]) -> None:
@@ -170,12 +167,12 @@ class ThroughputWindow:
         """
         measured = jax.device_get(self._measured)  # waits for the devices
         scalars: dict[str, float] = jax.tree.map(lambda *x: float(np.mean(x)), *measured)
-        elapsed_secs = self._clock() - self._start
+        elapsed_secs = self.clock() - self._start
         steps_per_sec = len(self._measured) / elapsed_secs
-        scalars["images_per_sec"] = steps_per_sec * self._batch_size
+        scalars["images_per_sec"] = steps_per_sec * self.batch_size
         scalars["data_wait_secs"] = self._data_wait_secs
         scalars["data_wait_share"] = self._data_wait_secs / elapsed_secs
-        scalars["model_flops_per_sec"] = steps_per_sec * self._flops_per_step
+        scalars["model_flops_per_sec"] = steps_per_sec * self.flops_per_step
         if self._peak_flops is not None:
             scalars["mfu"] = scalars["model_flops_per_sec"] / self._peak_flops
         self.input_rate = self._rate_of_input(elapsed_secs)
@@ -184,7 +181,7 @@ class ThroughputWindow:
 
     def _rate_of_input(self, elapsed_secs: float) -> InputRate:
         num_steps = len(self._measured)
-        supplied = num_steps * self._batch_size / elapsed_secs
+        supplied = num_steps * self.batch_size / elapsed_secs
         overlapping_secs = self._data_wait_secs - self._idle_wait_secs
         if not self._step_secs:
             return InputRate(supplied, None, False, overlapping_secs)
@@ -196,7 +193,7 @@ class ThroughputWindow:
         )
         idle_secs = max(0.0, lost_secs - self._idle_wait_secs)
         hidden_secs = max(0.0, overlapping_secs - idle_secs)
-        return InputRate(supplied, self._batch_size / self._step_secs, is_short, hidden_secs)
+        return InputRate(supplied, self.batch_size / self._step_secs, is_short, hidden_secs)
 
     def _reset(self) -> None:
         self._measured: list[dict[str, jax.Array]] = []
@@ -204,7 +201,7 @@ class ThroughputWindow:
         self._idle_wait_secs = 0.0
         self._num_idle = 0
         self._step_secs: float | None = None
-        self._start = self._clock()
+        self._start = self.clock()
 
 
 class InputSupply:

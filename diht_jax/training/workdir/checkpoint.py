@@ -68,35 +68,23 @@ class BestStep:
         return max(measured, default=(0, None))[1]
 
 
+@dataclasses.dataclass(eq=False)
 class Checkpointer:
     """Saves and restores a run in `workdir/checkpoints/STEP`.
 
     A checkpoint counts once it is complete. When the run resumes, it removes incomplete ones, which
-    a killed process leaves.
+    a killed process leaves. All processes of a job must create it, which creates the directory.
     """
 
-    def __init__(
-        self,
-        workdir: str | epath.Path,
-        *,
-        keep_last: int,
-        keep_step: int | None = None,
-        best: BestStep | None = None,
-        dataset: dict[str, Any] | None = None,
-    ):
-        """Opens or creates the directory. All processes of a job must call it.
+    workdir: str | epath.Path
+    keep_last: int = dataclasses.field(kw_only=True)  # number of latest checkpoints to keep
+    keep_step: int | None = None  # step of a checkpoint to keep in addition
+    best: BestStep | None = None  # for the best step, which is kept too; values may be added later
+    dataset: dict[str, Any] | None = None  # JSON-able, stored in every checkpoint
 
-        Args:
-            keep_last: number of latest checkpoints to keep.
-            keep_step: step of a checkpoint to keep in addition.
-            best: policy for the best step, which is kept too; values may be added later.
-            dataset: JSON-able description of the data, stored in every checkpoint.
-        """
-        self._root = checkpoint_root(workdir)
-        self._keep_last = keep_last
-        self._keep_steps = [] if keep_step is None else [keep_step]
-        self._best = best
-        self._dataset = dataset
+    def __post_init__(self):
+        self._root = checkpoint_root(self.workdir)
+        self._keep_steps = [] if self.keep_step is None else [self.keep_step]
         self._saving: int | None = None
         self._failure: SaveError | None = None
         self._found = shared_steps(self._root)
@@ -134,7 +122,7 @@ class Checkpointer:
         checks = {
             CHECKSUMS: tree_checksums(state),
             "place": json_checksum(position),
-            "dataset": self._dataset,
+            "dataset": self.dataset,
         }
         self._saving = step
         try:
@@ -200,17 +188,17 @@ class Checkpointer:
         """
         if self._manager is not None:
             self._finish_saving()
-            if self._best is not None:
-                self._remove_surpassed(self._best)
+            if self.best is not None:
+                self._remove_surpassed(self.best)
             self._manager.close()
         if self._failure is not None:
             raise self._failure
 
     def _open(self) -> ocp.CheckpointManager:
         policies = [
-            checkpoint_managers.LatestN(self._keep_last),
+            checkpoint_managers.LatestN(self.keep_last),
             checkpoint_managers.CustomSteps(self._keep_steps),
-            *([] if self._best is None else [self._best]),
+            *([] if self.best is None else [self.best]),
         ]
         return ocp.CheckpointManager(
             self._root,
@@ -230,7 +218,7 @@ class Checkpointer:
         if not best.values or self._failure is not None:
             return
         steps = self.steps
-        kept = {*steps[-self._keep_last :], *self._keep_steps, best.step(steps)}
+        kept = {*steps[-self.keep_last :], *self._keep_steps, best.step(steps)}
         for step in (step for step in steps if step not in kept):
             self._manager.delete(step)
 
