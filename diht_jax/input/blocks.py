@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import os
 import pathlib
 import queue
@@ -88,27 +89,24 @@ def bound_bytes(data: ml_collections.ConfigDict) -> int:
     return free if data.cache_dir or memory is None else min(free, memory // 4)
 
 
+@dataclasses.dataclass(eq=False)
 class BlockStore:
     """The fetched blocks of one source on a host; every process has its own object.
 
     Attributes:
         folder: folder of the blocks between `start` and `stop`, else None.
-        order: order of the records.
         stays: whether blocks are kept for later epochs, because all of them are held anyway or fit
             into the folder or size limit that the user has set.
     """
 
-    def __init__(
-        self,
-        source: Any,
-        order: BlockOrder,
-        data: ml_collections.ConfigDict,
-        *,
-        num_processes: int = 1,
-    ):
-        """Fetches nothing yet; `source` has `extent`, `cut` and `unpack` like `TFRecordSource`.
+    source: Any  # has `extent`, `cut` and `unpack` like `TFRecordSource`
+    order: BlockOrder  # of the records
+    data: dataclasses.InitVar[ml_collections.ConfigDict]
+    # This host's decoding processes (0 for threads), which share `data.read_threads`.
+    num_processes: int = 1
 
-        This host's `num_processes` decoding processes (0 for threads) share `data.read_threads`.
+    def __post_init__(self, data: ml_collections.ConfigDict):
+        """Fetches nothing yet.
 
         Raises:
             ValueError: the folder does not exist or is not writable.
@@ -122,9 +120,8 @@ class BlockStore:
                 "ahead"
             )
         self._prefix = f"{parent}/{mark}_blocks_"
-        self.order = order
-        self._source, self._timeout_secs = source, data.read_timeout_secs
-        self._num_threads = -(-data.read_threads // max(1, num_processes))
+        self._timeout_secs = data.read_timeout_secs
+        self._num_threads = -(-data.read_threads // max(1, self.num_processes))
         self.folder: pathlib.Path | None = None
         self.stays = False
         self._prepare()
@@ -192,7 +189,7 @@ class BlockStore:
                 return None
             self._fetch(block, wait=True)
             return self.read(record)
-        return self._source.unpack(record, piece)
+        return self.source.unpack(record, piece)
 
     def keep(self, blocks: set[int]) -> None:
         """Deletes the blocks that were passed to the previous call and are not in `blocks`."""
@@ -211,7 +208,7 @@ class BlockStore:
         """Estimates the mean number of bytes of a block from a sample of blocks."""
         starts = self.order.block_starts
         sampled = np.unique(np.linspace(0, len(starts) - 2, _SAMPLED_BLOCKS).astype(int))
-        extents = [self._source.extent(int(starts[n]), int(starts[n + 1])) for n in sampled]
+        extents = [self.source.extent(int(starts[n]), int(starts[n + 1])) for n in sampled]
         return sum(end - start for _, start, end in extents) / len(extents)
 
     def _prepare(self) -> None:
@@ -263,7 +260,7 @@ class BlockStore:
         def read() -> bytes:
             if stopped.is_set():  # during the pause before a retry
                 raise ReadAheadStopped("the input was closed")
-            extent = self._source.extent(first, end)
+            extent = self.source.extent(first, end)
             return _first_answer(lambda: read_extent(*extent), stopped)
 
         try:
@@ -271,12 +268,12 @@ class BlockStore:
         except (TFRecordError, ReadAheadStopped):
             raise
         except Exception as error:
-            path = self._source.locate(first)[0]
+            path = self.source.locate(first)[0]
             raise StorageError(
                 f"{path} could not be read (config.data.read_timeout_secs={self._timeout_secs:g} "
                 f"is how long a store may fail): {error}"
             ) from error
-        starts = np.asarray(self._source.cut(first, end, data), np.int64)
+        starts = np.asarray(self.source.cut(first, end, data), np.int64)
         return [(starts + 8 * len(starts)).astype("<u8").tobytes(), data]
 
 

@@ -45,16 +45,12 @@ class StoppedWaiting(Exception):
         self.position = position
 
 
+@dataclasses.dataclass(eq=False)
 class TrainIterator:
     """An endless iterator over this process's part of the global batches.
 
     Batch i of the run has the examples [i * N, (i + 1) * N) of an endless order with each record
     once an epoch. Process p of P takes every P-th of them.
-
-    Args:
-        seed: of cropping.
-        process_index: index of this host among `process_count`, from 0.
-        record_ids: whether batches have the ids of the records, int32 [b].
 
     Raises:
         ValueError: inconsistent numbers in the config, or too little memory.
@@ -64,32 +60,30 @@ class TrainIterator:
         block_stores: read-ahead of each source in an object store; empty for local data.
     """
 
-    def __init__(
-        self,
-        records: Mixture,
-        data: ml_collections.ConfigDict,
-        *,
-        seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
-        record_ids: bool = False,
-    ):
+    records: Mixture
+    data: dataclasses.InitVar[ml_collections.ConfigDict]
+    seed: int = dataclasses.field(kw_only=True)  # of cropping
+    process_index: int = 0  # index of this host among `process_count`
+    process_count: int = 1
+    record_ids: bool = False  # whether batches have the ids of the records, int32 [b]
+
+    def __post_init__(self, data: ml_collections.ConfigDict):
         """Builds the graph; reading starts with the first batch."""
         num_workers = data.num_workers
         if num_workers is None:
             num_workers = workers.default_num_workers()
         if num_workers:
             workers.claim_mark(workers.SHARED_MEMORY)  # frees the memory of ended runs
-        sources = [_with_blocks(each, data, num_workers) for each in records.sources]
+        sources = [_with_blocks(each, data, num_workers) for each in self.records.sources]
         self.block_stores = [each.blocks for each in sources if each.blocks]
-        self._records = Mixture(sources, records.weights)
+        self.records = Mixture(sources, self.records.weights)
         self._examples = SubBatches(
-            self._records,
+            self.records,
             data,
-            seed=derived_seed(seed, _CROP_DEPTH),
-            process_index=process_index,
-            process_count=process_count,
-            record_ids=record_ids,
+            seed=derived_seed(self.seed, _CROP_DEPTH),
+            process_index=self.process_index,
+            process_count=self.process_count,
+            record_ids=self.record_ids,
         )
         self._parts = self._examples
         self._num_workers = num_workers
@@ -101,15 +95,15 @@ class TrainIterator:
             prefetch_batches=data.prefetch_batches,
             rows=self._examples.rows,
             parts_per_batch=self._examples.parts_per_batch,
-            example_bytes=self._records.example_bytes,
+            example_bytes=self.records.example_bytes,
         )
         self._in_flight.check(data.max_in_flight_gib)
         plan_blocks = self._in_flight.plan_blocks
         stores = self.block_stores
-        self._parts_ahead = plan_blocks(stores, data, process_count) if stores else 0
+        self._parts_ahead = plan_blocks(stores, data, self.process_count) if stores else 0
         requested = self._in_flight.begun_parts + self._parts_ahead
         self._batches_requested = -(-requested // self._examples.parts_per_batch)
-        self._streams = slice(process_index, None, process_count)  # of this host
+        self._streams = slice(self.process_index, None, self.process_count)  # of this host
         self.skipped_records = 0
         self._parts_taken = 0  # since the workers were started
         self._abandoned = False
@@ -134,7 +128,7 @@ class TrainIterator:
         """
         deaths = 0
         requested = self._next_example + self._batches_requested * self._batch_size
-        self._records.keep(self._next_example, requested, self._streams)
+        self.records.keep(self._next_example, requested, self._streams)
         while True:
             if self._batches is None:
                 self._batches = self._start()
@@ -203,7 +197,7 @@ class TrainIterator:
         indices = self._examples.batch(first_example)[:most]
         if self._examples.skips:
             indices = [self._examples.find(index)[1] for index in indices]
-        return [self._records.read(index)[1].key for index in indices]
+        return [self.records.read(index)[1].key for index in indices]
 
     def get_state(self) -> dict[str, int]:
         """Returns the position in the global order, as a JSON-serialisable dict."""
@@ -217,7 +211,7 @@ class TrainIterator:
     def _describe_awaited(self) -> str:
         """Describes the next batch, the files of its records, and the state of the workers."""
         text = f"waiting for examples {self._batch_text(self._next_example)}"
-        located = map(self._records.locate, self._examples.batch(self._next_example))
+        located = map(self.records.locate, self._examples.batch(self._next_example))
         paths = list(dict.fromkeys(path for path, _ in located))
         more = len(paths) - _MAX_FILES
         text += f", in {', '.join(paths[:_MAX_FILES])}"
@@ -265,7 +259,7 @@ class TrainIterator:
             near = parts[: self._in_flight.queue_parts + 2]
             suspects = [index for part in near for index in self._parts.indices(part)]
             while (index := find_crashing_index(self._parts, suspects)) is not None:
-                key = self._records.read(index)[1].key
+                key = self.records.read(index)[1].key
                 self._examples.exclude(index, f"record '{key}': its picture crashes its decoder")
                 if not self._examples.skips:
                     raise ValueError(self._examples.explain(index)) from error
