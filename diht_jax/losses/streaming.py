@@ -90,16 +90,8 @@ def streaming_loss(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ring_loss(
-    ring: Ring,
-    image_emb: jax.Array,
-    text_emb: jax.Array,
-    scale: jax.Array,
-    scalars: tuple[jax.Array, ...],
-    pair_ids: jax.Array | None,
-    row_weights: jax.Array | None,
-) -> tuple[jax.Array, PairStatistics]:
-    return _forward(ring, image_emb, text_emb, scale, scalars, pair_ids, row_weights)[0]
+def _ring_loss(ring: Ring, *arguments: Any) -> tuple[jax.Array, PairStatistics]:
+    return _forward(ring, *arguments)[0]
 
 
 def _forward(ring, image_emb, text_emb, scale, scalars, pair_ids, row_weights):
