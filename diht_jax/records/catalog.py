@@ -43,14 +43,6 @@ class Shard:
     row: int = -1  # row of the shard in `index`
 
 
-@dataclasses.dataclass(frozen=True)
-class Catalog:
-    """The ordered shards of a data set, all of one kind."""
-
-    kind: str
-    shards: Sequence[Shard]
-
-
 class ShardsNotFoundError(ValueError):
     """Some paths match no shards, shards of several kinds, or compressed tars."""
 
@@ -77,8 +69,8 @@ def find_kind(paths: Paths) -> str:
     return _find(paths, None, {})[0]
 
 
-def open_catalog(paths: Paths, kind: str | None = None) -> Catalog:
-    """Finds shards, and the indices that describe them.
+def open_catalog(paths: Paths, kind: str | None = None) -> tuple[str, list[Shard]]:
+    """Finds shards, and the indices that describe them; returns their kind and them, in order.
 
     Raises:
         ShardsNotFoundError: see `find_shards`.
@@ -106,7 +98,7 @@ def open_catalog(paths: Paths, kind: str | None = None) -> Catalog:
                 rows = _match(index, kind, own, is_whole=entry.rstrip("/") in folders)
                 described |= {row.path: row for row in rows}
         shards += described.values()
-    return Catalog(kind, shards)
+    return kind, shards
 
 
 def describe_stale(known: Mapping[str, Any], found: Mapping[str, Any], is_whole: bool) -> list[str]:

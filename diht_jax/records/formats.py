@@ -260,8 +260,8 @@ def open_source(paths: Paths) -> ShardedRecords:
         ShardsNotFoundError: there are no shards, several formats, or compressed tars.
         ValueError: a shard or an index is broken.
     """
-    found = open_catalog(paths)
-    return FORMATS[found.kind].source(found)
+    kind, shards = open_catalog(paths)
+    return FORMATS[kind].source(paths, shards)
 
 
 def open_writer(path: str | os.PathLike[str]) -> RecordWriter:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from diht_jax.records import schema
-from diht_jax.records.catalog import Catalog, Paths, Shard, open_catalog
+from diht_jax.records.catalog import Paths, Shard, open_catalog
 from diht_jax.records.dataset_index import END_BYTES, digest_shard, rebuild_command
 from diht_jax.records.shard_files import (
     DamagedRecordError,
@@ -48,19 +48,18 @@ class ShardedRecords(Sequence[bytes]):
     kind: str  # a key of `shard_files.SUFFIXES`
     shard_type: type[OpenShard]
 
-    def __init__(self, paths: Paths | Catalog):
+    def __init__(self, paths: Paths, shards: Sequence[Shard] | None = None):
         """Finds the shards, and counts the records of those that no `dataset.index` describes.
 
         Args:
             paths: a shard, a folder of shards, a glob, or a list of these, also as URLs in an
-                object store; or a result of `catalog.open_catalog`.
+                object store.
+            shards: those that `catalog.open_catalog` has found at the paths, if known.
 
         Raises:
             ValueError: no shard is found, or (`TFRecordError`) a shard or an index is broken.
         """
-        if not isinstance(paths, Catalog):
-            paths = open_catalog(paths, self.kind)
-        self._shards = paths.shards
+        self._shards = open_catalog(paths, self.kind)[1] if shards is None else shards
         self.paths: list[str] = []
         self._offsets_in_memory: dict[int, np.ndarray] = {}
         self._unchecked: set[int] = set()

@@ -27,7 +27,7 @@ import numpy as np
 from absl import logging
 
 from diht_jax.records import schema, tars
-from diht_jax.records.samples import SampleError, Skipped
+from diht_jax.records.samples import IMAGE_EXTENSIONS, SampleError, Skipped
 from diht_jax.records.shard_files import DamagedRecordError, RecordWriter, ShardIndex, TFRecordError
 from diht_jax.records.sharded import OpenShard, ShardedRecords
 from diht_jax.records.tars import state_checksums, walk_members
@@ -71,7 +71,7 @@ def scan_tar(path: str) -> np.ndarray:
             path,
             tars.size_limit,
             is_divisible=True,
-            is_read=lambda name: not tars.is_image(name),
+            is_read=lambda name: tars.split_name(name)[1] not in IMAGE_EXTENSIONS,
         )
         try:
             for offset, entry in tars.make_pairs(tars.group_members(members)):

@@ -246,11 +246,6 @@ def size_limit(name: str) -> int | None:
     return _SIZE_LIMITS.get(extension, 0)
 
 
-def is_image(name: str) -> bool:
-    """Returns whether a member is an image, by its name."""
-    return split_name(name)[1] in IMAGE_EXTENSIONS
-
-
 def group_members(members: Iterable[Member]) -> Iterator[Sample]:
     """Groups members into samples; of a damaged archive, yields the whole ones before the error."""
     sample, has_image, before = None, False, None

@@ -249,7 +249,6 @@ def local_run(
         workdir: a path or a URL.
         step: step of the checkpoint; by default the latest, as seen by the first process of a job.
         mesh: devices to read for; all processes of a job with some of these devices must call it.
-            all call.
 
     Returns:
         `workdir`, unless it is a URL with manifests; otherwise the copy in
