@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from diht_jax.average import average_models as run
-from diht_jax.data.file_tokenizer import FileTokenizer
+from diht_jax.data.tokenizer import FileTokenizer
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
 from diht_jax.loading import load_model, read_model

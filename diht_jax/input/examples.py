@@ -25,7 +25,7 @@ import simplejpeg
 from PIL import ExifTags, Image
 
 from diht_jax.data import tokenizer
-from diht_jax.data.file_tokenizer import FileTokenizer
+from diht_jax.data.tokenizer import FileTokenizer
 from diht_jax.input import transforms
 from diht_jax.input.choices import CaptionChoice, draw_part, take_view
 from diht_jax.records import schema

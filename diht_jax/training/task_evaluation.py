@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from diht_jax import sharding
-from diht_jax.data.file_tokenizer import FileTokenizer
+from diht_jax.data.tokenizer import FileTokenizer
 from diht_jax.evaluation.charts import draw_retrievals
 from diht_jax.evaluation.embedding.entries import Unit
 from diht_jax.evaluation.page import read_pictures, retrieval_examples

@@ -26,7 +26,7 @@ from absl import logging
 from etils import epath
 
 from diht_jax.data import tokenizer
-from diht_jax.data.file_tokenizer import FileTokenizer
+from diht_jax.data.tokenizer import FileTokenizer
 from diht_jax.models.parameters import fit_model
 from diht_jax.models.zoo import Architecture, replace_fields
 from diht_jax.storage.hub import download, is_hub_name

@@ -1,7 +1,7 @@
 """Tokenizer files: reads those that come with a model, and writes CLIP's.
 
 Reading a model's folder determines the tokenizer's file and how texts are cleaned, padded and
-marked. `diht_jax.data.file_tokenizer` computes the ids.
+marked. `diht_jax.data.tokenizer` computes the ids.
 
 CLIP's tokenizer is written as a `tokenizer.json` whose normaliser approximates our text cleaning.
 It covers those of ftfy's repairs and HTML entities that are plain replacements. Repairs that depend
@@ -21,7 +21,7 @@ from ftfy import chardata
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from diht_jax.data import tokenizer
-from diht_jax.data.file_tokenizer import CLEANINGS, FileTokenizer
+from diht_jax.data.tokenizer import CLEANINGS, FileTokenizer
 from diht_jax.storage import files
 from diht_jax.weights.settings import read_config
 

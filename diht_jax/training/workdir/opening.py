@@ -21,7 +21,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict
 
 from diht_jax.config.keys import END, FIXED
-from diht_jax.data.file_tokenizer import FileTokenizer
+from diht_jax.data.tokenizer import FileTokenizer
 from diht_jax.input.choices import open_caption_choice
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.mixing import Mixture, open_mixture

@@ -27,7 +27,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from diht_jax.config.checks import validate_config
-from diht_jax.data.file_tokenizer import FileTokenizer
+from diht_jax.data.tokenizer import FileTokenizer
 from diht_jax.models.parameters import (
     TOWERS,
     ModelDefinition,
