@@ -59,24 +59,24 @@ class Source:
     blocks: BlockStore | None = None
 
 
+@dataclasses.dataclass(eq=False)
 class Mixture:
     """The records of an endless run by position, from one or several sources.
 
     Attributes:
-        sources: at least one.
-        weights: of several sources; None for a single one.
         num_records: of all sources without held-out records; the length of an epoch.
         example_bytes: size of one decoded example.
         same_source_batches: period, in batches, after which a row comes from the same source again,
             unless weights change.
     """
 
-    def __init__(self, sources: Sequence[Source], weights: MixtureWeights | None = None):
-        """Reads nothing yet."""
-        self.sources, self.weights = tuple(sources), weights
-        self.num_records = sum(source.order.num_records for source in sources)
-        self.example_bytes = max(source.decode.example_bytes for source in sources)
-        period = weights.period if weights else 1
+    sources: Sequence[Source]  # at least one
+    weights: MixtureWeights | None = None  # of several sources; None for a single one
+
+    def __post_init__(self):
+        self.num_records = sum(source.order.num_records for source in self.sources)
+        self.example_bytes = max(source.decode.example_bytes for source in self.sources)
+        period = self.weights.period if self.weights else 1
         self.same_source_batches = period if period < _LONGEST_CYCLE else 1
 
     def read(self, position: int, *, fetch: bool = False) -> tuple[Source, Record]:

@@ -56,18 +56,14 @@ FORMATS: dict[str, Format] = {
 _LARGEST_LISTING = 5
 
 
+@dataclasses.dataclass(eq=False)
 class PairSource(Iterable[Pair]):
-    """The pairs of a source, in a fixed order; can be iterated repeatedly.
+    """The pairs of a source, in a fixed order; can be iterated repeatedly."""
 
-    Attributes:
-        shards: the units of work.
-        skipped: reason -> count, from the last complete iteration.
-    """
-
-    def __init__(self, name: str, shards: list[SourceShard]):
-        self.name = name
-        self.shards = shards
-        self.skipped: collections.Counter[str] = collections.Counter()
+    name: str
+    shards: list[SourceShard]  # the units of work
+    # Reason -> count, from the last complete iteration.
+    skipped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
     def __iter__(self) -> Iterator[Pair]:
         skipped: collections.Counter[str] = collections.Counter()
