@@ -1,8 +1,16 @@
-"""XLA flags that make compilation fast in tests and in the processes that tests start."""
+"""Compilation in tests: flags that make it fast, and a mark for tests of the TPU compiler."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
+
+import pytest
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="the TPU compiler is absent: pip install 'jax[tpu]'",
+)
 
 # Test programs run for milliseconds; optimising them would take most of a test's time.
 QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

@@ -21,7 +21,7 @@ from diht_jax.config.checks import walk
 from diht_jax.evaluate import evaluate_model
 from diht_jax.export import export_model
 from diht_jax.training.recipe import COMMENT_FILES, default_config
-from tests.docs.commands import parse_command
+from tests.docs.commands import own_flags, parse_command
 from tests.make import REPOSITORY
 
 _PROGRAM = """
@@ -115,24 +115,11 @@ OLD_SPELLINGS = [
 ]
 
 
-def own_flags():
-    """The flags that are defined in this process, except absl's."""
-    module_of = flags.FLAGS.find_module_defining_flag
-    names = [name for name in flags.FLAGS if not str(module_of(name)).startswith("absl")]
-    return {name: flags.FLAGS[name] for name in names}
-
-
 @pytest.fixture
 def no_flags():
     """Hides the flags of other tests during the test, and removes the flags that it defines."""
-    before = own_flags()
-    for name in before:
-        delattr(flags.FLAGS, name)
-    yield
-    for name in own_flags():
-        delattr(flags.FLAGS, name)
-    for name, flag in before.items():
-        flags.FLAGS[name] = flag
+    with own_flags():
+        yield
 
 
 @pytest.mark.parametrize(("command", "old", "new", "text"), OLD_SPELLINGS)

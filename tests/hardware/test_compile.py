@@ -31,14 +31,9 @@ from diht_jax.hardware.report import (
 )
 from diht_jax.hardware.topologies import Topology, get_topology
 from diht_jax.training.program import TrainProgram
+from tests.compiling import needs_libtpu
 from tests.docs.commands import parse_command
 from tests.make import REPOSITORY
-
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="the TPU compiler is absent: pip install 'jax[tpu]'",
-)
-
 
 needs_cuda = pytest.mark.skipif(
     not any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))),

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from diht_jax.hardware import compiler
+from tests.compiling import needs_libtpu
 from tests.make import REPOSITORY
 from tests.serving import free_address
 
@@ -54,7 +55,7 @@ def test_xla_knows_every_gpu_flag(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
+@needs_libtpu
 def test_libtpu_knows_every_tpu_flag():
     done = run(COMPILE_FOR_TPU, LIBTPU_INIT_ARGS=" ".join(compiler.TPU_FLAGS))
     assert done.returncode == 0, done.stderr

@@ -1,7 +1,6 @@
 """Lower bound on the time of a scheduled program, and kernel cycles, against hand-made sums."""
 
 import dataclasses
-import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from diht_jax.hardware.schedule import (
     scheduled_secs,
 )
 from diht_jax.hardware.topologies import get_topology
+from tests.compiling import needs_libtpu
 
 # One byte, one cycle and one float32 FLOP a second; ten FLOPs a second of other types. The seconds
 # of a collective equal its sent bytes.
@@ -212,10 +212,7 @@ def test_equal_kernels_are_compiled_once(tmp_path):
     assert found == {"attention.3": expected, "attention.5": expected}
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="the TPU compiler is absent: pip install 'jax[tpu]'",
-)
+@needs_libtpu
 def test_cycles_of_a_compiled_kernel_grow_with_its_loops():
     device = get_topology("v5e:1x1").devices[0]
 

@@ -85,21 +85,6 @@ def test_labels_by_hand(low, high, expected):
     assert label(Estimate((), (low + high) / 2, low, high, 1.0), margin=0.02) == expected
 
 
-@pytest.mark.parametrize("paired", [True, False])
-def test_the_bootstrap_covers_a_known_difference_of_crossed_factors(paired):
-    rng = np.random.default_rng(2)
-    covered = []
-    for _ in range(150):
-        # Items that differ in their gain, and runs that do.
-        gains = 0.05 + rng.normal(0, 0.02, (12, 1)) + rng.normal(0, 0.3, (1, 150))
-        treated = gains + rng.normal(0, 0.3, (12, 150))
-        control = rng.normal(0, 0.02, (12, 1)) + rng.normal(0, 0.3, (12, 150))
-        means = bootstrap(treated, control, paired=paired, num_resamples=300)
-        low, high = np.percentile(means, [2.5, 97.5])
-        covered.append(low <= 0.05 <= high)
-    assert 0.9 <= np.mean(covered) <= 0.99
-
-
 def test_the_bootstrap_covers_a_known_difference_where_each_run_has_its_own_items():
     rng = np.random.default_rng(2)
     covered = []

@@ -1,7 +1,6 @@
 """The streaming loss's transfers: rounds, transfers per round, and products that hide them."""
 
 import functools
-import importlib.util
 import re
 
 import jax
@@ -13,12 +12,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diht_jax.hardware.topologies import get_topology
 from diht_jax.losses import contrastive_loss, ring
+from tests.compiling import needs_libtpu
 from tests.losses import formulas
 
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="the TPU compiler is absent: pip install 'jax[tpu]'",
-)
 AXES = ("data", "fsdp")
 
 

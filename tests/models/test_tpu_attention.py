@@ -1,7 +1,6 @@
 """The TPU kernel for short sequences gives the formula's values in every setting of a block."""
 
 import functools
-import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +17,8 @@ from diht_jax.models import transformer
 from diht_jax.models.attention import rotary_positions
 from diht_jax.models.tpu_attention import attend_short, short_attention_obstacle, vmem_mib
 from diht_jax.models.transformer import BlockInit, Execution, make_blocks, run_blocks
-from tests.compiling import QUICK_COMPILE
+from tests.compiling import QUICK_COMPILE, needs_libtpu
 from tests.models.test_attention import formula
-
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler (libtpu) is absent"
-)
 
 
 def formula_and_gradients(qkv, bias, cotangent, num_heads, causal):
