@@ -245,6 +245,7 @@ def run_command(
     *arguments: Any,
     devices: int | None = None,
     folder: pathlib.Path = REPOSITORY,
+    input: str | None = None,
     **environment: str,
 ) -> subprocess.CompletedProcess:
     """Runs `python -m module` and captures its output; `("model", path)` becomes a flag."""
@@ -254,6 +255,7 @@ def run_command(
         capture_output=True,
         text=True,
         cwd=folder,
+        input=input,
         env={**os.environ, "XLA_FLAGS": xla_flags(devices), **environment},
         timeout=900,  # protects against hanging only
     )
@@ -328,6 +330,15 @@ def draw_parameters(init_params: Any, seed: int = 0) -> dict[str, Any]:
 
     shapes = jax.eval_shape(init_params, jax.random.key(0))
     return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def drawn_model(arch: Any, seed: int = 0, **fields: Any) -> Any:
+    """A `ModelFiles` of randomly drawn float32 parameters; `fields` sets its other fields."""
+    from diht_jax.models.parameters import ModelDefinition
+    from diht_jax.weights.source import ModelFiles
+
+    init_params = ModelDefinition(arch, "float32", "float32").init_params
+    return ModelFiles(arch, draw_parameters(init_params, seed), "drawn", **fields)
 
 
 def write_run(

@@ -5,7 +5,6 @@ import json
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,7 +14,6 @@ from diht_jax.data.tokenizer import FileTokenizer
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
 from diht_jax.loading import load_model, read_model
-from diht_jax.models.parameters import ModelDefinition
 from diht_jax.weights.export import write_model
 from diht_jax.weights.soups import average_models, greedy_soup
 from diht_jax.weights.source import ModelFiles
@@ -82,9 +80,7 @@ def two_models(tmp_path_factory):
     for seed, (name, arch) in enumerate(
         {"a": ARCH, "b": ARCH, "wide": dataclasses.replace(ARCH, text_mlp_width=128)}.items()
     ):
-        init = ModelDefinition(arch, jnp.float32, jnp.float32).init_params
-        drawn = ModelFiles(arch, make.draw_parameters(init, seed), name)
-        write_model(folder / name, "safetensors", drawn, card="")
+        write_model(folder / name, "safetensors", make.drawn_model(arch, seed), card="")
     return folder
 
 

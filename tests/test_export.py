@@ -13,7 +13,6 @@ from diht_jax import load_model
 from diht_jax.data.tokenizer import tokenize
 from diht_jax.export import export_model
 from diht_jax.loading import read_model
-from diht_jax.models.parameters import ModelDefinition
 from diht_jax.models.zoo import ARCHITECTURES
 from diht_jax.storage.files import write_bytes
 from diht_jax.weights import clip_layout
@@ -21,6 +20,7 @@ from diht_jax.weights.model_card import model_card
 from diht_jax.weights.source import ModelFiles, read_weights
 from diht_jax.weights.tensor_files import write_safetensors
 from tests import make
+from tests.weights.conftest import one_device  # noqa: F401
 
 ARCH = make.small_architecture(
     image_size=32, vision_layers=2, text_layers=2, embed_dim=40, context_length=16
@@ -34,16 +34,9 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """Runs models on one device; tests/weights/test_inference.py compares one with eight."""
-    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
-
-
 def random_tensors(arch):
     """Randomly draws every parameter, in CLIP's layout."""
-    init = ModelDefinition(arch, "float32", "float32").init_params
-    return clip_layout.to_clip(make.draw_parameters(init), arch)
+    return clip_layout.to_clip(make.drawn_model(arch).params, arch)
 
 
 @pytest.fixture(scope="module")
@@ -244,8 +237,8 @@ def test_work_directory_plain_and_averaged_with_its_card(workdir, tmp_path):
             license="cc-by-4.0: as the data",
         )
         found = read_weights(output)
-        init = ModelDefinition(found.arch, "float32", "float32").init_params
-        jax.tree.map(np.testing.assert_array_equal, found.params, make.draw_parameters(init, seed))
+        expected = make.drawn_model(found.arch, seed).params
+        jax.tree.map(np.testing.assert_array_equal, found.params, expected)
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3)).astype(np.uint8)
     np.testing.assert_allclose(
         load_model(output).encode_image(images),

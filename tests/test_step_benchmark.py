@@ -5,24 +5,14 @@ import pytest
 
 from benchmarks import train_step
 from diht_jax.models import get_architecture
+from tests import make
 
 
 def test_losses_follow_those_of_open_clip(monkeypatch):
     monkeypatch.setattr(train_step, "LEARNING_RATE", 2e-3)
     config = train_step.diht_config("tiny_32px", "cpu", 16)
-    config.model.overrides.update(
-        image_size=16,
-        patch_size=4,
-        vision_layers=2,
-        vision_width=32,
-        vision_heads=2,
-        text_layers=2,
-        text_width=32,
-        text_heads=2,
-        embed_dim=16,
-        context_length=34,
-        vocab_size=500,
-    )
+    config.model.overrides.update(make.tiny_config().model.overrides.to_dict())
+    config.model.overrides.update(vision_layers=2, text_layers=2)
     config.optimizer.learning_rate = 2e-3
     arch = get_architecture(config.model.name, config.model.overrides.to_dict())
     sides = train_step.build_sides(arch, config, "cpu", torch_compile=False)

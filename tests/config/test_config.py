@@ -4,6 +4,7 @@ import sys
 
 import jax
 import pytest
+from flax.traverse_util import flatten_dict
 
 from diht_jax.config import default_config, load_recipe
 from diht_jax.models import get_architecture
@@ -12,11 +13,6 @@ from diht_jax.training.program import TrainProgram, check_micro_batch
 from diht_jax.training.recipe import check_config, duration_in_steps
 from tests.make import RECIPES, REPOSITORY, REQUIRED_ARGUMENTS
 from tests.test_sharding import gpu_hosts
-
-
-@pytest.fixture(autouse=True)
-def repository_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(REPOSITORY))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -46,18 +42,14 @@ def test_a_recipe_loads_outside_of_the_repository(tmp_path, monkeypatch):
 
 
 def values(name, arg=""):
-    return load_recipe(REPOSITORY / "configs" / f"{name}.py", arg).to_dict()
+    """Returns the values of a recipe's keys by their dotted names."""
+    config = load_recipe(REPOSITORY / "configs" / f"{name}.py", arg).to_dict()
+    return flatten_dict(config, sep=".")
 
 
-def differences(a, b, prefix=""):
-    """Returns the dotted names of the keys in which two configs differ."""
-    found = set()
-    for key in a.keys() | b.keys():
-        if isinstance(a[key], dict):
-            found |= differences(a[key], b[key], f"{prefix}{key}.")
-        elif a[key] != b[key]:
-            found.add(f"{prefix}{key}")
-    return found
+def differences(a, b):
+    """Returns the names of the keys in which two configs differ."""
+    return {key for key in a.keys() | b.keys() if a[key] != b[key]}
 
 
 @pytest.mark.parametrize("topology", ["h100:8", "h100:64x8", "a100_80gb:2x4"])
@@ -100,7 +92,7 @@ def test_recipe_for_gpus(name, topology):
 )
 def test_larger_tpus_keep_what_fits(name, topology, remat, scan_layers):
     other, own = values(name, f"topology={topology}"), values(name)
-    assert (other["model"]["remat"], other["model"]["scan_layers"]) == (remat, scan_layers)
+    assert (other["model.remat"], other["model.scan_layers"]) == (remat, scan_layers)
     assert differences(other, own) <= {"model.remat", "model.scan_layers", "topology"}
 
 
@@ -112,8 +104,8 @@ def test_clip_vitb32_differs_from_diht_vitb32_in_the_loss_alone(arg):
         "concepts.object_weight",
         "concepts.attribute_weight",
     }
-    assert clip["loss"]["alpha"] == 1.0 and clip["loss"]["beta"] == 0.0
-    assert clip["concepts"]["object_weight"] == clip["concepts"]["attribute_weight"] == 0.0
+    assert clip["loss.alpha"] == 1.0 and clip["loss.beta"] == 0.0
+    assert clip["concepts.object_weight"] == clip["concepts.attribute_weight"] == 0.0
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,12 @@
 """Config keys on the command line: None for optional keys, and durations that replace others."""
 
-import sys
-
-import ml_collections
 import pytest
-from absl import flags
-from ml_collections import config_flags
 
 from data_prep.filtering.config import default_config as filter_config
 from data_prep.labelling.config import default_config as label_config
-from diht_jax import command_line
-from diht_jax.config import default_config, validate_config
-from diht_jax.config.checks import PathsOrSections
+from diht_jax.config import default_config
+from diht_jax.config.checks import PathsOrSections, walk
+from tests.docs.commands import parsed_flags
 from tests.make import REPOSITORY
 
 EMOJI = REPOSITORY / "configs" / "emoji.py"
@@ -19,22 +14,12 @@ STAGES = REPOSITORY / "configs" / "stages" / "diht_vitb16_stages.py"
 CAT = REPOSITORY / "configs" / "prep" / "cat.py"
 
 
-@pytest.fixture
-def parse(monkeypatch):
+def parse(recipe, *arguments, command="diht_jax.train"):
     """Returns the config that a command reads from a command line."""
-
-    def parse_config(recipe, *arguments, defaults=default_config):
-        values = flags.FlagValues()
-        config_flags.DEFINE_config_file("config", None, "", flag_values=values)
-        monkeypatch.setattr(flags, "FLAGS", values)
-        argv = ["command", "--config", str(recipe), *arguments]
-        monkeypatch.setattr(sys, "argv", argv)
-        command_line.parse_flags(argv, config_defaults=defaults)
-        validate_config(values.config, defaults())
-        return values.config
-
-    monkeypatch.syspath_prepend(str(REPOSITORY))
-    return parse_config
+    needed = ["--workdir=x"] if command == "diht_jax.train" else []
+    given = ["--config", str(recipe), *needed, *arguments]
+    (config,) = parsed_flags(command, given, "config")
+    return config
 
 
 def durations(config, prefix="total"):
@@ -50,7 +35,7 @@ def durations(config, prefix="total"):
         (["--config.total_steps=40", "--config.total_steps=None"], [None, None, 40.0]),
     ],
 )
-def test_a_duration_of_the_command_line_replaces_the_recipes(arguments, expected, parse):
+def test_a_duration_of_the_command_line_replaces_the_recipes(arguments, expected):
     assert durations(parse(EMOJI, *arguments)) == expected
 
 
@@ -62,7 +47,7 @@ def test_a_duration_of_the_command_line_replaces_the_recipes(arguments, expected
         (["--config.total_steps=40", "--config.optimizer.warmup_steps=45"], 45),  # refused later
     ],
 )
-def test_the_warm_up_of_a_recipe_fits_into_fewer_steps(arguments, expected, parse):
+def test_the_warm_up_of_a_recipe_fits_into_fewer_steps(arguments, expected):
     assert parse(EMOJI, *arguments).optimizer.warmup_steps == expected
 
 
@@ -78,7 +63,7 @@ def get_config():
 """
 
 
-def test_training_data_is_a_path_or_sections(parse, tmp_path):
+def test_training_data_is_a_path_or_sections(tmp_path):
     recipe = tmp_path / "recipe.py"
     recipe.write_text(MIXTURE)
     laion = {"path": "/data/laion", "weight": 0.8}
@@ -89,21 +74,20 @@ def test_training_data_is_a_path_or_sections(parse, tmp_path):
     assert parse(recipe, "--config.data.train=/data/kept").data.train == "/data/kept"
 
 
-def optional_keys(config, prefix=""):
-    """Maps the dotted name of each key whose default is None to its type."""
-    found = {}
-    for key in config:
-        if isinstance(config[key], ml_collections.ConfigDict):
-            found |= optional_keys(config[key], f"{prefix}{key}.")
-        elif config[key] is None:
-            kind = config.get_type(key)
-            found[prefix + key] = str if kind is PathsOrSections else kind
-    return found
-
-
-@pytest.mark.parametrize("defaults", [default_config, filter_config, label_config])
-def test_none_unsets_every_optional_key(defaults, parse, tmp_path):
-    optional = optional_keys(defaults())
+@pytest.mark.parametrize(
+    "command, defaults",
+    [
+        ("diht_jax.train", default_config),
+        ("data_prep.filter", filter_config),
+        ("data_prep.label", label_config),
+    ],
+)
+def test_none_unsets_every_optional_key(command, defaults, tmp_path):
+    optional = {
+        key: str if kind is PathsOrSections else kind
+        for key, (value, kind) in walk(defaults()).items()
+        if value is None
+    }
     assert len(optional) > 4 and set(optional.values()) <= {bool, int, float, str, tuple}
     recipe = tmp_path / "recipe.py"
     values = {key: (1,) if kind is tuple else kind(1) for key, kind in optional.items()}
@@ -113,16 +97,11 @@ def test_none_unsets_every_optional_key(defaults, parse, tmp_path):
         "def get_config():\n"
         "    config = default_config()\n" + "\n".join(lines) + "\n    return config\n"
     )
-    assert None not in [value_of(parse(recipe, defaults=defaults), key) for key in optional]
+    found = walk(parse(recipe, command=command))
+    assert None not in [found[key][0] for key in optional]
     unset = [f"--config.{key}=None" for key in optional]
-    config = parse(recipe, *unset, defaults=defaults)
-    assert {value_of(config, key) for key in optional} == {None}
-
-
-def value_of(config, key):
-    for name in key.split("."):
-        config = config[name]
-    return config
+    found = walk(parse(recipe, *unset, command=command))
+    assert {found[key][0] for key in optional} == {None}
 
 
 # A recipe's path, or what `get_config` returns instead of a config.
@@ -141,7 +120,7 @@ def value_of(config, key):
         ("{}", ["--config.total_steps=5"], "recipe.py: get_config() must return"),
     ],
 )
-def test_what_is_wrong_is_named_as_typed(recipe, arguments, named, parse, tmp_path, capsys):
+def test_what_is_wrong_is_named_as_typed(recipe, arguments, named, tmp_path, capsys):
     if isinstance(recipe, str):
         value, recipe = recipe, tmp_path / "recipe.py"
         recipe.write_text(f"def get_config():\n    return {value}\n")

@@ -4,10 +4,10 @@ import dataclasses
 import math
 import sys
 
-import ml_collections
 import pytest
 
 from diht_jax.config import default_config
+from diht_jax.config.checks import walk
 from diht_jax.config.keys import Key, OneOf, Range
 from diht_jax.training.program import TrainProgram
 from diht_jax.training.recipe import all_keys, check_config
@@ -18,6 +18,7 @@ RANGES = {
     for name, key in all_keys().items()
     if isinstance(key, Key) and isinstance(key.range, Range) and not isinstance(key.default, tuple)
 }
+NUMBERS = {name: kind for name, (_, kind) in walk(default_config()).items() if kind in (int, float)}
 WORDS = [
     name
     for name, key in all_keys().items()
@@ -25,19 +26,8 @@ WORDS = [
 ]
 
 
-def numbers_of(config, prefix=""):
-    """Maps the dotted name of each int or float key to its type."""
-    found = {}
-    for key in config:
-        if isinstance(config[key], ml_collections.ConfigDict):
-            found |= numbers_of(config[key], f"{prefix}{key}.")
-        elif config.get_type(key) in (int, float):
-            found[f"{prefix}{key}"] = config.get_type(key)
-    return found
-
-
 def test_every_number_has_a_range_and_no_other_key_has():
-    assert RANGES.keys() == numbers_of(default_config()).keys()
+    assert RANGES.keys() == NUMBERS.keys()
 
 
 @pytest.mark.parametrize("name", sorted(RANGES))
@@ -47,7 +37,7 @@ def test_values_beyond_both_ends_are_refused(name):
         config.update_from_flattened_dict({name: value})
         check_config(config)
 
-    expected, kind = dataclasses.asdict(RANGES[name]), numbers_of(default_config())[name]
+    expected, kind = dataclasses.asdict(RANGES[name]), NUMBERS[name]
     wrong = [kind(expected["low"] - 3)]
     if expected["excludes_low"]:
         wrong.append(kind(expected["low"]))

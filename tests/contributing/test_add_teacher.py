@@ -15,9 +15,9 @@ from data_prep.teachers import registry
 from diht_jax.config import load_recipe
 from diht_jax.readers.registry import SourceShard
 from diht_jax.records.vocabulary import read_vocabulary
+from tests import make
 from tests.contributing.blocks import load_example
 from tests.data_prep.filtering.jobs import job_config, read_records
-from tests.make import PREP_RECIPES
 
 _COLORS = {"red": (230, 10, 20), "green": (10, 200, 30), "blue": (30, 20, 210)}
 _NUM_IMAGES = 48
@@ -33,23 +33,23 @@ def teacher(tmp_path, monkeypatch):
 def _write_filtered(folder: pathlib.Path) -> tuple[pathlib.Path, np.ndarray]:
     """A filtered folder and the expected embeddings [n, 12]: the colour of each quarter."""
     rng = np.random.default_rng(0)
-    rows, expected = [], []
+    members, expected = {}, []
     for i in range(_NUM_IMAGES):
         name = list(_COLORS)[i % 3]
         quarters = rng.integers(0, 256, (2, 2, 3))
         quarters[0] = _COLORS[name]  # the upper half
         pixels = quarters.repeat(16, axis=0).repeat(16, axis=1).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-        rows.append({"image": f"{i}.png", "caption": f"a {name} house in the rain"})
+        image = make.encoded(Image.fromarray(pixels))
+        members |= make.pair_members(f"{i:02d}", f"a {name} house in the rain", image)
         expected.append(quarters.ravel())
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = job_config(str(folder / "pairs.jsonl"), folder / "kept", concepts=True)
+    source = make.write_tar(folder / "pairs.tar", members)
+    config = job_config(source, folder / "kept", concepts=True)
     assert run_filter(config) == {}
     return folder / "kept", np.array(expected, np.float32)
 
 
 def _config(kept: pathlib.Path, output: pathlib.Path):
-    config = load_recipe(PREP_RECIPES / "concepts.py")  # after registration: has the new section
+    config = load_recipe(make.PREP_RECIPES / "concepts.py")  # has the section of the example
     config.update({"input": str(kept), "output": str(output), "num_workers": 0})
     config.teacher.kind = "mean_color"
     config.vocabulary.min_count = 5

@@ -1,15 +1,11 @@
 """The three walks of CONTRIBUTING.md: commands enter the named files in the given order."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 
 from tests import make
-from tests.compiling import xla_flags
 from tests.contributing.blocks import GUIDE
 
 CAPTIONS = [f"a brown dog is chasing a small cat in garden {i}" for i in range(16)]
@@ -23,15 +19,7 @@ def named_files(title):
 
 def enter(commands):
     """Returns the files that each of the commands enters."""
-    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags()}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.contributing.walk", *" + ".join(commands).split()],
-        capture_output=True,
-        text=True,
-        cwd=make.REPOSITORY,
-        env=os.environ | environment,
-        timeout=1800,
-    )
+    done = make.run_command("tests.contributing.walk", *" + ".join(commands).split())
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -59,5 +47,4 @@ def walks(tmp_path_factory):
 def test_commands_enter_the_named_files_in_that_order(walks, title):
     named = named_files(title)
     assert len(named) >= 6
-    entered = list(walks[title])
-    assert [name for name in entered if name in named] == named
+    assert [name for name in walks[title] if name in named] == named

@@ -36,27 +36,28 @@ def draw_batch():
     }
 
 
-def train_one_step(config, batch, devices=None):
-    """Returns the program, the parameters before and after one step, and the step's metrics."""
+def train_steps(config, batch, num_steps, devices=None):
+    """Returns the program, the parameters before and after each step, and the steps' metrics."""
     program = TrainProgram(config, total_steps=10, devices=devices)
     state = program.create_state()
     step = program.step(state)
-    before = jax.device_get(state.params)
+    params, metrics = [jax.device_get(state.params)], []
     on_mesh = jax.make_array_from_process_local_data(sharding.batch_sharding(program.mesh), batch)
     assert {name: leaf.dtype for name, leaf in on_mesh.items()} == {
         name: leaf.dtype for name, leaf in program.abstract_batch().items()
     }
-    state, metrics = step(state, on_mesh)
-    return program, before, jax.device_get(state.params), jax.device_get(metrics)
+    for _ in range(num_steps):
+        state, found = step(state, on_mesh)
+        params.append(jax.device_get(state.params))
+        metrics.append(jax.device_get(found))
+    assert step._cache_size() == 1
+    return program, params, metrics
 
 
 def train_two_steps(config):
     """Returns for each step its metrics, and the parameters and float64 embeddings before it."""
-    program = TrainProgram(config, total_steps=10)
-    state = program.create_state()
-    step = program.step(state)
     batch = draw_batch()
-    on_mesh = jax.make_array_from_process_local_data(sharding.batch_sharding(program.mesh), batch)
+    program, params, metrics = train_steps(config, batch, 2)
 
     @jax.jit
     def embed(params):
@@ -64,11 +65,7 @@ def train_two_steps(config):
         images = normalize(batch["images"], jnp.float32)
         return model.encode_image(images), model.encode_text(batch["tokens"])
 
-    steps = []
-    for _ in range(2):
-        params = jax.device_get(state.params)
-        embeddings = [np.float64(emb) for emb in embed(params)]
-        state, metrics = step(state, on_mesh)
-        steps.append((jax.device_get(metrics), params, *embeddings))
-    assert step._cache_size() == 1
-    return steps
+    return [
+        (found, before, *map(np.float64, embed(before)))
+        for found, before in zip(metrics, params[:2], strict=True)
+    ]

@@ -30,9 +30,9 @@ def project_file(path: str) -> str | None:
     return name if re.match(r"(diht_jax|data_prep)/.*\.py$", name) else None
 
 
-def main(module: str, arguments: list[str]) -> dict[str, int]:
-    """Returns the files that a command enters, with the number of functions entered in each."""
-    entered: dict[str, set[str]] = {}
+def main(module: str, arguments: list[str]) -> list[str]:
+    """Returns the files that a command enters."""
+    entered: list[str] = []
     importing: collections.Counter[int] = collections.Counter()
     known: dict[int, types.CodeType] = {}  # by `id`; these need no further look
 
@@ -47,8 +47,8 @@ def main(module: str, arguments: list[str]) -> dict[str, int]:
             frame.f_trace_lines = False
             return leave_import
         name = project_file(code.co_filename)
-        if name and not importing[threading.get_ident()]:
-            entered.setdefault(name, set()).add(code.co_qualname)
+        if name and not importing[threading.get_ident()] and name not in entered:
+            entered.append(name)
         if not name or not importing[threading.get_ident()]:
             known[id(code)] = code
         return None
@@ -71,7 +71,7 @@ def main(module: str, arguments: list[str]) -> dict[str, int]:
     finally:
         sys.settrace(None)
         threading.settrace(None)
-    return {name: len(functions) for name, functions in entered.items()}
+    return entered
 
 
 if __name__ == "__main__":

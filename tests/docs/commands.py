@@ -22,6 +22,7 @@ from unittest import mock
 from absl import app, flags
 
 from diht_jax import command_line
+from tests import make
 from tests.docs.pages import LAUNCH_FILES, PAGES, page_name
 
 _MODULE = r"\bpython3? -m ([\w.]+)"
@@ -138,6 +139,15 @@ def parse_command(
         _start(module)
 
 
+def parsed_flags(module: str, arguments: list[str], *names: str) -> list[Any]:
+    """Returns the values of flags after `parse_command`."""
+    found: list[Any] = []
+    parse_command(
+        module, arguments, lambda _: found.extend(flags.FLAGS[name].value for name in names)
+    )
+    return found
+
+
 def run_commands(commands: list[tuple[str, list[str]]]) -> None:
     """Runs commands in this process; exits at the first failure and names the command.
 
@@ -151,6 +161,16 @@ def run_commands(commands: list[tuple[str, list[str]]]) -> None:
             except SystemExit as end:
                 if end.code:
                     sys.exit(f"{module} {shlex.join(arguments)}: exit status {end.code}")
+
+
+def run_in_one_process(commands: list[tuple[str, list[str]]], folder: pathlib.Path) -> str:
+    """Runs commands in this folder, by `run_commands` in a new process; returns what they print."""
+    variables = {"PYTHONPATH": str(make.REPOSITORY)}
+    done = make.run_command(
+        "tests.docs.commands", folder=folder, input=json.dumps(commands), **variables
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    return done.stdout
 
 
 def _start(module: str) -> None:

@@ -1,10 +1,6 @@
 """The commands in the documentation: all are parsed by their own parsers, and some run."""
 
-import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 from absl import flags
@@ -19,8 +15,7 @@ from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import VALIDATION
 from diht_jax.fewshot import task_text
 from diht_jax.training.recipe import all_keys
-from tests.compiling import xla_flags
-from tests.docs.commands import Command, find_commands, parse_command
+from tests.docs.commands import Command, find_commands, parse_command, run_in_one_process
 from tests.docs.pages import REPOSITORY
 
 # In order: page, start of the command, and flags that are appended to it or replaced in it.
@@ -48,8 +43,6 @@ SMALLER = {
     "--config.model.overrides.text_layers=1 --config.model.overrides.vocab_size=700",
 }
 REPLACED = (("/data/kept_a,/data/kept_b", "runs/kept,runs/records"), ("/data/both", "runs/both"))
-# Skips most of XLA's compile time; nothing is measured here.
-CHEAP = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 COMMANDS = find_commands()
 BY_HAND = {"captions_web.txt"}  # docs/guides/example_data.md names its origin
 # Default recipes for commands inside a sentence, which may omit them.
@@ -164,17 +157,7 @@ def test_commands_run(tmp_path):
         has_config = "--config" in arguments or command.module != "data_prep.filter"
         extra = "" if not has_config else SMALLER.get(command.module, "")
         argv.append((command.module, [*arguments, *behind.split(), *extra.split()]))
-    environment = {**os.environ, "XLA_FLAGS": xla_flags()}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.docs.commands"],
-        cwd=checkout,
-        env={**environment, **CHEAP, "PYTHONPATH": str(REPOSITORY)},
-        input=json.dumps(argv),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    run_in_one_process(argv, checkout)
     written = "web/val_retrieval.tar kept/report.html both/report.html lists/dropped.tsv "
     written += "try/metrics.jsonl try.html exported/open_clip_config.json filtered.compared.png"
     missing = [name for name in written.split() if not (checkout / "runs" / name).is_file()]

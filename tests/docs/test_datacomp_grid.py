@@ -4,10 +4,9 @@ import shlex
 import subprocess
 
 import pytest
-from absl import flags
 
 from diht_jax.training.recipe import check_config
-from tests.docs.commands import parse_command
+from tests.docs.commands import parsed_flags
 from tests.docs.pages import REPOSITORY
 
 # DataComp's settings for its two scales: samples seen, batch, learning rate, warm-up.
@@ -33,13 +32,7 @@ def list_runs(scale):
 def test_the_27_runs_are_those_of_the_grid(scale):
     found, workdirs = set(), set()
     for arguments, _ in list_runs(scale):
-        configs = []
-
-        def keep(options, configs=configs):
-            configs.append((flags.FLAGS.config, flags.FLAGS.workdir))
-
-        parse_command("diht_jax.train", arguments, keep)
-        ((config, workdir),) = configs
+        config, workdir = parsed_flags("diht_jax.train", arguments, "config", "workdir")
         check_config(config)
         settings = config.data.batch_size, config.optimizer.learning_rate
         settings = (config.total_examples, *settings, config.optimizer.warmup_steps)

@@ -1,4 +1,4 @@
-"""The Python code on the pages runs."""
+"""The Python code on the pages runs; `test_readme.py` has that of README and quickstart."""
 
 import os
 import subprocess
@@ -6,9 +6,6 @@ import sys
 
 import pytest
 
-from diht_jax.models import Architecture
-from diht_jax.weights.tensor_files import write_safetensors
-from tests import make
 from tests.docs.pages import REPOSITORY, python_blocks
 
 LIBRARY = python_blocks(REPOSITORY / "docs/explained/library.md")
@@ -68,15 +65,3 @@ def test_tokens_of_the_library_page(run, capsys):
 @pytest.mark.parametrize("block", python_blocks(REPOSITORY / "docs/explained/how_it_works.md"))
 def test_order_of_how_it_works(block, run):
     run(block)
-
-
-def test_example_of_the_readme(tmp_path, run):
-    """Uses random weights, since tests do not have the emoji model."""
-    size = dict(vision_layers=1, vision_width=64, vision_heads=1, embed_dim=24)
-    size |= dict(text_layers=1, text_width=64, text_heads=1, image_size=64, patch_size=32)
-    weights = make.clip_tensors(Architecture(**size))
-    write_safetensors(tmp_path / "emoji.safetensors", weights)
-    (block,) = python_blocks(REPOSITORY / "README.md")
-    assert 'load_model("runs/emoji")' in block
-    block = block.replace("runs/emoji", "emoji.safetensors")
-    run(block + "\nassert similarity.shape == (1, 2) and abs(similarity).max() <= 1\n")

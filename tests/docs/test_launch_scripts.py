@@ -81,10 +81,6 @@ def job_of(path: pathlib.Path) -> dict:
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": name}, "spec": spec}
 
 
-def num_chips(shape: str) -> int:
-    return math.prod(map(int, shape.split("x")))
-
-
 def container(job: dict) -> dict:
     """Returns the only container of the Job's pods."""
     (found,) = job["spec"]["template"]["spec"]["containers"]
@@ -116,7 +112,7 @@ def test_what_the_schema_does_not_see_fits_together(path):
     else:
         shape = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
         chips = container(job)["resources"]["limits"]["google.com/tpu"] * spec["completions"]
-        assert num_chips(shape) == chips
+        assert math.prod(map(int, shape.split("x"))) == chips
 
 
 @pytest.mark.parametrize("path", MANIFESTS, **by_name)

@@ -37,9 +37,13 @@ def known_keys(config, prefix=""):
     return found
 
 
-KEYS = set().union(
-    *(known_keys(make()) for make in (train_config, filter_config, label_config, duplicates_config))
-)
+CONFIGS = {
+    "train": train_config,
+    "filter": filter_config,
+    "label": label_config,
+    "duplicates": duplicates_config,
+}
+KEYS = set().union(*(known_keys(make()) for make in CONFIGS.values()))
 SECTIONS = {key.partition(".")[0] for key in KEYS if "." in key}
 
 FILES = (".py", ".md", ".json", ".jsonl", ".npz", ".onnx", ".png", ".html", ".lock", ".stablehlo")

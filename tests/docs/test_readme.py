@@ -7,12 +7,9 @@ import json
 import os
 import re
 import subprocess
-import sys
 
-from tests import make
-from tests.compiling import xla_flags
 from tests.data_prep.example_data import small_packages as small
-from tests.docs.commands import find_commands, run_commands
+from tests.docs.commands import find_commands, run_commands, run_in_one_process
 from tests.docs.pages import REPOSITORY, python_blocks
 from tests.serving import FileServer
 
@@ -60,26 +57,14 @@ def test_readme_and_quickstart_from_nothing_to_results(tmp_path, monkeypatch):
     page = (REPOSITORY / QUICKSTART).read_text("utf-8")
     for line in re.findall(r"(?m)^    (mkdir .* tar -xf .*)$", page):  # unpacks pictures
         subprocess.run(line, shell=True, check=True)
-    blocks = [("-c", [block]) for block in python_blocks(REPOSITORY / QUICKSTART)]
+    pages = (REPOSITORY / "README.md", REPOSITORY / QUICKSTART)
+    blocks = [("-c", [block]) for path in pages for block in python_blocks(path)]
     rest = [each for n, each in enumerate(commands) if each not in [*downloads, *commands[:n]]]
     assert {module for module, _ in rest} == set(SHORTER)
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.docs.commands"],
-        env={
-            **os.environ,
-            "XLA_FLAGS": xla_flags(),
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": str(make.REPOSITORY),
-        },
-        input=json.dumps([*rest, *blocks]),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    printed = run_in_one_process([*rest, *blocks], work)
     (own,) = json.loads((work / "runs/own.json").read_text())["results"]
     (emoji,) = json.loads((work / "runs/emoji.json").read_text())["results"]
     assert own["task"] == "validation" and 0 < own["counts"]["images"] < 20
     assert emoji["counts"]["images"] == len(small.EMOJI)
     assert (work / "runs/search.html").is_file() and os.listdir(work) == ["runs"]
-    assert re.search(r"\d  red heart\n", done.stdout)
+    assert re.search(r"\d  red heart\n", printed)

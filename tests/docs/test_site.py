@@ -6,23 +6,13 @@ import re
 import pytest
 import yaml
 
-from data_prep.duplicates.config import default_config as duplicates_config
-from data_prep.filtering.config import default_config as filter_config
-from data_prep.labelling.config import default_config as label_config
 from diht_jax.command_line.help_text import comments_of
-from diht_jax.config import default_config as train_config
 from tests.docs.pages import PAGES, REPOSITORY, page_name
-from tests.docs.test_links import known_keys
+from tests.docs.test_links import CONFIGS, known_keys
 
 DOCS = REPOSITORY / "docs"
 MOST_BYTES = 15_000
 MOST_WORDS_OF_README = 900
-CONFIGS = {
-    "train": train_config,
-    "filter": filter_config,
-    "label": label_config,
-    "duplicates": duplicates_config,
-}
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 from diht_jax.extras.captioning import DECODER, merge_decoder
 from diht_jax.input.transforms import normalize
 from diht_jax.models.parameters import merge_model
-from tests.contributing.tiny_runs import BATCH_SIZE, draw_batch, tiny_config, train_one_step
+from tests.contributing.tiny_runs import BATCH_SIZE, draw_batch, tiny_config, train_steps
 from tests.extras.test_affinity import TEMPERATURES, WIDTHS, truth
 
 TERMS = {
@@ -61,11 +61,11 @@ def affinity_formula(image_emb, text_emb, scale):
 def alone():
     """Runs a step on one device."""
     one = {"mesh.data": 1, "mesh.fsdp": 1, "captioning.chunk_tokens": 7}
-    return train_one_step(tiny_config(TERMS | one), batch(), jax.devices()[:1])
+    return train_steps(tiny_config(TERMS | one), batch(), 1, jax.devices()[:1])
 
 
 def test_a_step_is_the_formulas_and_trains_both_sides(alone):
-    program, params, after, metrics = alone
+    program, (params, after), (metrics,) = alone
 
     @jax.jit
     def embed(params):
@@ -90,10 +90,10 @@ def test_a_step_is_the_formulas_and_trains_both_sides(alone):
 
 def test_a_step_is_the_same_on_any_mesh(alone):
     """Also with micro-batches, scanned layers and rematerialisation."""
-    _, _, expected, expected_metrics = alone
+    _, (_, expected), (expected_metrics,) = alone
     split = {"mesh.data": 2, "mesh.fsdp": 4, "micro_batch": 8}
     remat = {"captioning.remat": "full", "model.scan_layers": True}
-    _, _, found, metrics = train_one_step(tiny_config(TERMS | split | remat), batch())
+    _, (_, found), (metrics,) = train_steps(tiny_config(TERMS | split | remat), batch(), 1)
     for name in ("captioning_loss", "affinity_loss"):
         np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], expected_metrics["grad_norm"], rtol=1e-4)

@@ -2,18 +2,16 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 
 from benchmarks.first_hour.plan import parts_for
-from tests.docs.pages import REPOSITORY
+from tests import make
 
 # Skips parts that differ only in numbers, and what tests/test_step_benchmark.py runs.
 ALIKE = ("step_b16", "step_l14", "kernels_b16", "kernels_l14", "kernels_l14_336")
 PARTS = [part.name for part in parts_for("cpu") if part.name not in (*ALIKE, "open_clip_b16")]
-PAGE = REPOSITORY / "docs" / "benchmarks" / "first_hour.md"
+PAGE = make.REPOSITORY / "docs" / "benchmarks" / "first_hour.md"
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +19,8 @@ def measured(tmp_path_factory):
     """Runs the command; returns its output folder and what it printed."""
     folder = tmp_path_factory.mktemp("first_hour")
     options = ["--device=cpu", "--small", f"--output={folder}", f"--bucket={folder / 'bucket'}"]
-    options.append(f"--parts={','.join(PARTS)}")
-    command = [sys.executable, "-m", "benchmarks.first_hour", *options]
-    done = subprocess.run(
-        [*command, "--limit_secs=900"], cwd=REPOSITORY, capture_output=True, text=True
-    )
+    command = ["benchmarks.first_hour", *options, f"--parts={','.join(PARTS)}"]
+    done = make.run_command(*command, "--limit_secs=900", devices=8)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     return folder, command
 
@@ -69,8 +64,8 @@ def test_steps_leave_a_profile(measured, parts):
 def test_the_table_of_the_page_is_filled(measured, tmp_path):
     page = tmp_path / "first_hour.md"
     page.write_text(PAGE.read_text())
-    options = ["--table", f"--page={page}", f"--results={tmp_path}"]
-    subprocess.run([*measured[1], *options], cwd=REPOSITORY, check=True, capture_output=True)
+    done = make.run_command(*measured[1], "--table", ("page", page), ("results", tmp_path))
+    assert done.returncode == 0, done.stderr
     rows = [name for name in PARTS if f"| `{name}` |" in page.read_text()]
     assert rows == PARTS
     assert (tmp_path / "first_hour_cpu.json").exists()

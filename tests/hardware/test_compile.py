@@ -23,7 +23,6 @@ from diht_jax.config import load_recipe
 from diht_jax.hardware.chips import GIB, find_chip
 from diht_jax.hardware.hlo_traffic import Collective, Traffic, Work
 from diht_jax.hardware.report import (
-    StepReport,
     describe_input,
     describe_step,
     link_bandwidth,
@@ -47,13 +46,6 @@ def recipe(name, **changes):
     config.mesh.data = -1
     config.update_from_flattened_dict(changes)
     return config
-
-
-@pytest.fixture(autouse=True, scope="module")
-def recipes_can_be_imported():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(REPOSITORY))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -257,39 +249,27 @@ def test_the_step_is_compiled_with_the_attention_that_a_gpu_runs():
     assert "cudnn (vision), cudnn (text)" in describe_step(report)
 
 
-def report_with(traffic, topology):
-    return StepReport(
-        topology=topology,
-        mesh={"data": 256, "fsdp": 1},
-        batch_size=65536,
-        attention={"vision": "cudnn", "text": "xla"},
-        loss_form=("streaming", "as config.loss.impl has it"),
-        micro_batch=None,
-        remat="none",
-        memory_limit_bytes=16 * GIB,
-        argument_bytes=GIB,
-        temporary_bytes=GIB,
-        peak_bytes=2 * GIB,
-        needed_bytes=2 * GIB,
-        fits=True,
-        flops=197 * 10**12,
-        model_flops=98_500_000_000_000,
-        traffic=traffic,
-        trace_secs=1.0,
-        compile_secs=1.0,
-    )
-
-
 POD = Topology("v5e:16x16", find_chip("v5e"), (16, 16), (None,) * 256, 16 * GIB)
 
 
-def test_roofline_by_hand():
+@pytest.fixture
+def roofline(local):
+    """The bounds of a step on a pod, from its traffic; half of its products count as useful."""
+
+    def bounds(traffic):
+        flops = {"flops": 197 * 10**12, "model_flops": 98_500_000_000_000}
+        return dataclasses.replace(local[1], topology=POD, traffic=traffic, **flops).roofline
+
+    return bounds
+
+
+def test_roofline_by_hand(roofline):
     collectives = (
         Collective("all-reduce", 256, 1, 0, 200 * 10**9, span=256),  # all 4 links: 1 s
         Collective("all-gather", 8, 1, 0, 50 * 10**9, span=8),  # 2 links: 0.5 s
         Collective("collective-permute", 2, 1, 0, 5 * 10**9, span=256),  # 1 link: 0.1 s
     )
-    estimate = report_with(Traffic(409_500_000_000, collectives, 0), POD).roofline
+    estimate = roofline(Traffic(409_500_000_000, collectives, 0))
     assert estimate.compute_secs == pytest.approx(1.0)
     assert estimate.memory_secs == pytest.approx(0.5)
     assert estimate.network_secs == pytest.approx(1.6)
@@ -298,14 +278,14 @@ def test_roofline_by_hand():
     assert estimate.mfu == pytest.approx(0.5 / 1.600003)
 
 
-def test_the_reported_bound_is_that_of_the_program_in_order():
+def test_the_reported_bound_is_that_of_the_program_in_order(roofline):
     ring = Collective("collective-permute", 2, 1, 0, 50 * 10**9, span=256)
     work = (
         Work("products", memory_bytes=819 * 10**9, cycles=int(1.5 * POD.chip.clock_hz)),  # 1.5 s
         Work("element-wise", memory_bytes=819 * 10**9),  # 1 s
         Work("collectives", collective=ring),
     )
-    estimate = report_with(Traffic(0, (), 0, work=work), POD).roofline
+    estimate = roofline(Traffic(0, (), 0, work=work))
     assert estimate.scheduled_secs == pytest.approx(1.5 + 1 + 1 + 1e-6)
     assert estimate.scheduled_mfu == pytest.approx(0.5 / 3.500001)
 
@@ -321,9 +301,8 @@ def test_the_reported_bound_is_that_of_the_program_in_order():
     ],
 )
 def test_links_inside_and_between_gpu_hosts(kind, size, span, gb_per_sec):
-    traffic = Traffic(0, (Collective(kind, size, 1, 0, 0, span=span),), 0)
-    report = report_with(traffic, gpus(4, 8))
-    assert link_bandwidth(report.topology, traffic.collectives[0]) == gb_per_sec * 1e9
+    collective = Collective(kind, size, 1, 0, 0, span=span)
+    assert link_bandwidth(gpus(4, 8), collective) == gb_per_sec * 1e9
 
 
 def gpus(*shape):

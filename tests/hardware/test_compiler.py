@@ -86,25 +86,24 @@ def test_an_option_that_this_xla_lacks_is_left_out(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "platforms, devices, packages, expected",
+    "environment, devices, packages, expected",
     [
-        ("", set(), {"libtpu", "jax_cuda12_plugin"}, None),
-        ("", {"nvidia[0-9]*"}, {"jax_cuda12_plugin"}, "gpu"),
-        ("cpu", {"nvidia[0-9]*"}, {"jax_cuda12_plugin"}, None),
-        ("", {"vfio/[0-9]*"}, {"libtpu"}, "tpu"),
+        ({}, set(), {"libtpu", "jax_cuda12_plugin"}, None),
+        ({}, {"nvidia[0-9]*"}, {"jax_cuda12_plugin"}, "gpu"),
+        ({"JAX_PLATFORMS": "cpu"}, {"nvidia[0-9]*"}, {"jax_cuda12_plugin"}, None),
+        ({"CUDA_VISIBLE_DEVICES": ""}, {"nvidia[0-9]*"}, {"jax_cuda12_plugin"}, None),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, {"nvidia[0-9]*"}, {"jax_cuda12_plugin"}, None),
+        ({"CUDA_VISIBLE_DEVICES": "0"}, {"nvidia[0-9]*"}, {"jax_cuda12_plugin"}, "gpu"),
+        ({}, {"vfio/[0-9]*"}, {"libtpu"}, "tpu"),
     ],
 )
-def test_accelerator(monkeypatch, platforms, devices, packages, expected):
-    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+def test_accelerator(monkeypatch, environment, devices, packages, expected):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name, value in {"JAX_PLATFORMS": "", **environment}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(compiler, "_has_device", devices.__contains__)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in packages or None)
     assert compiler.accelerator() == expected
-
-
-@pytest.mark.parametrize("visible, expected", [("", None), ("-1", None), ("0", "gpu")])
-def test_hidden_gpus_are_not_taken(monkeypatch, visible, expected):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    test_accelerator(monkeypatch, "", {"nvidia[0-9]*"}, {"jax_cuda12_plugin"}, expected)
 
 
 def test_a_process_whose_programs_are_not_kept_waits_for_no_kernels_of_the_other(tmp_path):

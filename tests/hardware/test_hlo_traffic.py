@@ -129,27 +129,18 @@ ENTRY %main (a: f32[1000]) -> f32[1000] {
 
 def test_a_chain_of_the_tpu_compiler_is_one_collective():
     """One gather, advanced by two fusions that also compute."""
-    text = """\
-HloModule chain, num_partitions=8
-
-%step.1 (p.1: f32[10,4], d.1: f32[80,4], x.1: f32[6]) -> (f32[6], f32[80,4]) {
-  %p.1 = f32[10,4]{1,0} parameter(0)
-  %d.1 = f32[80,4]{1,0} parameter(1)
-  %x.1 = f32[6]{0} parameter(2)
-  %y.1 = f32[6]{0} add(%x.1, %x.1)
-  %g.1 = f32[80,4]{1,0} all-gather(%p.1), replica_groups={}, frontend_attributes={chain_id="0"}
-  ROOT %t.1 = (f32[6]{0}, f32[80,4]{1,0}) tuple(%y.1, %g.1)
+    step = """\
+%step.N (p.N: f32[10,4], d.N: f32[80,4], x.N: f32[6]) -> (f32[6], f32[80,4]) {
+  %p.N = f32[10,4]{1,0} parameter(0)
+  %d.N = f32[80,4]{1,0} parameter(1)
+  %x.N = f32[6]{0} parameter(2)
+  %y.N = f32[6]{0} add(%x.N, %x.N)
+  %g.N = f32[80,4]{1,0} all-gather(%p.N), replica_groups={}, frontend_attributes={chain_id="0"}
+  ROOT %t.N = (f32[6]{0}, f32[80,4]{1,0}) tuple(%y.N, %g.N)
 }
 
-%step.2 (p.2: f32[10,4], d.2: f32[80,4], x.2: f32[6]) -> (f32[6], f32[80,4]) {
-  %p.2 = f32[10,4]{1,0} parameter(0)
-  %d.2 = f32[80,4]{1,0} parameter(1)
-  %x.2 = f32[6]{0} parameter(2)
-  %y.2 = f32[6]{0} add(%x.2, %x.2)
-  %g.2 = f32[80,4]{1,0} all-gather(%p.2), replica_groups={}, frontend_attributes={chain_id="0"}
-  ROOT %t.2 = (f32[6]{0}, f32[80,4]{1,0}) tuple(%y.2, %g.2)
-}
-
+"""
+    main = """\
 ENTRY %main (p: f32[10,4], d: f32[80,4], x: f32[6]) -> (f32[6], f32[80,4]) {
   %p = f32[10,4]{1,0} parameter(0)
   %d = f32[80,4]{1,0} parameter(1)
@@ -160,7 +151,8 @@ ENTRY %main (p: f32[10,4], d: f32[80,4], x: f32[6]) -> (f32[6], f32[80,4]) {
   ROOT %two = (f32[6]{0}, f32[80,4]{1,0}) fusion(%p, %g, %y), kind=kCustom, calls=%step.2
 }
 """
-    traffic = count_traffic(text)
+    steps = "".join(step.replace(".N", f".{number}") for number in (1, 2))
+    traffic = count_traffic(f"HloModule chain, num_partitions=8\n\n{steps}{main}")
     assert traffic.collectives == (Collective("all-gather", 8, 1, 1280, 1120, span=8),)
     assert traffic.memory_bytes == 160 + 1280 + 2 * (24 + 24)
 

@@ -91,14 +91,10 @@ def value_and_gradients(function, arrays):
     return [out, *pullback(cotangent)]
 
 
-def random_arrays(num_tokens, head_dim=64, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(num_tokens), 4)
-    return [jax.random.normal(key, (2, num_tokens, 2, head_dim), dtype) for key in keys]
-
-
 @pytest.mark.parametrize("num_tokens, causal", [(50, False), (77, True), (577, False)])
 def test_padded_attention_is_attention(num_tokens, causal):
-    arrays = random_arrays(num_tokens)
+    keys = jax.random.split(jax.random.key(num_tokens), 4)
+    arrays = [jax.random.normal(key, (2, num_tokens, 2, 64)) for key in keys]
     padded = functools.partial(attend_padded, causal=causal, implementation="xla")
     found = value_and_gradients(padded, arrays)
     expected = value_and_gradients(functools.partial(formula, causal=causal), arrays)

@@ -3,11 +3,10 @@
 import collections
 
 import pytest
-from absl import flags
 
 from diht_jax.config import find_recipe, list_recipes, load_recipe
 from tests import make
-from tests.docs.commands import parse_command
+from tests.docs.commands import parse_command, parsed_flags
 
 RECIPES = list_recipes()
 
@@ -34,13 +33,9 @@ def test_names_and_paths_take_arguments_and_overrides(flag, recipe, tmp_path, mo
     expected = load_recipe(make.REPOSITORY / "configs" / "demo.py", "debug=True")
     expected.seed = 123
     given = [text.format(f"{recipe}:debug=True") for text in flag]
-    found = []
-    parse_command(
-        "diht_jax.train",
-        [*given, "--config.seed=123", "--workdir=x"],
-        lambda options: found.append(flags.FLAGS.config.to_dict()),
-    )
-    assert found == [expected.to_dict()]
+    given += ["--config.seed=123", "--workdir=x"]
+    (found,) = parsed_flags("diht_jax.train", given, "config")
+    assert found.to_dict() == expected.to_dict()
 
 
 @pytest.mark.parametrize(

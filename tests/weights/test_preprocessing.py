@@ -9,7 +9,6 @@ import pytest
 
 from diht_jax.input.transforms import Preprocessing, eval_transform, normalize
 from diht_jax.loading import read_model
-from diht_jax.models.parameters import ModelDefinition
 from diht_jax.models.zoo import get_architecture
 from diht_jax.weights.export import write_model
 from diht_jax.weights.settings import (
@@ -17,7 +16,7 @@ from diht_jax.weights.settings import (
     read_preprocess_cfg,
     read_preprocessor,
 )
-from diht_jax.weights.source import ModelFiles, choose_files
+from diht_jax.weights.source import choose_files
 from tests import make
 from tests.weights import conftest as reference
 
@@ -109,9 +108,7 @@ def arch():
 def model(arch, tmp_path_factory):
     """A directory in transformers' layout whose images are squashed."""
     folder = tmp_path_factory.mktemp("weights") / "model"
-    params = make.draw_parameters(ModelDefinition(arch, "float32", "float32").init_params)
-    drawn = ModelFiles(arch, params, "drawn", preprocessing=PICTURES)
-    write_model(folder, "huggingface", drawn, card="")
+    write_model(folder, "huggingface", make.drawn_model(arch, preprocessing=PICTURES), card="")
     assert json.loads((folder / "preprocessor_config.json").read_text())["resample"] == 2
     return folder
 

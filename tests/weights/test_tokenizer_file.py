@@ -19,14 +19,13 @@ from data_prep.teachers import clip
 from diht_jax import load_model
 from diht_jax.data import tokenizer
 from diht_jax.export import export_model
-from diht_jax.models.parameters import ModelDefinition
 from diht_jax.models.zoo import get_architecture
 from diht_jax.readers.base import SourceShard
 from diht_jax.records.schema import Pair, Record
 from diht_jax.training.loop import train
 from diht_jax.training.workdir.saved_run import keep_tokenizer, open_tokenizer
 from diht_jax.weights.export import write_model
-from diht_jax.weights.source import ModelFiles, choose_files, read_weights
+from diht_jax.weights.source import choose_files, read_weights
 from diht_jax.weights.tokenizer_file import copy_tokenizer, read_cleaning, read_tokenizer
 from tests import make
 from tests.data_prep.filtering.jobs import job_config
@@ -278,8 +277,7 @@ def write_drawn(folder, format, made, vocab_size):
     overrides = {"vocab_size": vocab_size, "context_length": LENGTH}
     config = make.tiny_config()
     arch = get_architecture("tiny_32px", config.model.overrides.to_dict() | overrides)
-    params = make.draw_parameters(ModelDefinition(arch, "float32", "float32").init_params)
-    write_model(folder, format, ModelFiles(arch, params, "drawn", tokenizer=made), card="")
+    write_model(folder, format, make.drawn_model(arch, tokenizer=made), card="")
 
 
 @pytest.mark.parametrize("format", ["huggingface", "safetensors"])

@@ -12,15 +12,17 @@ from diht_jax.evaluation.protocols.registry import PROTOCOLS
 from diht_jax.evaluation.sources.registry import open_units
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.readers.base import Skipped
-from tests.make import HashedModel
+from tests import make
+
+_NUM_PICTURES = 5
 
 
 @pytest.fixture
-def folder(tmp_path, photos):
-    """Returns a folder in ALBEF's layout: annotation files, and images named by number."""
+def folder(tmp_path):
+    """Returns a folder in ALBEF's layout: annotation files, and images named by their red value."""
     (tmp_path / "images").mkdir()
-    for number, photo in enumerate(photos):
-        (tmp_path / "images" / f"{number}.png").write_bytes(photo)
+    for number in range(_NUM_PICTURES):
+        make.plain((number, 0, 0), (2, 2)).save(tmp_path / "images" / f"{number}.png")
     return tmp_path
 
 
@@ -35,33 +37,22 @@ def _measure(model, text):
 
 
 class _Oracle:
-    """Embeds images and texts from tables, so that similarities are hand-made."""
+    """Embeds picture i as the i-th unit vector, and texts as their similarities to the pictures."""
 
     logit_scale = 1.0
 
-    def __init__(self, image_of, text_emb):
-        self._image_of, self._text_emb = image_of, text_emb
+    def __init__(self, text_emb):
+        self._text_emb = text_emb
 
     def preprocess(self, image):
-        return np.asarray(image.resize((2, 2)))
+        return np.asarray(image)
 
     def encode_image(self, images):
-        return np.stack([self._image_of[image.tobytes()] for image in images])
+        return np.eye(_NUM_PICTURES)[images[:, 0, 0, 0]]
 
     def encode_text(self, texts):
-        blank = np.zeros(len(next(iter(self._text_emb.values()))))
-        return np.stack([self._text_emb.get(text, blank) for text in texts])
-
-
-def _oracle(photos, text_emb):
-    """Maps the i-th image to the i-th unit vector, so a text's entries are its similarities."""
-    from diht_jax.input.transforms import decode_rgb
-
-    keys = [np.asarray(decode_rgb(photo).resize((2, 2))).tobytes() for photo in photos]
-    # Padding images are black.
-    image_of = {bytes(12): np.zeros(len(photos))}
-    image_of |= {key: np.eye(len(photos))[i] for i, key in enumerate(keys)}
-    return _Oracle(image_of, {text: np.array(row, float) for text, row in text_emb.items()})
+        blank = np.zeros(_NUM_PICTURES)
+        return np.array([self._text_emb.get(text, blank) for text in texts])
 
 
 def _write(path, rows):
@@ -81,13 +72,12 @@ def _winoground(folder):
     return _write(folder / "examples.jsonl", rows)
 
 
-def test_winoground_scores(folder, photos):
+def test_winoground_scores(folder):
     # Example 0: image 0 prefers its own a (.9 > .5), image 1 its own b (.8 > .6): text is correct.
     #            a prefers image 0 (.9 > .6), b image 1 (.8 > .5): image is correct.
     # Example 1: image 2 has c .5 > d .4, image 3 has d .9 > c .7: text is correct;
     #            c prefers the wrong image 3 (.7 > .5): image is wrong.
-    model = _oracle(
-        photos,
+    model = _Oracle(
         {
             "a": [0.9, 0.6, 0, 0, 0],
             "b": [0.5, 0.8, 0, 0, 0],
@@ -123,7 +113,7 @@ def test_rows_of_one_image_are_one_pair(folder):
     ]
 
 
-def test_entailment(folder, photos):
+def test_entailment(folder):
     rows = [
         {"image": 0, "sentence": "a dog", "label": "entailment"},
         {"image": 1, "sentence": "a dog", "label": "contradiction"},
@@ -131,8 +121,7 @@ def test_entailment(folder, photos):
         {"image": 2, "sentence": "a dog", "label": "neutral"},
     ]
     path = _write(folder / "ve.json", rows)
-    model = _oracle(
-        photos,
+    model = _Oracle(
         {
             "a dog": [0.9, 0.2, 0.9, 0, 0],
             "maybe a dog": [0.1, 0.1, 0.3, 0, 0],
@@ -149,7 +138,7 @@ def test_entailment(folder, photos):
     assert result.measure(np.array([1, 0, 3]))["accuracy"] == pytest.approx(4 / 7)
 
 
-def test_questions(folder, photos):
+def test_questions(folder):
     rows = [
         {"image": 0, "question": "what?", "answer": ["dog"] * 4 + ["cat"] * 6},
         {"image": 1, "question": "what?", "answer": ["Two!"] * 2 + ["bird"] * 8},
@@ -158,7 +147,7 @@ def test_questions(folder, photos):
     ]
     path = _write(folder / "vqa.json", rows)
     names = _write(folder / "answers.json", ["dog", "2"])
-    model = _oracle(photos, {"what? dog": [0.8, 0.1, 0, 0, 0], "what? 2": [0.5, 0.9, 0, 0, 0]})
+    model = _Oracle({"what? dog": [0.8, 0.1, 0, 0, 0], "what? 2": [0.5, 0.9, 0, 0, 0]})
     options = f"class_names={names}&answer_template={{question}} {{answer}}"
     text = f"vqa:{path}?image_root={folder}/images&image_name={{}}.png&{options}"
     result = _measure(model, text)
@@ -174,7 +163,7 @@ def test_answers_that_are_no_texts_name_their_picture(answer, folder):
     path = _write(folder / "vqa.json", [{"image": "1.png", "question": "what?", "answer": answer}])
     names = _write(folder / "answers.json", ["dog", "2"])
     with pytest.raises(ValueError, match=r"record '1\.png': .*'answer'"):
-        _measure(HashedModel(), f"vqa:{path}?image_root={folder}/images&class_names={names}")
+        _measure(make.HashedModel(), f"vqa:{path}?image_root={folder}/images&class_names={names}")
 
 
 @pytest.mark.parametrize("image_name", ["{name}.png", "{}{}.png", "{.png"])
