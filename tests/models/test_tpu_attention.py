@@ -108,8 +108,8 @@ def tower(attention, *, scan_layers):
     return graphdef, jax.tree.unflatten(structure, arrays)
 
 
-def sharded_gradients(attention, remat, *, scan_layers, pooled=(9, 3, 0, 5)):
-    """Returns the loss's jitted gradients and their arguments, on two devices of two rows each."""
+def sharded_blocks(attention, remat="none", *, scan_layers=False, pooled=(9, 3, 0, 5), rotary=None):
+    """Returns the blocks as a function and its arguments, on two devices of two rows each."""
     graphdef, params = tower(attention, scan_layers=scan_layers)
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((4, 10, 16)), jnp.float32)
@@ -124,19 +124,27 @@ def sharded_gradients(attention, remat, *, scan_layers, pooled=(9, 3, 0, 5)):
         check_vma=False,
     )
     def encode(params, x, pooled):
-        return run_blocks(nnx.merge(graphdef, params), x, pooled=pooled, remat=remat)
+        blocks = nnx.merge(graphdef, params)
+        return run_blocks(blocks, x, pooled=pooled, rotary=rotary, remat=remat)
+
+    return encode, (params, x, pooled)
+
+
+def sharded_gradients(attention, remat, **options):
+    """Returns the jitted gradients of a loss on the blocks, and their arguments."""
+    encode, arguments = sharded_blocks(attention, remat, **options)
 
     def loss(params, x, pooled):
         return jnp.sum(jnp.sin(encode(params, x, pooled)))
 
     gradients = jax.value_and_grad(loss, argnums=(0, 1))
-    return jax.jit(gradients, compiler_options=QUICK_COMPILE), (params, x, pooled)
+    return jax.jit(gradients, compiler_options=QUICK_COMPILE), arguments
 
 
 @pytest.fixture(scope="module")
 def gradients_of_xla():
     """Returns the loss, and the gradients of the two blocks' parameters and input, as arrays."""
-    run, arguments = sharded_gradients("xla", "none", scan_layers=False)
+    run, arguments = sharded_gradients("xla", "none")
     loss, (by_params, by_x) = run(*arguments)
     return loss, jax.tree.leaves(by_params), by_x
 
@@ -181,7 +189,7 @@ def kernels_read(jaxpr):
 @pytest.mark.parametrize("remat, kernels", [("minimal", 2), ("full", 3)])
 def test_minimal_keeps_what_the_kernel_gives(remat, kernels):
     """Each of two blocks runs one kernel forward and one backward, and repeats none."""
-    run, arguments = sharded_gradients("pallas", remat, scan_layers=False, pooled=None)
+    run, arguments = sharded_gradients("pallas", remat, pooled=None)
     assert kernels_read(run.trace(*arguments).jaxpr.jaxpr) == 2 * kernels
 
 
@@ -204,26 +212,13 @@ def test_the_bias_of_all_devices_gets_its_gradient(check_vma):
 
 def test_turned_queries_and_keys_go_through_the_kernel():
     rotary = rotary_positions(3, 5, 8, class_token=True)
-    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
-    x = np.random.default_rng(0).standard_normal((2, 10, 16)).astype(np.float32)
     results = {}
     for attention in ("pallas", "xla"):
-        graphdef, params = tower(attention, scan_layers=False)
-
-        @functools.partial(
-            jax.shard_map,
-            mesh=mesh,
-            in_specs=(P(), P("data")),
-            out_specs=P("data"),
-            check_vma=False,
-        )
-        def encode(params, x, graphdef=graphdef):
-            return run_blocks(nnx.merge(graphdef, params), x, rotary=rotary)
-
+        encode, arguments = sharded_blocks(attention, pooled=None, rotary=rotary)
         with pltpu.force_tpu_interpret_mode():
-            traced = jax.jit(encode).trace(params, x)
+            traced = jax.jit(encode).trace(*arguments)
             assert ("pallas_call" in str(traced.jaxpr)) == (attention == "pallas")
-            results[attention] = traced.lower().compile()(params, x)
+            results[attention] = traced.lower().compile()(*arguments)
     np.testing.assert_allclose(results["pallas"], results["xla"], rtol=1e-5, atol=1e-5)
 
 
