@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
-
-T = TypeVar("T")
+from typing import Any
 
 
-def part_of(files: Sequence[T], part: int, parts: int) -> Sequence[T]:
+def part_of(files: Sequence[Any], part: int, parts: int) -> Sequence[Any]:
     """Returns every `parts`-th file; with the longest first, all parts take a similar time.
 
     Args:

@@ -1,4 +1,7 @@
-"""Device peaks by the names that JAX reports, and counted FLOPs against formulas."""
+"""Device peaks by the names that JAX reports, and counted FLOPs against formulas.
+
+Also those of the concept heads in the train step of a real recipe.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +9,9 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
+from diht_jax.config import load_recipe
 from diht_jax.hardware.chips import count_flops, find_chip
+from diht_jax.training.program import TrainProgram
 
 
 @pytest.mark.parametrize(
@@ -160,3 +165,18 @@ def test_pallas_kernel_counts_its_grid():
 
     a, b = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((32, 32), (32, 16)))
     assert count_flops(fn, a, b) == 2 * 32 * 32 * 16
+
+
+def step_flops(concept_weight):
+    """Returns the FLOPs of one step at the recipe's global batch, on the tests' eight devices."""
+    config = load_recipe("configs/diht_vitb16.py")
+    config.model.scan_layers = True  # traces faster
+    config.concepts.object_weight = config.concepts.attribute_weight = concept_weight
+    program = TrainProgram(config, total_steps=10_000)
+    state = program.abstract_state()
+    return count_flops(program.step(state), state, program.abstract_batch())
+
+
+def test_concept_heads_cost_at_most_1_percent():
+    without, heads = step_flops(0.0), step_flops(1.0)
+    assert without < heads <= 1.01 * without

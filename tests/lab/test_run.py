@@ -1,17 +1,17 @@
-"""The experiments use existing keys, and the runner makes only what is missing."""
+"""The experiments use existing keys; the runner makes only what is missing, by commands."""
 
 import dataclasses
+import fcntl
 import json
 import string
+import subprocess
+import sys
 
 import pytest
 
-from benchmarks.lab import data
-from benchmarks.lab.experiments import (
-    EXPERIMENTS,
-    RETIRED,
-    STUDENTS,
-)
+from benchmarks.lab import data, processes
+from benchmarks.lab.experiments import EXPERIMENTS, RETIRED, STUDENTS
+from benchmarks.lab.processes import locked, run_command
 from benchmarks.lab.run import Lab, Run, definition, is_done, select_runs
 from diht_jax.config import default_config, load_recipe, validate_config
 
@@ -82,3 +82,29 @@ def test_only_missing_and_outdated_runs_are_made_and_failures_end_nothing(tmp_pa
     lab = Lab(tmp_path / "work", tmp_path, tmp_path)
     failed = lab.make([each for each in runs if not is_done(each, tmp_path)])
     assert failed == ["oracle_seed1"] and made == ["oracle_seed2", "raw_seed0"]
+
+
+def test_a_failed_command_shows_the_end_of_what_it_printed(tmp_path):
+    with pytest.raises(RuntimeError, match="no_such_module --x=1: exit 1\n.*No module named"):
+        run_command("no_such_module", "--x=1")
+    log = tmp_path / "lab.log"
+    log.write_text("of the start before\n")
+    with pytest.raises(RuntimeError, match="No module named"):
+        run_command("no_such_module", log=log)
+    assert "of the start before" in log.read_text() and "No module named" in log.read_text()
+
+
+def test_a_lock_lasts_as_long_as_a_command_that_was_started_under_it(tmp_path):
+    path = tmp_path / "runs" / "cat_seed0.lock"
+    with locked(path):
+        child = subprocess.Popen(
+            [sys.executable, "-c", "import time; time.sleep(600)"], pass_fds=processes._held
+        )
+    # The lock's owner is gone, as after kill -9, but its command still runs.
+    with open(path) as file:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        child.kill()
+        child.wait()
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert processes._held == []
