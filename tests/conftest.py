@@ -149,10 +149,9 @@ def s3_bucket():
     host, port = server.get_host_and_port()
     names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION")
     values = ("testing", "testing", f"http://{host}:{port}", "us-east-1")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(zip(names, values, strict=True))
-    s3fs.S3FileSystem().mkdir("bucket")
-    yield "s3://bucket"
-    server.stop()
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in zip(names, values, strict=True):
+            patch.setenv(name, value)
+        s3fs.S3FileSystem().mkdir("bucket")
+        yield "s3://bucket"
+        server.stop()

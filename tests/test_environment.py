@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+from tests.make import REPOSITORY
 
 # Stands in for Python: records its arguments.
 RECORDER = '#!/bin/sh\necho "$@" >> calls\n'

@@ -1,6 +1,5 @@
 """Import layers: imports point down, form no cycles, and keep the core light."""
 
-import pathlib
 import subprocess
 import sys
 
@@ -11,7 +10,8 @@ from importlinter.configuration import configure
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+from tests.make import REPOSITORY
+
 PACKAGES = ("diht_jax", "data_prep")
 HEAVY = (
     "torch",

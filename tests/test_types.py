@@ -1,12 +1,11 @@
 """The type checker reports no errors for the packages."""
 
-import pathlib
 import subprocess
 import sys
 
 import pytest
 
-REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+from tests.make import REPOSITORY
 
 
 def test_the_packages_are_clean():

@@ -1,15 +1,14 @@
 """The workflows in `.github` are valid, and their parts cover the whole test suite."""
 
-import pathlib
 import subprocess
 import sys
 
 import pytest
 import yaml
 
+from tests.make import REPOSITORY
 from tests.parts import part_of
 
-REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 WORKFLOWS = sorted((REPOSITORY / ".github" / "workflows").glob("*.yml"))
 
 

@@ -3,7 +3,8 @@
 import pathlib
 import re
 
-REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+from tests.make import REPOSITORY
+
 PAGES = [
     REPOSITORY / "README.md",
     REPOSITORY / "CONTRIBUTING.md",

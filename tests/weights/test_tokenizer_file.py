@@ -35,6 +35,7 @@ transformers = pytest.importorskip("transformers")
 sentencepiece = pytest.importorskip("sentencepiece")
 
 LENGTH = 16
+PADDED = {"padding": "max_length", "max_length": LENGTH, "truncation": True}
 TEXT = """
 a the photo of red CAT dogs riding İstanbul Straße über naïve façade don't it's U.S. snake_case
 5,000 #1 (left) [right] {both} "quoted" «so» – — … C++ e-mail me@x.org half-time 3/4 50% Ⅻ ﬁne ① ㎏
@@ -149,8 +150,7 @@ def xlm(tmp_path_factory):
 def test_ids_are_those_of_transformers(kind, captions, request):
     folder = request.getfixturevalue(kind)
     other = transformers.AutoTokenizer.from_pretrained(folder)
-    options = {"padding": "max_length", "max_length": LENGTH, "truncation": True}
-    expected = other(captions, **options, return_tensors="np").input_ids
+    expected = other(captions, **PADDED, return_tensors="np").input_ids
     found = read_tokenizer(folder).tokenize(captions, LENGTH)
     wrong = np.flatnonzero((found != expected).any(axis=1))
     assert not len(wrong), (len(wrong), captions[wrong[0]], found[wrong[0]], expected[wrong[0]])
@@ -269,8 +269,7 @@ def test_transformers_reads_the_tokenizer_of_an_export(model, inputs, tmp_path):
     found = load_model(tmp_path / "out").tokenize(inputs[0])
     np.testing.assert_array_equal(found, load_model(model[1]).tokenize(inputs[0]))
     other = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    options = {"padding": "max_length", "max_length": LENGTH, "truncation": True}
-    np.testing.assert_array_equal(found, other(inputs[0], **options).input_ids)
+    np.testing.assert_array_equal(found, other(inputs[0], **PADDED).input_ids)
 
 
 def write_drawn(folder, format, made, vocab_size):
@@ -315,8 +314,7 @@ def test_data_preparation_embeds_as_transformers(model, inputs):
 
     other, folder = model
     texts, pictures = inputs[0][:4], inputs[1]
-    options = {"padding": "max_length", "max_length": LENGTH, "truncation": True}
-    ids = transformers.AutoTokenizer.from_pretrained(folder)(texts, **options, return_tensors="pt")
+    ids = transformers.AutoTokenizer.from_pretrained(folder)(texts, **PADDED, return_tensors="pt")
     own = transformers.SiglipImageProcessorPil.from_pretrained(folder)
     pixels = own(pictures, return_tensors="pt").pixel_values
     with torch.no_grad():
