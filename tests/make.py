@@ -367,6 +367,7 @@ def write_run(
     state = {"params": params | {name: jax.numpy.float32(v) for name, v in scalars.items()}}
     if config.ema.decay is not None:
         state["ema_params"] = draw_parameters(init_params, seed + 1)
+    folder.mkdir(parents=True, exist_ok=True)
     saved_run.write_config(folder, config)
     directory = folder / saved_run.CHECKPOINT_DIRECTORY / str(step)
     with (

@@ -149,8 +149,6 @@ def test_a_target_that_the_task_does_not_measure_is_named(method, two_models, tm
 
 
 def test_the_scale_and_the_bias_of_sigmoid_runs_are_averaged_too(tmp_path):
-    for name in ("a", "b", "softmax"):
-        (tmp_path / name).mkdir()
     config = make.tiny_config(loss__kind="sigmoid")
     make.write_run(tmp_path / "a", config, log_logit_scale=2.0, logit_bias=-8.0)
     make.write_run(tmp_path / "b", config, seed=1, log_logit_scale=4.0, logit_bias=-4.0)

@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from diht_jax import load_model
 from diht_jax.data.tokenizer import tokenize
@@ -25,6 +24,7 @@ from tests.weights.conftest import one_device  # noqa: F401
 ARCH = make.small_architecture(
     image_size=32, vision_layers=2, text_layers=2, embed_dim=40, context_length=16
 )
+PICTURES = [make.noise(1, size) for size in ((32, 32), (70, 40), (50, 90))]
 FORMATS = ("clip", "open_clip", "huggingface", "safetensors")
 TEXTS = [
     "a red heart",
@@ -59,15 +59,6 @@ def exported(source, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def pictures():
-    rng = np.random.default_rng(1)
-    return [
-        Image.fromarray(rng.integers(0, 256, (h, w, 3)).astype(np.uint8))
-        for h, w in ((32, 32), (40, 70), (90, 50))
-    ]
-
-
 @pytest.mark.parametrize("format", FORMATS)
 def test_round_trip_is_bit_for_bit(source, exported, format):
     path, arch, fields = source
@@ -85,7 +76,7 @@ def test_round_trip_is_bit_for_bit(source, exported, format):
         assert tensors[name].tobytes() == value.tobytes(), name
 
 
-def test_open_clip_loads_it_and_agrees(exported, pictures, source):
+def test_open_clip_loads_it_and_agrees(exported):
     open_clip = pytest.importorskip("open_clip")
     name = f"local-dir:{exported / 'open_clip'}"
     model, _, preprocess = open_clip.create_model_and_transforms(name)
@@ -93,16 +84,16 @@ def test_open_clip_loads_it_and_agrees(exported, pictures, source):
     ours = load_model(exported / "open_clip")
     np.testing.assert_array_equal(ours.tokenize(TEXTS), tokens.numpy())
     with torch.no_grad():
-        pixels = torch.stack([preprocess(picture) for picture in pictures])
+        pixels = torch.stack([preprocess(picture) for picture in PICTURES])
         image_emb = model.eval().encode_image(pixels, normalize=True).numpy()
         text_emb = model.encode_text(tokens, normalize=True).numpy()
-    np.testing.assert_allclose(ours.encode_image(pictures), image_emb, atol=1e-5)
+    np.testing.assert_allclose(ours.encode_image(PICTURES), image_emb, atol=1e-5)
     np.testing.assert_allclose(ours.encode_text(TEXTS), text_emb, atol=1e-5)
     assert ours.logit_scale == pytest.approx(model.logit_scale.exp().item(), rel=1e-6)
     assert np.abs(image_emb[0] - image_emb[1]).max() > 1e-3
 
 
-def test_transformers_loads_it_and_agrees(exported, pictures):
+def test_transformers_loads_it_and_agrees(exported):
     transformers = pytest.importorskip("transformers")
     folder = exported / "huggingface"
     model, info = transformers.CLIPModel.from_pretrained(folder, output_loading_info=True)
@@ -120,8 +111,8 @@ def test_transformers_loads_it_and_agrees(exported, pictures):
         # transformers pads with the end token, this package with 0; later tokens have no effect.
         assert not own[end + 1 :].any() and (other[end:] == 49407).all()
     with torch.no_grad():
-        out = model.eval()(**processor(pictures, return_tensors="pt"), input_ids=tokens)
-    np.testing.assert_allclose(ours.encode_image(pictures), out.image_embeds, atol=1e-5)
+        out = model.eval()(**processor(PICTURES, return_tensors="pt"), input_ids=tokens)
+    np.testing.assert_allclose(ours.encode_image(PICTURES), out.image_embeds, atol=1e-5)
     np.testing.assert_allclose(ours.encode_text(TEXTS), out.text_embeds, atol=1e-5)
 
 
@@ -145,7 +136,6 @@ def test_tokenizer_file_cleans_texts_as_ours(exported, shared_data):
 def test_the_vocabulary_of_a_run_comes_along(vocab_size, tmp_path):
     transformers = pytest.importorskip("transformers")
     config = make.tiny_config(model__overrides__vocab_size=vocab_size)
-    (tmp_path / "run").mkdir()
     run = load_model(make.write_run(tmp_path / "run", config))
     tokens, expected = run.tokenize(TEXTS), run.encode_text(TEXTS)
     assert tokens.max() == min(vocab_size - 1, 49407)
@@ -209,7 +199,6 @@ def workdir(tmp_path_factory):
     (folder / "records").mkdir()
     counts = {"read": 30, "kept": 20, "dropped": {"caption": {"no_action": 10}}}
     (folder / "records" / "stats.json").write_text(json.dumps({"counts": counts}))
-    (folder / "run").mkdir()
     run = make.write_run(folder / "run", config)
     rows = [
         {"step": 5, "loss": 1.0, "evaluation/cifar10/top1": 0.25},
@@ -275,7 +264,6 @@ def test_the_card_says_whose_names_it_has_and_of_clips_tokenizer_where_it_has_th
 
 
 def test_the_bias_that_a_sigmoid_loss_has_learnt_is_named_where_it_is_left_out(tmp_path, caplog):
-    (tmp_path / "run").mkdir()
     config = make.tiny_config(loss__kind="sigmoid")
     run = make.write_run(tmp_path / "run", config, logit_bias=-9.25)
     export_model(str(run), "clip", tmp_path / "out")

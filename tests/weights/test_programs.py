@@ -80,7 +80,6 @@ def test_onnx(overrides, tmp_path, recwarn):
     pytest.importorskip("onnxscript")
     config = make.tiny_config()
     config.model.overrides.update(vocab_size=600, **overrides)
-    (tmp_path / "run").mkdir()
     run = make.write_run(tmp_path / "run", config)
     export_model(run, "onnx", tmp_path / "out")
     model = load_model(run, devices=jax.devices()[:1])
