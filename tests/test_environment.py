@@ -1,4 +1,4 @@
-"""Set-up of a clone: `.ci/environment.sh` installs all packages and reads only the clone."""
+"""Set-up of a clone by `.ci/environment.sh`, which reads only the clone; workflows in `.github`."""
 
 import pathlib
 import shutil
@@ -6,9 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from tests.make import REPOSITORY
+from tests.parts import part_of
 
+WORKFLOWS = sorted((REPOSITORY / ".github" / "workflows").glob("*.yml"))
 # Stands in for Python: records its arguments.
 RECORDER = '#!/bin/sh\necho "$@" >> calls\n'
 
@@ -53,3 +56,20 @@ def test_everything_is_installed_once_and_changes_again(checkout):
     assert [call.split()[-1] for call in set_up(checkout)] == ["."]
     (checkout / "requirements.txt").write_text("changed")
     assert [call.split()[-1] for call in set_up(checkout)] == ["-rrequirements.txt"]
+
+
+def test_workflows_follow_the_schema():
+    pytest.importorskip("check_jsonschema")
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema"]
+    done = subprocess.run(
+        [*command, "vendor.github-workflows", *map(str, WORKFLOWS)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_parts_of_the_workflow_are_the_whole_suite():
+    matrix = yaml.safe_load((REPOSITORY / ".github" / "workflows" / "tests.yml").read_text())
+    parts = matrix["jobs"]["tests"]["strategy"]["matrix"]["part"]
+    files = list(range(31))
+    dealt = [part_of(files, part, len(parts)) for part in parts]
+    assert sorted(sum(dealt, [])) == files
