@@ -29,9 +29,9 @@ def list_runs(scale):
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_the_27_runs_are_those_of_the_grid(scale):
-    found, workdirs = set(), set()
-    for arguments, _ in list_runs(scale):
+def test_the_27_runs_are_those_of_the_grid_each_evaluated_into_its_own_file(scale):
+    found, workdirs, outputs = set(), set(), set()
+    for arguments, evaluation in list_runs(scale):
         config, workdir = parsed_flags("diht_jax.train", arguments, "config", "workdir")
         check_config(config)
         settings = config.data.batch_size, config.optimizer.learning_rate
@@ -42,24 +42,19 @@ def test_the_27_runs_are_those_of_the_grid(scale):
         pairs = config.data.train.removeprefix(f"/mnt/datacomp/{scale}/")
         found.add((pairs, config.loss.beta, labels, config.seed))
         workdirs.add(workdir)
+        model, tasks, output = parsed_flags(
+            "diht_jax.evaluate", evaluation, "model", "tasks", "output"
+        )
+        assert (model, tasks) == (workdir, ["datacomp:/mnt/datacomp/evalsets"])
+        outputs.add(output)
     losses = [(0.0, False), (0.25, False), (0.25, True)]
-    assert len(workdirs) == 27
+    assert len(workdirs) == len(outputs) == 27
     assert found == {
         (pairs, *loss, seed)
         for pairs in ("raw", "clip_score", "cat")
         for loss in losses
         for seed in (0, 1, 2)
     }
-
-
-def test_every_run_is_evaluated_into_a_file_of_its_own():
-    outputs = set()
-    for train, evaluate in list_runs("small"):
-        given = dict(argument.lstrip("-").split("=", 1) for argument in evaluate)
-        assert f"--workdir={given['model']}" in train
-        assert given["tasks"] == "datacomp:/mnt/datacomp/evalsets"
-        outputs.add(given["output"])
-    assert len(outputs) == 27
 
 
 def test_another_scale_is_refused():
