@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from diht_jax.hardware import compiler
@@ -39,6 +40,12 @@ x = jax.make_array_from_callback((2,), spread, lambda index: np.arange(1.0, 3.0)
 print("sum", jax.jit(lambda x: (x * x).sum())(x))
 print("reads" if "/jax/compilation_cache/cache_hits" in events else "compiles")
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def started_jax():
+    """Starts JAX with the flags of all tests, before some here remove them."""
+    jax.devices()
 
 
 def run(script, **environment):
