@@ -1,4 +1,7 @@
-"""Failed, new, removed and changed inputs: only they are scanned again; the table is updated."""
+"""Failed, new, removed and changed inputs, and damaged outputs: only they are made again.
+
+`tests/fuzz/kinds/written.py` tests that damaged contents are never used.
+"""
 
 import json
 import os
@@ -7,6 +10,7 @@ import pathlib
 import pytest
 
 from data_prep.duplicates import job, scan
+from data_prep.filter import run_filter
 from data_prep.jobs.failures import INCOMPLETE_STATUS
 from data_prep.jobs.workers import ProcessDeath
 from tests.data_prep.duplicates.jobs import (
@@ -15,6 +19,7 @@ from tests.data_prep.duplicates.jobs import (
     read_rows,
     write_pictures,
 )
+from tests.data_prep.filtering.jobs import job_config
 from tests.make import encoded, noise
 
 
@@ -46,6 +51,8 @@ def scanned(monkeypatch):
     return names
 
 
+# The number of pairs, and those that are dropped: every first picture but that of the first tar.
+_EXPECTED = (12, {"1-0": "0-0", "2-0": "0-0"})
 _SETTINGS = {"keep": "first", "max_failed_shards": 1.0, "max_changed_shards": 1.0}
 
 
@@ -84,7 +91,7 @@ def test_a_cut_off_tar_is_left_out_and_made_up_for(tars, tmp_path, scanned):
     (tars / "1.tar").write_bytes(whole)
     assert job.run(_config(tars, out)) == {}
     assert scanned == ["1.tar"]
-    assert _dropped(out) == (12, {"1-0": "0-0", "2-0": "0-0"})
+    assert _dropped(out) == _EXPECTED
 
 
 def test_only_inputs_that_came_or_changed_are_scanned(tars, tmp_path, scanned):
@@ -153,7 +160,7 @@ def test_scans_removed_during_a_run_are_named_and_made_by_the_next(tars, tmp_pat
     assert list(failures) == [str(tars / "0.tar"), str(tars / "1.tar")]
     assert failures.exit_status == 1
     assert job.run(_config(tars, out, **_STRICT)) == {}
-    assert _dropped(out) == (12, {"1-0": "0-0", "2-0": "0-0"})
+    assert _dropped(out) == _EXPECTED
 
 
 def test_a_picture_that_ends_its_worker_is_compared_with_none(tars, tmp_path, monkeypatch):
@@ -166,8 +173,54 @@ def test_a_picture_that_ends_its_worker_is_compared_with_none(tars, tmp_path, mo
 
     monkeypatch.setattr(scan, "describe_picture", deadly)
     assert job.run(_config(tars, tmp_path / "out")) == {}
-    count, dropped = _dropped(tmp_path / "out")
-    assert (count, dropped) == (12, {"1-0": "0-0", "2-0": "0-0"})
+    assert _dropped(tmp_path / "out") == _EXPECTED
     summary = json.loads((tmp_path / "out" / "duplicates.json").read_text())
     assert summary["without_embedding"] == 1
     assert not list((tmp_path / "out" / "scan").glob(".*"))
+
+
+@pytest.fixture
+def finished(tars, tmp_path):
+    """The output for the tars."""
+    out = tmp_path / "out"
+    assert job.run(_config(tars, out)) == {}
+    return out
+
+
+def test_the_filter_names_a_damaged_table_before_it_begins(tars, finished, tmp_path):
+    path = finished / "dropped.arrow"
+    path.write_bytes(path.read_bytes()[:-40] + bytes(40))
+    source, kept = str(tars / "*.tar"), tmp_path / "kept"
+    with pytest.raises(ValueError, match=r"config\.duplicates\.table='.*dropped\.arrow'"):
+        run_filter(job_config(source, kept, duplicates__table=str(finished)))
+    assert not list(kept.rglob("*.tfrecord"))
+
+
+@pytest.mark.parametrize("name", ["dropped.arrow", "clusters.npz", "centroids.npz", "groups"])
+def test_the_same_command_makes_what_is_damaged_again(tars, finished, name):
+    path = finished / name
+    path = next(path.iterdir()) if path.is_dir() else path
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
+    if name != "dropped.arrow":
+        (finished / "duplicates.json").unlink()  # otherwise nothing reads the file
+    if name == "centroids.npz":
+        (finished / "clusters.npz").unlink()
+    assert job.run(_config(tars, finished)) == {}
+    assert _dropped(finished) == _EXPECTED
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("ending", [".arrow", ".arrow.stats.json"])
+def test_a_damaged_scan_is_made_again(tars, finished, scanned, ending):
+    path = min((finished / "scan").glob(f"*[0-9a-f]{ending}"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-40] + bytes(40))
+    changed = _config(tars, finished, threshold=0.8)  # a change for which the job reads the scans
+    scanned.clear()
+    if ending == ".arrow":
+        (reason,) = job.run(changed).values()
+        assert str(path) in reason
+    assert job.run(changed) == {}
+    assert len(scanned) == 1 and path.read_bytes() == whole
+    assert _dropped(finished) == _EXPECTED

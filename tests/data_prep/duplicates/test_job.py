@@ -1,6 +1,8 @@
 """The command on pairs with planted copies, its output table, and the filter that uses it."""
 
 import json
+import pathlib
+from concurrent import futures
 
 import fsspec
 import numpy as np
@@ -26,7 +28,8 @@ from tests.data_prep.duplicates.jobs import (
 )
 from tests.data_prep.filtering import jobs
 from tests.data_prep.filtering.jobs import job_config, read_records
-from tests.make import encoded
+from tests.make import encoded, run_command
+from tests.serving import free_address
 
 _SETTINGS = {
     "keep": "largest", "threshold": 0.98, "verify__correlation": None, "embeddings__mirrored": True,
@@ -293,3 +296,52 @@ def test_crops_are_found_from_store_to_store_by_an_array_of_jobs(cropped, tmp_pa
     assert job.run(_config(cropped, f"{url}/out", input=f"{url}/in/*.tar", **changes)) == {}
     system.rm("bucket/duplicates", recursive=True)
     forget_copies(f"{url}/out")
+
+
+# Settings of the job that processes of `jax.distributed` share.
+_SHARED = {
+    "embeddings.kind": "files",
+    "verify.correlation": None,
+    "clusters.rows_per_cluster": 30,
+    "threshold": 0.9,
+    "num_workers": 0,
+}
+
+
+def _embed(folder: pathlib.Path) -> None:
+    """Writes 600 embeddings in six files: a third are near-duplicates, and two share a key."""
+    generator = np.random.default_rng(0)
+    emb = generator.standard_normal((600, 8)).astype(np.float32)
+    emb[400:] = emb[generator.integers(0, 400, 200)]
+    emb[400:] += 0.1 * generator.standard_normal((200, 8)).astype(np.float32)
+    keys = np.array([f"k{number}" for number in range(599)] + ["k3"])
+    for number in range(6):
+        own = slice(100 * number, 100 * (number + 1))
+        np.savez(folder / f"{number}.npz", key=keys[own], image_emb=emb[own])
+
+
+def test_two_processes_find_what_one_finds(tmp_path):
+    _embed(tmp_path)
+    changes = _SHARED | {"embeddings.files": str(tmp_path / "[0-5].npz")}
+    shared = [("config", "prep/duplicates"), ("config.output", tmp_path / "shared")]
+    shared += [(f"config.{name}", value) for name, value in changes.items()]
+    shared += [("coordinator_address", free_address()), ("num_processes", 2)]
+
+    def start(index: int):
+        return run_command("data_prep.duplicates", *shared, ("process_id", index), devices=2)
+
+    with futures.ThreadPoolExecutor() as pool:
+        done = list(pool.map(start, range(2)))
+    assert [process.returncode for process in done] == [0, 0], [p.stderr for p in done]
+    assert any("600 pairs: 0 (0.0%) exact copies" in process.stdout for process in done)
+    assert len(list((tmp_path / "shared" / "groups").iterdir())) == 1
+    changes = {name.replace(".", "__"): value for name, value in changes.items()}
+    config = duplicates_config(tmp_path, tmp_path / "alone", input=None, **changes)
+    assert job.run(config) == {}
+    keys = [f"k{number}" for number in range(600)]
+    found, expected = (Lookup(tmp_path / name).find(keys) for name in ("shared", "alone"))
+    assert [row and row.duplicate_of for row in found] == [
+        row and row.duplicate_of for row in expected
+    ]
+    assert sum(row is not None for row in found) > 150
+    assert read_summary(tmp_path / "shared") == read_summary(tmp_path / "alone")
