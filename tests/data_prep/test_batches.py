@@ -1,6 +1,5 @@
 """The batch classes: their columns equal the results of the underlying functions."""
 
-import functools
 import json
 
 import numpy as np
@@ -9,8 +8,6 @@ import pytest
 
 from data_prep.batches import CaptionFilter, Teacher, TextSpotter
 from data_prep.captions import cat_reason, parse_captions
-from data_prep.teachers import registry
-from data_prep.teachers.base import ImageTeacher, TeacherInfo, TeacherKind
 from tests.make import encoded, plain
 
 _CAPTIONS = ["a black cat is chasing a small bird", "blue sky", None, "https://example.com/a.jpg"]
@@ -52,41 +49,27 @@ def test_pictures_that_need_no_network():
         TextSpotter(gate_size=999)
 
 
-@pytest.fixture
-def color_teacher(monkeypatch) -> list[int]:
-    """Replaces the teacher "precomputed" by one of mean colours; records its batch sizes."""
-    seen = []
+_COLORS = """
+import torch
 
-    def encode(images: np.ndarray) -> np.ndarray:
-        seen.append(len(images))
-        return images.mean(axis=(1, 2), dtype=np.float32)
-
-    def load(section, batch_size):
-        info = TeacherInfo({}, in_this_process=False, name="color")
-        return ImageTeacher(encode, info, image_size=8, batch_size=batch_size)
-
-    kind = registry.TEACHERS["precomputed"]
-    monkeypatch.setitem(
-        registry.TEACHERS, "precomputed", TeacherKind(kind.default_config, kind.describe, load)
-    )
-    registry._load_teacher.cache_clear()
-    yield seen
-    registry._load_teacher.cache_clear()
+def build():
+    return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+"""
 
 
-def test_embeddings_are_those_of_the_teacher(color_teacher):
-    teacher = Teacher("precomputed", batch_size=2, key_column="key")
+def test_embeddings_are_those_of_the_teacher(tmp_path, monkeypatch):
+    (tmp_path / "mean_colors.py").write_text(_COLORS)
+    monkeypatch.syspath_prepend(tmp_path)
+    scale = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    teacher = Teacher("torch", batch_size=2, function="mean_colors:build", image_size=8, **scale)
     images = [encoded(plain("red")), b"no picture", encoded(plain("blue"))]
-    found = teacher(pa.table({"key": list("abc"), "image": images}))
-    assert found["embedding"].to_pylist() == [[255, 0, 0], None, [0, 0, 255]]
+    found = teacher(pa.table({"image": images}))
+    assert found["embedding"].to_pylist() == [[1, 0, 0], None, [0, 0, 1]]
     assert found["embedding_error"].to_pylist() == [None, "image_unreadable", None]
     assert found.schema.field("embedding").type == pa.list_(pa.float32())
-    for wrong in (
-        functools.partial(Teacher, "batch_size"),
-        functools.partial(Teacher, "torch", weight="x"),
-    ):
+    for kind, section in (("batch_size", {}), ("torch", {"weight": "x"})):
         with pytest.raises(ValueError, match="expected"):
-            wrong()
+            Teacher(kind, **section)
 
 
 def test_keys_that_are_numbers_are_found_by_their_text(tmp_path):

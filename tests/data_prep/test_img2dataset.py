@@ -6,7 +6,6 @@ import pathlib
 
 import pyarrow
 import pyarrow.parquet
-import pytest
 
 from data_prep.decisions.report import read_report
 from data_prep.filter import run_filter
@@ -46,7 +45,7 @@ _STATS = {
 }
 
 
-def _write_shard(folder: pathlib.Path, output_format: str, with_json: bool = True) -> None:
+def _write_shard(folder: pathlib.Path, output_format: str) -> None:
     """Writes one shard of an output format, with the files that img2dataset puts next to it."""
     folder.mkdir()
     rows, done = _ROWS, [row for row in _ROWS if row["status"] == "success"]
@@ -54,8 +53,6 @@ def _write_shard(folder: pathlib.Path, output_format: str, with_json: bool = Tru
         members: dict[str, bytes] = {}
         for row in done:
             members |= pair_members(row["key"], row["caption"], _JPEG, "jpg")
-            if with_json:
-                members[f"{row['key']}.json"] = json.dumps(row).encode()
         write_tar(folder / "00000.tar", members)
     elif output_format == "tfrecord":
         with TFRecordWriter(folder / "00000.tfrecord") as writer:
@@ -75,13 +72,12 @@ def _run(source: str, output: pathlib.Path) -> list:
     return read_records(output)
 
 
-@pytest.mark.parametrize("with_json", [True, False])
-def test_tars_with_statistics_and_metadata(tmp_path, with_json):
-    _write_shard(tmp_path / "in", "webdataset", with_json)
+def test_tars_with_statistics_and_metadata(tmp_path):
+    """Tars without json members: the metadata comes from the parquet file."""
+    _write_shard(tmp_path / "in", "webdataset")
     records = _run(str(tmp_path / "in"), tmp_path / "out")
     assert [r.key for r in records] == ["000000000", "000000001", "000000003"]
     assert [r.image for r in records] == [_JPEG] * 3
-    # Without json members the metadata comes from the parquet file.
     assert records[1].metadata["url"] == "http://x/1.jpg"
     assert records[1].metadata["similarity"] == 1.25
     assert read_report(tmp_path / "out")["download"] == {

@@ -14,7 +14,6 @@ from data_prep.captions.graph import cat_reason
 from data_prep.decisions import table
 from data_prep.filter import run_filter
 from data_prep.filtering import replay
-from data_prep.filtering.config import score_quantiles
 from data_prep.steps import cat, models
 from data_prep.steps.base import Candidate, Columns
 from data_prep.text_spotting.match import caption_matches
@@ -243,19 +242,6 @@ def test_a_line_that_speaks_against_a_match_may_count_no_longer(before, now, is_
     assert (first != second) == is_unknown
     columns = Columns({"captions": [1], "match": [first], "match_confidence": [0.9]}, 1)
     assert cat.TextStep.find_unknown(columns, *configs).tolist() == [is_unknown]
-
-
-@pytest.mark.parametrize(
-    ("share", "expected"),
-    [(0.0, 1), (0.1, 1), (0.125, 1), (0.13, 2), (0.25, 2), (0.5, 4), (0.51, 5), (0.875, 7), (1, 8)],
-)
-def test_a_quantile_is_the_least_score_that_its_share_does_not_exceed(tmp_path, share, expected):
-    """Scores are 1 to 8; some cases have a whole number for share times 8."""
-    log = table.DecisionWriter(["clip"])
-    for row, value in enumerate((5, 3, 8, 1, 7, 2, 6, 4)):
-        log.add(row, {"key": "k", "outcome": "kept", "clip": float(value)})
-    log.write(str(tmp_path / "x"))
-    assert score_quantiles([str(tmp_path / "x")], "clip", [share]) == [expected]
 
 
 def test_the_queries_of_the_page_run(work, tmp_path, monkeypatch, capfd):
