@@ -13,7 +13,6 @@ from data_prep.filter import run_filter
 from data_prep.filtering import config as filter_config
 from tests.data_prep.filtering.jobs import (
     job_config,
-    part_names,
     read_counts,
     read_records,
     snapshot,
@@ -21,24 +20,6 @@ from tests.data_prep.filtering.jobs import (
     write_tars,
 )
 from tests.readers.failing_disk import FailingDisk
-
-
-def test_run_again_does_only_what_is_missing(tmp_path):
-    source = write_tars(tmp_path / "in", 3)
-    config = job_config(source, tmp_path / "out", keep_parts=True, examples_per_shard=5)
-    run_filter(config)
-    before = snapshot(tmp_path / "out")
-    names = [f"parts/{name}" for name in part_names(tmp_path / "out").values()]
-    names += [f"pairs-train-{i:05d}.tfrecord" for i in range(3)]
-    times = [(tmp_path / "out" / name).stat().st_mtime_ns for name in names]
-    described = ("dataset_info.json", "dataset.index", "kept_keys.txt")
-    for name in (f"{names[1]}.stats.json", names[5], *described):
-        (tmp_path / "out" / name).unlink()
-    run_filter(config)
-    assert snapshot(tmp_path / "out") == before
-    now = [(tmp_path / "out" / name).stat().st_mtime_ns for name in names]
-    same = [time == new for time, new in zip(times, now, strict=True)]
-    assert same == [True, False, True, True, True, False]
 
 
 def test_what_was_cleaned_away_is_read_again_only_where_it_is_needed(tmp_path):

@@ -5,7 +5,6 @@ import json
 import pathlib
 import shutil
 
-import ml_collections
 import pytest
 
 from data_prep.jobs.failures import with_output
@@ -13,46 +12,17 @@ from data_prep.jobs.workers import ProcessDeath
 from data_prep.label import run_label
 from data_prep.labelling import embeddings
 from data_prep.labelling import job as label_job
-from data_prep.teachers import registry
-from data_prep.teachers.base import ImageTeacher, TeacherInfo, TeacherKind
+from data_prep.teachers.precomputed import PrecomputedTeacher
 from diht_jax.records.formats import TFRecordWriter, open_source
 from diht_jax.records.labels.shards import decode_features, open_labels
 from diht_jax.records.schema import decode_record, encode_record
 from diht_jax.records.shard_files import read_records
-from tests.data_prep.labelling.pictures import NUM_IMAGES, label_config
-
-_DEADLY: set[bytes] = set()
-
-
-def _describe(config):
-    return TeacherInfo({"kind": "quick"}, in_this_process=True, name="quick")
-
-
-class _Quick(ImageTeacher):
-    """Means of a picture's quarters, without torch; some pictures simulate an actor's death."""
-
-    def __init__(self, batch_size):
-        super().__init__(self._mean, _describe(None), image_size=24, batch_size=batch_size)
-
-    def embed(self, records):
-        def watch():
-            for record in records:
-                if record.image in _DEADLY:
-                    raise ProcessDeath("a model actor died")
-                yield record
-
-        return super().embed(watch())
-
-    def _mean(self, images):
-        grid = images.reshape(len(images), 2, 12, 2, 12, 3)
-        return grid.mean(axis=(2, 4)).reshape(len(images), -1)
+from tests.data_prep.labelling.pictures import NUM_IMAGES, label_config, write_embeddings
 
 
 @pytest.fixture
 def job(work, tmp_path, monkeypatch):
     """A config for a copy of the filtered shards, and how often each shard was read."""
-    kind = TeacherKind(ml_collections.ConfigDict, _describe, lambda _, size: _Quick(size))
-    monkeypatch.setitem(registry.TEACHERS, "quick", kind)
     reads = collections.Counter()
     real = embeddings.read_shard
 
@@ -61,12 +31,15 @@ def job(work, tmp_path, monkeypatch):
         return real(source)
 
     monkeypatch.setattr(embeddings, "read_shard", read_shard)
-    _DEADLY.clear()
     kept = shutil.copytree(work / "kept", tmp_path / "kept")
-    config = label_config(kept, tmp_path / "out", merge=False, report_images=0, heads__steps=10)
-    config.teacher = registry.default_teacher()
-    config.teacher.update({"kind": "quick", "batch_size": 8})
-    return config, reads
+    teacher = write_embeddings(tmp_path / "e.npz", _keys(kept))
+    changes = {"merge": False, "report_images": 0, "heads__steps": 10, **teacher}
+    return label_config(kept, tmp_path / "out", **changes), reads
+
+
+def _keys(kept):
+    records = open_source(kept)
+    return [records.decode(records[i]).key for i in range(len(records))]
 
 
 def _labelled(config):
@@ -175,11 +148,22 @@ def test_files_of_shards_that_are_gone_are_removed_while_they_are_few(job, caplo
     assert (out / "labels" / "mine.txt").exists()
 
 
-def test_pictures_that_kill_their_worker_are_found_and_stay_without_labels(job, tmp_path):
+def test_pictures_that_kill_their_worker_are_found_and_stay_without_labels(
+    job, tmp_path, monkeypatch
+):
     config, _ = job
-    records = open_source(config.input)
-    images = [records.decode(records[i]).image for i in range(len(records))]
-    _DEADLY.update((images[3], images[40]))
+    keys, embed = _keys(config.input), PrecomputedTeacher.embed
+
+    def embed_or_die(teacher, records):
+        def watch():
+            for record in records:
+                if record.key in (keys[3], keys[40]):
+                    raise ProcessDeath("a model actor died")
+                yield record
+
+        return embed(teacher, watch())
+
+    monkeypatch.setattr(PrecomputedTeacher, "embed", embed_or_die)
     # First while embedding the heads' shards, then in the pass that embeds and labels.
     for examples in (2000, 5):
         config.heads.update({"max_examples": examples, "max_held_out": examples})
@@ -187,6 +171,6 @@ def test_pictures_that_kill_their_worker_are_found_and_stay_without_labels(job, 
         assert run_label(config) == {}
         summary = json.loads((tmp_path / str(examples) / "stats.json").read_text())
         assert summary["unlabelled"] == {"crashed": 2} and summary["labelled"] == NUM_IMAGES - 2
-        rows = open_labels(config.output, records, "labels")
+        rows = open_labels(config.output, open_source(config.input), "labels")
         assert [i for i in range(NUM_IMAGES) if not _is_labelled(rows[i])] == [3, 40]
         assert not [p for p in (tmp_path / str(examples)).rglob("*") if p.name.endswith(".tmp")]

@@ -22,7 +22,13 @@ from diht_jax.records.formats import TFRecordWriter
 from diht_jax.records.shard_files import read_records as read_tfrecords
 from diht_jax.records.vocabulary import read_vocabulary, write_vocabulary
 from tests.data_prep.filtering.jobs import read_records
-from tests.data_prep.labelling.pictures import COLORS, NUM_IMAGES, label_config, snapshot
+from tests.data_prep.labelling.pictures import (
+    COLORS,
+    NUM_IMAGES,
+    label_config,
+    snapshot,
+    write_embeddings,
+)
 
 _NAME_THEIR_FOLDER = {"report.html", "stats.json"}
 
@@ -100,14 +106,11 @@ def test_jobs_of_an_array_with_more_workers_make_the_same_folder(work, tmp_path)
 
 
 def test_images_without_embedding_stay_without_labels(work, tmp_path):
-    rng = np.random.default_rng(0)
     records = read_records(work / "kept")
     absent = {records[3].key, records[70].key}
     keys = [record.key for record in records if record.key not in absent]
-    rng.shuffle(keys)
-    vectors = rng.normal(size=(len(keys), 4)).astype(np.float32)
-    np.savez(tmp_path / "e.npz", key=np.array(keys), image_emb=vectors)
-    files = {"teacher__kind": "precomputed", "teacher__precomputed__files": str(tmp_path / "e.npz")}
+    np.random.default_rng(0).shuffle(keys)
+    files = write_embeddings(tmp_path / "e.npz", keys)
     config = label_config(work / "kept", tmp_path / "out", **files)
     assert run_label(config) == {}
     labelled = read_records(tmp_path / "out")
@@ -127,8 +130,7 @@ def test_images_without_embedding_stay_without_labels(work, tmp_path):
 
 
 def test_no_key_is_found(work, tmp_path):
-    np.savez(tmp_path / "e.npz", key=["000", "001", "002"], image_emb=np.ones((3, 4), np.float32))
-    files = {"teacher__kind": "precomputed", "teacher__precomputed__files": str(tmp_path / "e.npz")}
+    files = write_embeddings(tmp_path / "e.npz", ["000", "001", "002"])
     message = (
         f"0 of {NUM_IMAGES} keys found in config.teacher.precomputed; theirs look like "
         "'000', '001', yours like 't-00000000', 't-00000001'"
