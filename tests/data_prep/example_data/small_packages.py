@@ -68,6 +68,12 @@ def whl(files: Mapping[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
+def emoji_row(key: str, name: str, category: str = "Objects", **more: Any) -> dict[str, Any]:
+    """Returns a row of the table of an emoji-datasource package."""
+    row = {"name": name, "image": f"{key}.png", "category": category, "subcategory": "a"}
+    return row | more
+
+
 def emoji(artist: str, table: list[Mapping[str, Any]], names: Mapping[str, bytes]) -> bytes:
     """Returns an emoji-datasource package with this table and the named pictures."""
     files = {"package/emoji.json": json.dumps(table).encode()}
@@ -90,10 +96,7 @@ def cifar(train: bytes, test: bytes) -> bytes:
 
 def small_packages() -> dict[str, list[bytes]]:
     """Returns the packages of each example except `openmoji`, in order."""
-    table = [
-        {"name": name.upper(), "image": f"{key}.png", "category": "Objects", "subcategory": "a"}
-        for key, name in EMOJI.items()
-    ]
+    table = [emoji_row(key, name.upper()) for key, name in EMOJI.items()]
     drawn = {
         artist: {key: make.png(seed + n, (64, 64)) for n, key in enumerate(EMOJI)}
         for artist, seed in (("google", 0), ("twitter", 100))

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import fsspec
 import ml_collections
 import pyarrow
 import pyarrow.parquet
@@ -50,12 +51,18 @@ def job_config(
     return config
 
 
-def snapshot(folder: pathlib.Path) -> dict[str, bytes]:
-    """Returns all files except those that depend on the run time or the input's location."""
+def snapshot(folder: pathlib.Path | str) -> dict[str, bytes]:
+    """Returns all files except those that depend on the run time or the input's location.
+
+    Args:
+        folder: Path, or URL in a store.
+    """
+    system, root = fsspec.url_to_fs(str(folder))
+    system.invalidate_cache()
     return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and not _NOT_COMPARED.search(path.name)
+        path.removeprefix(f"{root}/"): system.cat_file(path)
+        for path in system.find(root)
+        if not _NOT_COMPARED.search(path.rpartition("/")[2])
     }
 
 

@@ -11,7 +11,7 @@ import pytest
 from data_prep.filter import run_filter
 from data_prep.filtering import plan
 from diht_jax.storage import files, stores
-from tests.data_prep.filtering.jobs import _NOT_COMPARED, job_config, snapshot, write_tars
+from tests.data_prep.filtering.jobs import job_config, snapshot, write_tars
 from tests.records.stores import Killed, MeteredStore
 
 # Files that contain the output's location or the cost of the run.
@@ -25,19 +25,6 @@ def _upload(folder, url):
     return system
 
 
-def _is_own(name):
-    return _NOT_COMPARED.search(name.rpartition("/")[2])
-
-
-def _snapshot(url):
-    """Like `jobs.snapshot`, for a store."""
-    system = fsspec.filesystem(url.split(":")[0])
-    system.invalidate_cache()
-    prefix = f"{system._strip_protocol(url)}/"
-    names = [path.removeprefix(prefix) for path in system.find(url)]
-    return {n: system.cat_file(f"{url}/{n}") for n in names if not _is_own(n)}
-
-
 def test_the_output_on_s3_is_the_local_one(tmp_path, s3_bucket):
     pattern = write_tars(tmp_path / "in", 2)
     changes = {"examples_per_shard": 6, "output_format": "webdataset"}
@@ -46,7 +33,7 @@ def test_the_output_on_s3_is_the_local_one(tmp_path, s3_bucket):
     _upload(tmp_path / "in", f"{url}/in")
     config = job_config(f"{url}/in/*.tar", f"{url}/out", **changes)
     assert run_filter(config) == {}
-    local, stored = snapshot(tmp_path / "out"), _snapshot(f"{url}/out")
+    local, stored = snapshot(tmp_path / "out"), snapshot(f"{url}/out")
     assert stored.keys() == local.keys()
     differing = {name for name in local if local[name] != stored[name]}
     assert not {name for name in differing if name.rpartition("/")[2] not in _OWN}
@@ -82,7 +69,7 @@ def metered(tmp_path):
 
 def test_a_run_that_is_killed_at_whatever_write_goes_on(metered):
     assert run_filter(metered("metered:///whole")) == {}
-    expected = _snapshot("metered:///whole")
+    expected = snapshot("metered:///whole")
     num_writes = MeteredStore.requests["put"] + MeteredStore.requests["remove"]
     assert num_writes > 30
     for number in range(2, num_writes + 1, 4):
@@ -95,7 +82,7 @@ def test_a_run_that_is_killed_at_whatever_write_goes_on(metered):
         done = {n for n in _names(out) if n.endswith(".tfrecord.stats.json")}
         before = {name: MeteredStore.store[name].modified for name in done}
         assert run_filter(metered(out)) == {}
-        found = _snapshot(out)
+        found = snapshot(out)
         assert found.keys() == expected.keys()
         assert {n for n in found if found[n] != expected[n]} <= {"stats.json", "dataset_info.json"}
         # Finished files are not written again.
@@ -138,7 +125,7 @@ def test_a_store_that_fails_one_request_in_twenty_changes_no_byte(metered, monke
     assert run_filter(metered("metered:///flaky")) == {}
     MeteredStore.failing_every = 0
     assert len(delays) >= 5
-    good, flaky = _snapshot("metered:///good"), _snapshot("metered:///flaky")
+    good, flaky = snapshot("metered:///good"), snapshot("metered:///flaky")
     assert good.keys() == flaky.keys()
     assert {n for n in good if good[n] != flaky[n]} <= {"stats.json", "dataset_info.json"}
 
