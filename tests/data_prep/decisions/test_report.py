@@ -106,12 +106,10 @@ def test_captions_that_did_not_come_to_the_rules_are_not_taken_for_names(tmp_pat
     rows = [{"caption": "sunset", "score": 0}] * 3 + [
         {"caption": "a red car in an old garden", "score": 1}
     ]
-    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = write_table(tmp_path, rows, {})
     for require, expected in (((), ["3 of 4"]), (("score > 0",), [])):
         output = tmp_path / f"out{len(require)}"
-        config = job_config(
-            str(tmp_path / "t.jsonl"), output, "metadata", predicates__require=require
-        )
+        config = job_config(source, output, "metadata", predicates__require=require)
         assert run_filter(config) == {}
         assert [text[:6] for text in read_report(output)["warnings"]] == expected
 

@@ -70,11 +70,10 @@ def write_tars(folder: pathlib.Path, count: int, pairs_per_tar: int = 5) -> str:
     """Writes webdataset tars with one picture and captions "name TAR PAIR"; returns a glob."""
     image = make.encoded(make.plain("red"))
     for tar in range(count):
-        members = [
-            make.pair_members(f"{tar}-{i}", f"name {tar} {i}", image) for i in range(pairs_per_tar)
-        ]
-        path = folder / f"{tar:05d}.tar"
-        make.write_tar(path, [pair for files in members for pair in files.items()])
+        members: dict[str, bytes] = {}
+        for i in range(pairs_per_tar):
+            members |= make.pair_members(f"{tar}-{i}", f"name {tar} {i}", image)
+        make.write_tar(folder / f"{tar:05d}.tar", members)
     return str(folder / "*.tar")
 
 

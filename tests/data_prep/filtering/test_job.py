@@ -7,7 +7,6 @@ import json
 import os
 
 import pytest
-from PIL import Image
 
 from data_prep.filter import run_filter
 from data_prep.filtering import config as filter_config
@@ -17,8 +16,10 @@ from tests.data_prep.filtering.jobs import (
     read_records,
     snapshot,
     when_done,
+    write_table,
     write_tars,
 )
+from tests.make import encoded, plain
 from tests.readers.failing_disk import FailingDisk
 
 
@@ -81,11 +82,9 @@ def test_what_has_changed_is_said_and_made_again_only_within_the_limit(tmp_path)
 def test_an_outage_costs_no_pair(tmp_path):
     """A lasting read error fails the shard; the next run has all pairs despite a brief error."""
     names = [f"{number:02d}.png" for number in range(27)]
-    for name in names:
-        Image.new("RGB", (40, 20), "red").save(tmp_path / name)
-    rows = [f"{name},name {name}\n" for name in names]
-    (tmp_path / "t.csv").write_text("image,caption\n" + "".join(rows))
-    config = job_config(str(tmp_path / "t.csv"), tmp_path / "out", retries=1)
+    rows = [{"image": name, "caption": f"name {name}"} for name in names]
+    source = write_table(tmp_path, rows, dict.fromkeys(names, encoded(plain("red"))))
+    config = job_config(source, tmp_path / "out", retries=1)
     with FailingDisk(tmp_path / "05.png", failures=10**9).mounted():
         failures = run_filter(config)
     assert [*failures.values()][0].startswith(f"{tmp_path}/05.png: could not be read in 5 attempts")

@@ -17,7 +17,7 @@ from diht_jax.readers.registry import open_source
 from diht_jax.records.tar_records import INDEX, scan_tar
 from diht_jax.records.train_data import open_records
 from tests import make
-from tests.data_prep.filtering.jobs import job_config, read_records, snapshot
+from tests.data_prep.filtering.jobs import job_config, read_records, snapshot, write_table
 
 _FORMATS = ("tfrecord", "array_record", "webdataset")
 _ENDINGS = {"tfrecord": ".tfrecord", "array_record": ".array_record", "webdataset": ".tar"}
@@ -29,14 +29,13 @@ def work(tmp_path_factory):
     """Nine pictures in each format, with keys that a tar cannot hold unchanged."""
     folder = tmp_path_factory.mktemp("formats")
     keys = ("a.b", "a.b", "x/../y", "a", "\u00e9", "a~2", "gif", "7", "8")
-    rows = []
+    rows, pictures = [], {}
     for number, (name, key) in enumerate(zip(_IMAGES, keys, strict=True)):
-        picture = make.noise(number, (42, 30), cell=6)
-        (folder / str(number)).write_bytes(make.encoded(picture, name))
+        pictures[str(number)] = make.encoded(make.noise(number, (42, 30), cell=6), name)
         row = {"image": str(number), "caption": f"picture {number}", "id": key, "n": number}
         rows.append(row)
     rows[3]["caption"] = ["picture 3", "another caption"]
-    (folder / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_table(folder, rows, pictures)
     for name in _FORMATS:
         assert run_filter(_config(folder, folder / name, name)) == {}
     return folder

@@ -11,14 +11,18 @@ import subprocess
 import sys
 
 import ml_collections
-import numpy as np
 import pytest
-from PIL import Image
 
 from benchmarks.text_spotting_testset import make_test_set
 from data_prep.filter import run_filter
 from tests import make
-from tests.data_prep.filtering.jobs import RAY_ENVIRONMENT, job_config, snapshot, write_clip
+from tests.data_prep.filtering.jobs import (
+    RAY_ENVIRONMENT,
+    job_config,
+    snapshot,
+    write_clip,
+    write_table,
+)
 from tests.docs.pages import python_blocks
 
 _LONGEST_SECS = 900  # for the script; a failure means that it hangs
@@ -186,7 +190,7 @@ _SPOTTING = {"text_spotting": True} | {
 def models_config(folder: pathlib.Path, output: str) -> ml_collections.ConfigDict:
     """Drops pictures that show their caption, and scores pairs: uses two models."""
     return job_config(
-        str(folder / "pairs.jsonl"),
+        str(folder / "pairs" / "t.jsonl"),
         folder / output,
         clip__model=str(folder / "clip.safetensors"),
         clip__batch_size=3,
@@ -201,8 +205,7 @@ def tars_config(folder: pathlib.Path, output: str) -> ml_collections.ConfigDict:
 
 def _write_tars(folder: pathlib.Path) -> None:
     """Writes nine tars of large pictures: a shard takes long enough to be interrupted."""
-    pixels = np.random.default_rng(0).integers(0, 256, (900, 1400, 3), np.uint8)
-    image = make.encoded(Image.fromarray(pixels), "JPEG", quality=60)
+    image = make.encoded(make.noise(0, (1400, 900)), "JPEG", quality=60)
     for number in range(9):
         members = {}
         for i in range(6):
@@ -213,12 +216,10 @@ def _write_tars(folder: pathlib.Path) -> None:
 
 def _write_pictures(folder: pathlib.Path) -> None:
     """Writes pairs, some of which show their caption."""
-    pictures = {picture.kind: picture for picture in make_test_set(10, seed=1)}
-    rows = []
-    for kind in ("band", "unrelated", "picture", "nothing"):
-        (folder / f"{kind}.jpg").write_bytes(pictures[kind].image)
-        rows.append(json.dumps({"image": f"{kind}.jpg", "caption": pictures[kind].caption}))
-    (folder / "pairs.jsonl").write_text("\n".join(rows))
+    kinds = ("band", "unrelated", "picture", "nothing")
+    chosen = {f"{p.kind}.jpg": p for p in make_test_set(10, seed=1) if p.kind in kinds}
+    rows = [{"image": name, "caption": picture.caption} for name, picture in chosen.items()]
+    write_table(folder / "pairs", rows, {name: picture.image for name, picture in chosen.items()})
 
 
 @pytest.fixture(scope="module")

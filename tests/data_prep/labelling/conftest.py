@@ -1,6 +1,5 @@
 """A filtered and a labelled folder that the tests of the label command share; made once."""
 
-import json
 import sys
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 
 from data_prep.filter import run_filter
 from data_prep.label import run_label
-from tests.data_prep.filtering.jobs import job_config
+from tests.data_prep.filtering.jobs import job_config, write_table
 from tests.data_prep.labelling.pictures import (
     COLORS,
     NAMES,
@@ -25,14 +24,13 @@ def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("label")
     (folder / "quarters.py").write_text(TEACHER)
     rng = np.random.default_rng(0)
-    rows = []
+    rows, pictures = [], {}
     for i in range(NUM_IMAGES):
         color, name = list(COLORS)[i % 3], NAMES[rng.integers(2)]
-        (folder / f"{i}.png").write_bytes(draw(color, name, rng))
+        pictures[f"{i}.png"] = draw(color, name, rng)
         caption = "nothing" if i == NUM_IMAGES - 1 else f"a {color} {name} in the rain"
         rows.append({"image": f"{i}.png", "caption": caption, "n": i})
-    (folder / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = job_config(str(folder / "t.jsonl"), folder / "kept", concepts=True)
+    config = job_config(write_table(folder, rows, pictures), folder / "kept", concepts=True)
     config.source.rows_per_shard = config.examples_per_shard = 32
     assert run_filter(config) == {}
     sys.path.insert(0, str(folder))

@@ -16,7 +16,7 @@ from data_prep.labelling.examples import count_concepts, make_targets, read_targ
 from diht_jax.records.catalog import find_shards
 from diht_jax.records.vocabulary import ConceptList
 from tests import make
-from tests.data_prep.filtering.jobs import job_config
+from tests.data_prep.filtering.jobs import job_config, write_table
 
 # The captions of each image and the concepts that they name, written by hand.
 _IMAGES = [
@@ -36,13 +36,11 @@ def _count(column: int, rows=_IMAGES) -> dict[str, int]:
 def filtered(tmp_path_factory) -> pathlib.Path:
     """Folders by recipe: `convert` keeps all readable images, `cat` the first three of them."""
     folder = tmp_path_factory.mktemp("concepts")
-    (folder / "good.png").write_bytes(make.png())
-    (folder / "bad.png").write_bytes(b"<html>")
     rows = [{"image": "good.png", "caption": captions} for captions, *_ in _IMAGES]
     rows.insert(1, {"image": "bad.png", "caption": "a blue whale swims"})
-    (folder / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = write_table(folder, rows, {"good.png": make.png(), "bad.png": b"<html>"})
     for recipe in ("cat", "convert"):
-        config = job_config(str(folder / "t.jsonl"), folder / recipe, recipe, concepts=True)
+        config = job_config(source, folder / recipe, recipe, concepts=True)
         config.source.rows_per_shard = config.examples_per_shard = 2
         assert run_filter(config) == {}
     return folder

@@ -11,7 +11,6 @@ import dataclasses
 import io
 import itertools
 import pathlib
-import random
 
 import numpy as np
 from PIL import Image
@@ -44,13 +43,6 @@ def _match_decisions() -> dict[str, str]:
             str(int(caption_matches([text], caption, min_chars, misread_min_chars=misread)))
             for caption, text in itertools.product(_CAPTIONS, _SPOTTED)
         )
-    generator = random.Random(0)
-    pairs = [
-        ["".join(generator.choices("ab c", k=length)) for length in (12, 30)] for _ in range(200)
-    ]
-    found["random"] = "".join(
-        str(int(caption_matches([text], caption, misread_min_chars=7))) for text, caption in pairs
-    )
     for other in ("", "the white dog"):
         found[f"weighed beside '{other}'"] = "".join(
             str(int(caption_matches([text, other], caption, weigh_words=True)))
