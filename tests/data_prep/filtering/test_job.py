@@ -1,15 +1,19 @@
-"""The filter as a job: reruns, cleaned parts, changes, job arrays and damaged input.
+"""The filter as a job: reruns, cleaned parts, changes, job arrays, damaged input and output.
 
-`test_command.py` tests the decisions about pairs, and `test_kill_points.py` tests kills.
+`test_command.py` tests the decisions about pairs, `test_kill_points.py` tests kills, and
+`tests/fuzz/kinds/written.py` single damages in every file.
 """
 
 import json
 import os
+import shutil
 
 import pytest
 
+from data_prep.captions.mentions import read_mentions
 from data_prep.filter import run_filter
 from data_prep.filtering import config as filter_config
+from data_prep.reports.__main__ import merge_reports
 from tests.data_prep.filtering.jobs import (
     job_config,
     read_counts,
@@ -111,3 +115,41 @@ def test_another_model_is_refused(tmp_path, monkeypatch):
     assert run_filter(config, overwrite=True) == {}
     stats = json.loads((tmp_path / "out" / "stats.json").read_bytes())
     assert stats["versions"]["spacy_model"] == {"en_core_web_sm 9.0.0": 2}
+
+
+# Output files that are swapped, missing or damaged
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished output folder with two parts and two shards."""
+    folder = tmp_path_factory.mktemp("finished")
+    source = write_tars(folder / "in", 2, pairs_per_tar=3)
+    config = job_config(
+        source, folder / "out", concepts=True, keep_parts=True, examples_per_shard=3
+    )
+    assert run_filter(config) == {}
+    return folder / "out"
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["parts/*.decisions.parquet", "parts/*.samples.tsv", "parts/*.stats.json", "*.concepts.npz"],
+)
+def test_what_belongs_to_another_part_is_not_taken_for_that_of_this_one(
+    finished, tmp_path, pattern
+):
+    output = shutil.copytree(finished, tmp_path / "out")
+    one, other = sorted(output.glob(pattern))
+    one.write_bytes(other.read_bytes())
+    with pytest.raises(ValueError, match=one.name):
+        merge_reports([output, output])
+        for shard in output.glob("*.tfrecord"):
+            read_mentions(str(shard), "objects")
+
+
+def test_reports_are_not_merged_without_some_of_the_decisions(finished, tmp_path):
+    output = shutil.copytree(finished, tmp_path / "out")
+    min(output.glob("parts/*.decisions.parquet")).unlink()
+    with pytest.raises(ValueError, match=str(output)):
+        merge_reports([output, output])

@@ -11,6 +11,7 @@ import pytest
 from data_prep.filter import run_filter
 from data_prep.filtering import rows
 from data_prep.filtering.replay import Replay
+from diht_jax.readers.registry import open_source
 from tests.data_prep.filtering.jobs import job_config, read_dropped, snapshot
 
 _CAPTIONS = [
@@ -189,3 +190,16 @@ def test_rows_of_many_bytes_are_not_held_together(tmp_path, monkeypatch):
     written = pyarrow.parquet.ParquetFile(tmp_path / "out" / "a.parquet")
     assert written.metadata.num_row_groups == 2
     assert written.read().equals(table)
+
+
+def test_a_flipped_bit_in_a_filtered_table_is_noticed(tmp_path):
+    captions = [f"a dog runs to tree {number}" for number in range(50)]
+    table = pyarrow.table({"caption": captions})
+    pyarrow.parquet.write_table(table, tmp_path / "in.parquet", compression="none")
+    assert run_filter(_config(str(tmp_path / "in.parquet"), tmp_path / "out")) == {}
+    (path,) = (tmp_path / "out").glob("*.parquet")
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1  # in the first page
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=path.name):
+        list(open_source(str(path)))

@@ -75,24 +75,6 @@ def test_numbers_are_those_of_merged_records(work, label_shards):
     assert find_train_vocabulary(str(label_shards)) == read_vocabulary(work / "labelled")
 
 
-def test_labels_are_made_of_the_embeddings_alone(work, label_shards, tmp_path):
-    folder, kept = tmp_path / "labels", tmp_path / "kept"
-    shutil.copytree(label_shards, folder)
-    shutil.copytree(work / "kept", kept)
-    config = _config(kept, folder, report_images=0)
-    run_label(config)
-    expected = {path.name: path.read_bytes() for path in folder.glob("labels/*.tfrecord")}
-    shutil.rmtree(folder / "labels")
-    for path in kept.glob("*.tfrecord"):  # erases all records
-        stat = path.stat()
-        path.write_bytes(bytes(stat.st_size))
-        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert run_label(config) == {}
-    assert len(expected) == 3
-    for name, data in expected.items():
-        assert (folder / "labels" / name).read_bytes() == data
-
-
 def test_merged_shards_of_another_run_are_refused(tmp_path):
     (tmp_path / "pairs-train-00002.tfrecord").touch()
 
