@@ -102,18 +102,6 @@ def test_another_clean_label_makes_the_report_anew(tmp_path):
         assert read_report(tmp_path / "out")["clean_label"] == label
 
 
-def test_captions_that_did_not_come_to_the_rules_are_not_taken_for_names(tmp_path):
-    rows = [{"caption": "sunset", "score": 0}] * 3 + [
-        {"caption": "a red car in an old garden", "score": 1}
-    ]
-    source = write_table(tmp_path, rows, {})
-    for require, expected in (((), ["3 of 4"]), (("score > 0",), [])):
-        output = tmp_path / f"out{len(require)}"
-        config = job_config(source, output, "metadata", predicates__require=require)
-        assert run_filter(config) == {}
-        assert [text[:6] for text in read_report(output)["warnings"]] == expected
-
-
 def test_samples_of_others_are_left_out_where_none_are_wanted():
     assert choose_samples([b"kept\t00\t{}\n"], 0) == {"kept": []}
 

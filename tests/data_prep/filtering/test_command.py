@@ -23,10 +23,9 @@ from tests.data_prep.filtering.jobs import (
     write_table,
     write_tars,
 )
-from tests.make import REPOSITORY, encoded, run_command
+from tests.make import REPOSITORY, encoded, plain, run_command
 
-_RED = Image.new("RGB", (40, 20), "red")
-_PNG = encoded(_RED, "PNG")
+_PNG = encoded(plain("red"))
 
 # Caption -> the reason for its drop, written by hand from the published rules of the method.
 _CAPTIONS = {
@@ -93,24 +92,27 @@ _LOST = "a dog whose picture is gone"
 
 
 @pytest.mark.parametrize(
-    ("captions", "recipe", "is_named"),
+    ("captions", "recipe", "require", "is_named"),
     [
-        ((*_NAMES, *[_LOST] * 20), "cat", True),
-        (_NAMES, "convert", False),
-        (_SENTENCES, "cat", False),  # also keeps nothing
-        ((*_NAMES, "a dog is chasing a small brown bird"), "cat", False),
+        ((*_NAMES, *[_LOST] * 20), "cat", (), True),
+        (_NAMES, "convert", (), False),
+        (_SENTENCES, "cat", (), False),  # also keeps nothing
+        ((*_NAMES, "a dog is chasing a small brown bird"), "cat", (), False),
+        ((*_NAMES, _SENTENCES[1]), "metadata", (), True),
+        ((*_NAMES, _SENTENCES[1]), "metadata", ("len(caption) > 20",), False),  # no name arrives
     ],
-    ids=["names and lost pictures", "converted", "sentences", "some are kept"],
+    ids=["names and lost pictures", "converted", "sentences", "some are kept", "table", "arrived"],
 )
 def test_the_recipe_for_names_is_named_where_cat_keeps_none(
-    tmp_path, caplog, captions, recipe, is_named
+    tmp_path, caplog, captions, recipe, require, is_named
 ):
     rows = [
         {"image": "gone.png" if text == _LOST else "i.png", "caption": text} for text in captions
     ]
     source = write_table(tmp_path, rows, {"i.png": _PNG})
+    config = job_config(source, tmp_path / "out", recipe, predicates__require=require)
     with caplog.at_level("WARNING"), contextlib.suppress(ValueError):
-        run_filter(job_config(source, tmp_path / "out", recipe))
+        run_filter(config)
     assert ("prep/convert" in caplog.text) == is_named
 
 
@@ -121,12 +123,12 @@ def test_images_are_dropped_by_reason(tmp_path):
         "good.png": _PNG,
         "clear.png": encoded(rgba, "PNG"),
         "grey16.png": encoded(grey16, "PNG"),
-        "big.jpg": encoded(Image.new("RGB", (300, 200), (0, 0, 250)), "JPEG"),
+        "big.jpg": encoded(plain((0, 0, 250), (300, 200)), "JPEG"),
         "empty.png": b"",
         "cut.png": _PNG[:60],
         "page.png": b"<html>",
         "bomb.png": encoded(Image.new("1", (500, 500)), "PNG"),
-        "thin.png": encoded(Image.new("RGB", (40, 3)), "PNG"),
+        "thin.png": encoded(plain("black", (40, 3))),
     }
     rows = [{"image": name, "caption": name, "exif": "long", "url": "u"} for name in files]
     rows += [{"image": "absent.png", "caption": "x"}, {"image": "good.png", "caption": ""}]
