@@ -19,7 +19,6 @@ from diht_jax.records.train_data import open_records
 from tests import make
 from tests.data_prep.filtering.jobs import job_config, read_records, snapshot, write_table
 
-_FORMATS = ("tfrecord", "array_record", "webdataset")
 _ENDINGS = {"tfrecord": ".tfrecord", "array_record": ".array_record", "webdataset": ".tar"}
 _IMAGES = ("JPEG", "PNG", "WEBP", "JPEG", "JPEG", "PNG", "GIF", "JPEG", "PNG")
 
@@ -36,7 +35,7 @@ def work(tmp_path_factory):
         rows.append(row)
     rows[3]["caption"] = ["picture 3", "another caption"]
     write_table(folder, rows, pictures)
-    for name in _FORMATS:
+    for name in _ENDINGS:
         assert run_filter(_config(folder, folder / name, name)) == {}
     return folder
 

@@ -18,19 +18,12 @@ from tests.records.stores import Killed, MeteredStore
 _OWN = ("stats.json", "settings.json", "dataset_info.json")
 
 
-def _upload(folder, url):
-    system = fsspec.filesystem(url.split(":")[0])
-    for path in folder.iterdir():
-        system.pipe_file(f"{url}/{path.name}", path.read_bytes())
-    return system
-
-
 def test_the_output_on_s3_is_the_local_one(tmp_path, s3_bucket):
     pattern = write_tars(tmp_path / "in", 2)
     changes = {"examples_per_shard": 6, "output_format": "webdataset"}
     assert run_filter(job_config(pattern, tmp_path / "out", **changes)) == {}
     url = f"{s3_bucket}/filter"
-    _upload(tmp_path / "in", f"{url}/in")
+    fsspec.filesystem("s3").put(str(tmp_path / "in"), f"{url}/in", recursive=True)
     config = job_config(f"{url}/in/*.tar", f"{url}/out", **changes)
     assert run_filter(config) == {}
     local, stored = snapshot(tmp_path / "out"), snapshot(f"{url}/out")
@@ -61,7 +54,8 @@ def metered(tmp_path):
     """Puts two tars in a store with counters; returns a function that makes a config."""
     write_tars(tmp_path / "in", 2)
     MeteredStore.reset()
-    _upload(tmp_path / "in", "metered:///in")
+    for path in (tmp_path / "in").iterdir():
+        fsspec.filesystem("metered").put_file(path, f"/in/{path.name}")
     MeteredStore.requests.clear()
     yield functools.partial(job_config, "metered:///in/*.tar", examples_per_shard=6)
     MeteredStore.reset()

@@ -4,11 +4,8 @@ All tests share one cluster in one process, since starting it takes most of the 
 """
 
 import json
-import os
 import pathlib
 import re
-import subprocess
-import sys
 
 import ml_collections
 import pytest
@@ -24,9 +21,6 @@ from tests.data_prep.filtering.jobs import (
     write_table,
 )
 from tests.docs.pages import python_blocks
-
-_LONGEST_SECS = 900  # for the script; a failure means that it hangs
-_ENVIRONMENT = RAY_ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
 
 _SCRIPT = """
 import collections, dataclasses, functools, itertools, json, os, pathlib, sys, threading, time
@@ -234,14 +228,8 @@ def printed(tmp_path_factory) -> tuple[pathlib.Path, dict]:
     _write_pictures(folder)
     _write_tars(folder)
     write_clip(folder / "clip.safetensors", image_size=32)
-    done = subprocess.run(
-        [sys.executable, "script.py", str(folder)],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(make.REPOSITORY)} | _ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=_LONGEST_SECS,
-    )
+    environment = RAY_ENVIRONMENT | {"PYTHONPATH": str(make.REPOSITORY)}
+    done = make.run_command("script", folder, devices=8, folder=folder, **environment)
     assert done.returncode == 0, done.stderr[-4000:]
     lines = (line.partition(" ") for line in done.stdout.splitlines())
     return folder, {name: text for name, _, text in lines} | {"stderr": done.stderr}

@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import fsspec
 import numpy as np
@@ -24,7 +21,7 @@ from diht_jax.records.train_data import open_records
 from diht_jax.records.vocabulary import find_train_vocabulary, find_vocabulary, read_vocabulary
 from tests.data_prep.filtering.jobs import RAY_ENVIRONMENT, job_config, read_records
 from tests.data_prep.labelling.pictures import NUM_IMAGES, label_config
-from tests.make import REPOSITORY
+from tests.make import REPOSITORY, run_command
 
 _KEPT = ("embeddings", "heads", "vocabulary")
 
@@ -146,13 +143,7 @@ def test_actors_of_a_cluster_write_the_same_bytes(work, label_shards, tmp_path, 
     (tmp_path / "quarters.py").write_text(_HELD)
     (tmp_path / "script.py").write_text(_ON_RAY)
     environment = RAY_ENVIRONMENT | {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}
-    done = subprocess.run(
-        [sys.executable, "script.py"],
-        cwd=tmp_path,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-    )
+    done = run_command("script", devices=8, folder=tmp_path, **environment)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "shared: {}" in done.stdout
     assert not (tmp_path / "hold").exists()
