@@ -254,7 +254,7 @@ def _write_output(job: Job, found: Survey) -> tuple[dict[str, str], list[ShardTa
             )
         shards.remove_merged(folder, plan.MERGED_FILES)
         failures = run_pending(
-            resharding.restore_part, restored, config, job.engine, label="restore"
+            resharding.copy_records, restored, config, job.engine, label="restore"
         )
         if failures:
             return failures, []

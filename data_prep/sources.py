@@ -28,16 +28,8 @@ import ml_collections
 from absl import logging
 from ml_collections.config_dict import placeholder
 
-from diht_jax.readers import registry
+from diht_jax.readers import parquet, registry
 from diht_jax.readers.base import IMAGE_EXTENSIONS
-from diht_jax.readers.parquet import (
-    SUFFIX,
-    BadRow,
-    clean_row,
-    explain_errors,
-    open_parquet,
-    read_rows,
-)
 from diht_jax.readers.registry import Skipped, SourceShard
 from diht_jax.readers.shard_formats import TAR_SUFFIXES
 from diht_jax.records.dataset_info import STATS_SUFFIX
@@ -293,11 +285,11 @@ def read_sidecar(source: SourceShard) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: the file is damaged.
     """
-    path = _stem(source.path) + SUFFIX
+    path = _stem(source.path) + parquet.SUFFIX
     if not source.path.endswith(TAR_SUFFIXES):
         return {}
     try:
-        file = open_parquet(path)
+        file = parquet.open_parquet(path)
     except OSError as error:
         if is_missing(error):
             return {}
@@ -307,19 +299,19 @@ def read_sidecar(source: SourceShard) -> dict[str, dict[str, Any]]:
         return {}
     wanted = [name for name in names if name not in IMAGE_EXTENSIONS]
     rows, bad = {}, []
-    with explain_errors(path, lambda: "damaged"):
-        for row in read_rows(path, file, wanted):
-            if isinstance(row, BadRow):
+    with parquet.explain_errors(path, lambda: "damaged"):
+        for row in parquet.read_rows(path, file, wanted):
+            if isinstance(row, parquet.BadRow):
                 bad.append(row.detail)
                 row = row.values
-            rows[str(row.get("key"))] = clean_row(row, ("key", *_CAPTION_COLUMNS))
+            rows[str(row.get("key"))] = parquet.clean_row(row, ("key", *_CAPTION_COLUMNS))
     if bad:
         logging.warning("%d pairs lack a value that cannot be read, such as %s", len(bad), bad[0])
     return rows
 
 
 def _stem(path: str) -> str:
-    for suffix in (*TAR_SUFFIXES, TFRECORD_SUFFIX, SUFFIX):
+    for suffix in (*TAR_SUFFIXES, TFRECORD_SUFFIX, parquet.SUFFIX):
         if path.endswith(suffix):
             return path.removesuffix(suffix)
     return path

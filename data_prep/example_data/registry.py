@@ -6,21 +6,8 @@ import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
 
-from data_prep.example_data.emoji import (
-    ARTISTS,
-    OPENMOJI_FONT,
-    OPENMOJI_NAMES,
-    make_emoji,
-    make_openmoji,
-)
+from data_prep.example_data import emoji, photos
 from data_prep.example_data.packages import Package
-from data_prep.example_data.photos import (
-    ARCHIVE,
-    SCIKIT_IMAGE,
-    SCIKIT_LEARN,
-    make_cifar10,
-    make_photos,
-)
 from data_prep.example_data.pictures import DRAWINGS, STAMPS, TITLES, make_clipart, make_pictures
 
 
@@ -42,20 +29,20 @@ class Example:
 
 EXAMPLES = {
     "emoji": Example(
-        tuple(ARTISTS.values()),
+        tuple(emoji.ARTISTS.values()),
         7_572,
         "3,786 emoji, each by two artists, 64 px",
         ("emoji_google.tar", "emoji_twitter.tar"),
         "Noto Emoji (Apache-2.0), Twemoji (CC BY 4.0, Twitter and contributors)",
-        make_emoji,
+        emoji.make_emoji,
     ),
     "openmoji": Example(
-        (OPENMOJI_FONT, OPENMOJI_NAMES),
+        (emoji.OPENMOJI_FONT, emoji.OPENMOJI_NAMES),
         4_495,
         "emoji of a third artist, with names of their own, 64 px",
         ("openmoji.tar",),
         "OpenMoji (CC BY-SA 4.0)",
-        make_openmoji,
+        emoji.make_openmoji,
     ),
     "pictures": Example(
         (STAMPS,),
@@ -74,19 +61,19 @@ EXAMPLES = {
         make_clipart,
     ),
     "photos": Example(
-        (SCIKIT_IMAGE, SCIKIT_LEARN),
+        (photos.SCIKIT_IMAGE, photos.SCIKIT_LEARN),
         14,
         "photos, up to 384 px, with captions",
         ("photos.tar",),
         "public domain, CC0; CC BY 2.0 (danielbuechele, vultilion)",
-        make_photos,
+        photos.make_photos,
     ),
     "cifar10": Example(
-        (ARCHIVE,),
+        (photos.ARCHIVE,),
         5_000,
         "photos of ten classes, 400 and 100 of each, 32 px",
         ("cifar10_train.tar", "cifar10_test.tar"),
         "none stated; its authors ask to cite Krizhevsky, 2009",
-        make_cifar10,
+        photos.make_cifar10,
     ),
 }

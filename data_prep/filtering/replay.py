@@ -19,14 +19,6 @@ import pyarrow
 
 from data_prep.decisions import table
 from data_prep.decisions.report import Funnel
-from data_prep.decisions.table import (
-    KEPT,
-    SOURCE,
-    decisions_path,
-    find_outputs,
-    make_schema,
-    read_decisions,
-)
 from data_prep.filtering import config as filter_config
 from data_prep.filtering.config import score_quantiles
 from data_prep.jobs import shards
@@ -87,16 +79,16 @@ class Replay:
             ValueError: the folder is not finished.
         """
         self._folder = folder
-        outputs, stats = find_outputs(folder, "--replay")
-        self.paths = list(map(decisions_path, outputs))
+        outputs, stats = table.find_outputs(folder, "--replay")
+        self.paths = list(map(table.decisions_path, outputs))
         self._pairs = stats["counts"]["read"]
         self._before = _restore_config(stats["config"])
         self._now = self._before if config is None else config
         self._was_active = registry.active_steps(self._before)
         self._steps = registry.active_steps(self._now)
-        order = [SOURCE, *(step.name for step in registry.ordered_steps()), KEPT]
+        order = [table.SOURCE, *(step.name for step in registry.ordered_steps()), table.KEPT]
         self._rank = {stage: rank for rank, stage in enumerate(order)}
-        self._codes: dict[Outcome, int] = {(KEPT, None): 0}
+        self._codes: dict[Outcome, int] = {(table.KEPT, None): 0}
 
     def run(self, folder: str | None = None) -> Result:
         """Decides about all pairs.
@@ -114,13 +106,13 @@ class Replay:
             )
         counts: collections.Counter[int] = collections.Counter()
         scores = [name for step in self._was_active for name in step.scores]
-        columns = make_schema(scores).names
+        columns = table.make_schema(scores).names
         if folder is None:
             columns = [name for name in columns if name not in _NO_DECISION_COLUMNS]
 
         def decide_all() -> Iterator[tuple[pyarrow.RecordBatch, np.ndarray]]:
             for path in self.paths:
-                for rows in read_decisions(path, columns):
+                for rows in table.read_decisions(path, columns):
                     codes = self._decide(rows)
                     counts.update(dict(enumerate(np.bincount(codes).tolist())))
                     yield rows, codes
@@ -139,7 +131,7 @@ class Replay:
         for (stage, reason), code in self._codes.items():
             if stage == _NOT_KNOWN:
                 not_known[str(reason)] = counts[code]
-            elif counts[code] or stage == KEPT:
+            elif counts[code] or stage == table.KEPT:
                 known[stage, reason] = counts[code]
         before, now = map(filter_config.record_settings, (self._before, self._now))
         shown = [name for step in self._steps for name in step.scores if name in scores]
@@ -171,8 +163,8 @@ class Replay:
             if chosen.any():
                 result[chosen] = self._codes.setdefault((stage, reason), len(self._codes))
 
-        for reason, holds in columns.reasons(SOURCE).items():
-            settle(SOURCE, reason, holds)
+        for reason, holds in columns.reasons(table.SOURCE).items():
+            settle(table.SOURCE, reason, holds)
         for step in self._steps:
             if step not in self._was_active:
                 settle(_NOT_KNOWN, step.name, True)
@@ -181,7 +173,7 @@ class Replay:
             settle(_NOT_KNOWN, step.name, is_unknown | (rank < self._rank[step.name]))
             for reason, holds in step.decide(columns, self._now).items():
                 settle(step.name, reason, holds)
-        settle(KEPT, None, True)
+        settle(table.KEPT, None, True)
         return result
 
     def _write_lists(
@@ -199,12 +191,12 @@ class Replay:
                 for rows, codes in decided:
                     names = pyarrow.array([f"{stage}/{reason}" for stage, reason in self._codes])
                     is_unknown = np.array([stage == _NOT_KNOWN for stage, _ in self._codes])[codes]
-                    is_dropped = ~is_unknown & (codes != self._codes[KEPT, None])
+                    is_dropped = ~is_unknown & (codes != self._codes[table.KEPT, None])
                     drops = rows["key"].filter(pyarrow.array(is_dropped))
                     outcomes = names.take(pyarrow.array(codes[is_dropped]))
                     table.write_lines(dropped, drops, outcomes)
                     table.write_lines(unknown, rows["key"].filter(pyarrow.array(is_unknown)))
-                    yield rows.filter(pyarrow.array(codes == self._codes[KEPT, None]))
+                    yield rows.filter(pyarrow.array(codes == self._codes[table.KEPT, None]))
 
             table.write_lists(folder, write_others())
 

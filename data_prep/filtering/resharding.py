@@ -163,13 +163,8 @@ def write_shard(shard: BalancedShard, report: Report) -> None:
     files.write_object(shard.output + STATS_SUFFIX, stats, with_checksum=True)
 
 
-def restore_part(part: BalancedShard, report: Report) -> None:
-    """Restores a part planned by `plan_restoring`; a task of `run_pending`."""
-    copy_records(part, report)
-
-
 def copy_records(shard: BalancedShard, report: Report) -> tuple[int, ConceptLog]:
-    """Writes the records of the slices of a shard or of a restored part.
+    """Writes the records of the slices of a shard; for a restored part a task of `run_pending`.
 
     Returns:
         The number of records, and the concepts named in their captions.

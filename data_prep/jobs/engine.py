@@ -27,22 +27,8 @@ from typing import Any, TypeVar
 import ml_collections
 from absl import logging
 
-from data_prep.jobs.workers import (
-    DEATH,
-    FULL,
-    KILLED,
-    LOST,
-    NOT_STARTED,
-    POLL_SECS,
-    STORAGE,
-    TIMEOUT,
-    Function,
-    LocalPool,
-    Outcome,
-    ProcessDeath,
-    Report,
-    ThisProcess,
-)
+from data_prep.jobs import workers
+from data_prep.jobs.workers import Report
 from diht_jax.input.workers import usable_cores
 from diht_jax.readers.registry import Skipped
 from diht_jax.storage import files
@@ -59,7 +45,7 @@ _OTHERS_FIRST = 8
 # that is being moved, is unavailable for minutes.
 _STORAGE_DELAYS_SECS = (30.0, 120.0, 480.0)
 # Retries per cause; `retries` for the others. Cluster nodes may be taken away at any time.
-_LIMITS = {TIMEOUT: 1, STORAGE: len(_STORAGE_DELAYS_SECS), LOST: 10}
+_LIMITS = {workers.TIMEOUT: 1, workers.STORAGE: len(_STORAGE_DELAYS_SECS), workers.LOST: 10}
 
 BATCH, PAIR = "batch", "pair"  # stage of a run: it processes a batch, or tries one pair of it
 
@@ -77,7 +63,7 @@ def print_failures(failures: Failed) -> Failed:
 
 
 def run_pending(
-    function: Function,
+    function: workers.Function,
     tasks: Sequence[Any],
     config: ml_collections.ConfigDict,
     engine: str = "local",
@@ -110,12 +96,12 @@ def run_pending(
         try:
             while queue.fill(pool):
                 if not queue.busy:  # all others wait for their retry
-                    time.sleep(POLL_SECS)
-                done, _ = futures.wait(queue.busy, POLL_SECS, futures.FIRST_COMPLETED)
+                    time.sleep(workers.POLL_SECS)
+                done, _ = futures.wait(queue.busy, workers.POLL_SECS, futures.FIRST_COMPLETED)
                 pool.poll()
                 for future in done:
                     attempt, outcome = queue.busy.pop(future), pool.read(future)
-                    if outcome.cause == FULL:
+                    if outcome.cause == workers.FULL:
                         raise FullError(outcome.error)
                     if queue.retry(attempt, outcome):
                         continue
@@ -130,7 +116,7 @@ def run_pending(
 
 
 def _open_pool(
-    function: Function,
+    function: workers.Function,
     num_tasks: int,
     config: ml_collections.ConfigDict,
     engine: str,
@@ -141,9 +127,9 @@ def _open_pool(
 
         return RayPool(function, config, add_pairs)
     if config.num_workers == 0:
-        return ThisProcess(function, add_pairs)
+        return workers.ThisProcess(function, add_pairs)
     count = usable_cores() if config.num_workers is None else config.num_workers
-    return LocalPool(function, min(count, num_tasks), config.shard_timeout_secs, add_pairs)
+    return workers.LocalPool(function, min(count, num_tasks), config.shard_timeout_secs, add_pairs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,30 +169,31 @@ class _Queue:
             self.busy[pool.submit(attempt.task)] = attempt
         return bool(self.busy or self.delayed)
 
-    def retry(self, attempt: _Attempt, outcome: Outcome) -> bool:
+    def retry(self, attempt: _Attempt, outcome: workers.Outcome) -> bool:
         """Queues a failed task again if it may succeed; returns False if its outcome is final."""
         cause = outcome.cause
-        if cause == NOT_STARTED:
+        if cause == workers.NOT_STARTED:
             self.ready.appendleft(attempt)
             return True
-        if cause is None or not (self.retries or cause == TIMEOUT):
+        if cause is None or not (self.retries or cause == workers.TIMEOUT):
             return False
         is_searched = hasattr(attempt.task, "search")
-        counted = DEATH if cause == KILLED and not is_searched else cause
+        counted = workers.DEATH if cause == workers.KILLED and not is_searched else cause
         attempt.failures[counted] += 1
         is_allowed = attempt.failures[counted] <= _LIMITS.get(counted, self.retries)
-        if is_searched and cause in (DEATH, KILLED, LOST):
+        if is_searched and cause in (workers.DEATH, workers.KILLED, workers.LOST):
             # The search has a limit of its own.
-            task = _go_on_searching(attempt.task, may_be_blamed=cause == DEATH)
-            is_allowed = task is not None and (is_allowed or cause == DEATH)
+            task = _go_on_searching(attempt.task, may_be_blamed=cause == workers.DEATH)
+            is_allowed = task is not None and (is_allowed or cause == workers.DEATH)
             attempt = dataclasses.replace(attempt, task=task)
         if not is_allowed:
             return False
         when = ""
-        if cause == KILLED:
+        if cause == workers.KILLED:
             self.alone.append(attempt)
             when = ", alone"
-        elif cause == STORAGE and (secs := _STORAGE_DELAYS_SECS[attempt.failures[cause] - 1]):
+        elif cause == workers.STORAGE:
+            secs = _STORAGE_DELAYS_SECS[attempt.failures[cause] - 1]
             self.delayed.append((time.monotonic() + secs, attempt))
             when = f", in {secs:.0f} s"
         else:
@@ -231,7 +218,7 @@ class _Progress(ProgressBar):
         rate = self._pairs / max(now - self._start_secs, 1e-9)
         self.set_postfix_str(f"{self._pairs:,} pairs, {rate:,.0f} pairs/s", refresh=False)
         self.update(tasks)
-        if now - self._drawn_secs >= POLL_SECS:
+        if now - self._drawn_secs >= workers.POLL_SECS:
             self.refresh()
             self._drawn_secs = now
 
@@ -310,7 +297,7 @@ class WorkRecord(contextlib.AbstractContextManager["WorkRecord"]):
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Removes the file at the end of a run, unless the run ends with `ProcessDeath`."""
-        is_death = kind is not None and issubclass(kind, ProcessDeath)
+        is_death = kind is not None and issubclass(kind, workers.ProcessDeath)
         if self.search is not None and not is_death:
             files.remove(_record_path(self.output))
 

@@ -29,7 +29,7 @@ from data_prep.labelling.embeddings import (
     load_embeddings,
     read_shard,
 )
-from data_prep.labelling.head_files import Head, load_heads
+from data_prep.labelling.heads import Head, load_heads
 from data_prep.labelling.tasks import LabelTask
 from data_prep.teachers.clip import open_clip_teachers
 from diht_jax.data.index import update_index

@@ -1,7 +1,7 @@
 """Trains linear concept classifiers (heads) on the embeddings of a teacher, and evaluates them.
 
 Method: DiHT, arXiv 2301.02280, "Concept Distillation": one head for objects and one for
-attributes. All functions work on arrays; `head_files.py` reads and writes the files.
+attributes. All functions work on arrays; `heads.py` reads and writes the files.
 
 Recall is measured against the concepts that the image's caption names: the share of them among the
 top k predictions, averaged over images or over concepts.
@@ -32,7 +32,7 @@ from data_prep.labelling.examples import (
     count_concepts,
     repeat_factors,
 )
-from data_prep.labelling.head_files import Head
+from data_prep.labelling.heads import Head
 from diht_jax.records.vocabulary import ConceptList
 from diht_jax.terminal import ProgressBar
 

@@ -94,7 +94,7 @@ def make_pair(settings: Settings, split: str, index: int) -> ExamplePair:
     stream = functools.partial(_stream, settings.seed, split, index)
     if split == _TRAIN:
         kind = noise_kind(settings, index)
-        image, caption, facts = _TRAIN_MAKERS[kind](stream, settings.image_size)
+        image, caption, facts = _make_training(stream, kind, settings.image_size)
     else:
         kind = CLEAN
         image, caption, facts = _make_evaluation(stream, settings, split, index)
@@ -126,48 +126,25 @@ def _stream(seed: int, split: str, index: int, name: str) -> np.random.Generator
     return np.random.default_rng([seed, zlib.crc32(f"{split}/{name}".encode()), index])
 
 
-def _make_clean(stream, side: int):
+def _make_training(stream, kind: str, side: int):
     scene = sampling.sample_scene(stream("scene"))
-    image = drawing.render_scene(stream("drawing"), scene, side)
-    return image, captions.describe_scene(stream("caption"), scene), {"scene": scene.describe()}
-
-
-def _make_product_title(stream, side: int):
-    image, _, facts = _make_clean(stream, side)
-    return image, captions.write_product_title(stream("title")), facts
-
-
-def _make_uninformative(stream, side: int):
-    image, _, facts = _make_clean(stream, side)
-    return image, captions.write_uninformative(stream("filler")), facts
-
-
-def _make_rendered_text(stream, side: int):
-    scene = sampling.sample_scene(stream("scene"))
-    caption = captions.describe_scene(stream("caption"), scene)
-    image = drawing.render_text(stream("drawing"), caption, side)
-    return image, caption, {"scene": None, "caption_scene": scene.describe()}
-
-
-def _make_mismatched(stream, side: int):
-    scene = sampling.sample_scene(stream("scene"))
-    image = drawing.render_scene(stream("drawing"), scene, side)
-    rng = stream("other scene")
-    other = sampling.sample_scene(rng)
-    # Picture and caption share no shape, so the caption is clearly wrong even without colours.
-    while {o.shape for o in scene.objects} & {o.shape for o in other.objects}:
-        other = sampling.sample_scene(rng)
-    facts = {"scene": scene.describe(), "caption_scene": other.describe()}
-    return image, captions.describe_scene(stream("caption"), other), facts
-
-
-_TRAIN_MAKERS = {
-    CLEAN: _make_clean,
-    "product_title": _make_product_title,
-    "uninformative": _make_uninformative,
-    "rendered_text": _make_rendered_text,
-    "mismatched": _make_mismatched,
-}
+    if kind == "rendered_text":
+        caption = captions.describe_scene(stream("caption"), scene)
+        image = drawing.render_text(stream("drawing"), caption, side)
+        return image, caption, {"scene": None, "caption_scene": scene.describe()}
+    image, facts = drawing.render_scene(stream("drawing"), scene, side), {"scene": scene.describe()}
+    if kind == "product_title":
+        return image, captions.write_product_title(stream("title")), facts
+    if kind == "uninformative":
+        return image, captions.write_uninformative(stream("filler")), facts
+    told = scene
+    if kind == "mismatched":
+        rng = stream("other scene")
+        # Picture and caption share no shape, so the caption is clearly wrong even without colours.
+        while {o.shape for o in scene.objects} & {o.shape for o in told.objects}:
+            told = sampling.sample_scene(rng)
+        facts["caption_scene"] = told.describe()
+    return image, captions.describe_scene(stream("caption"), told), facts
 
 
 def _make_evaluation(stream, settings: Settings, split: str, index: int):

@@ -17,13 +17,7 @@ import numpy as np
 from absl import logging
 from ml_collections.config_dict import placeholder
 
-from data_prep.teachers.base import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    ImageTeacher,
-    TeacherInfo,
-    TeacherKind,
-)
+from data_prep.teachers import base
 from diht_jax.input import transforms
 
 WEIGHTS_VARIABLE = "DIHT_JAX_SWAG_WEIGHTS"
@@ -42,7 +36,7 @@ def default_config() -> ml_collections.ConfigDict:
     return c
 
 
-def describe(config: ml_collections.ConfigDict) -> TeacherInfo:
+def describe(config: ml_collections.ConfigDict) -> base.TeacherInfo:
     """Describes the teacher by its settings and the hash of its weights.
 
     Raises:
@@ -71,10 +65,10 @@ def describe(config: ml_collections.ConfigDict) -> TeacherInfo:
         "weights_sha256": sha256,
         "dtype": config.dtype,
     }
-    return TeacherInfo(identity, in_this_process=True, name="swag", licence=swag.LICENCE)
+    return base.TeacherInfo(identity, in_this_process=True, name="swag", licence=swag.LICENCE)
 
 
-def load(config: ml_collections.ConfigDict, batch_size: int) -> ImageTeacher:
+def load(config: ml_collections.ConfigDict, batch_size: int) -> base.ImageTeacher:
     """Loads the network, with batches sharded over the devices and parameters replicated."""
     import jax
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -90,7 +84,7 @@ def load(config: ml_collections.ConfigDict, batch_size: int) -> ImageTeacher:
     params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     graphdef, _ = swag_definition(arch, config.dtype)
     run = jax.jit(functools.partial(_encode, graphdef, config.dtype), out_shardings=batches)
-    return ImageTeacher(
+    return base.ImageTeacher(
         lambda images: run(params, jax.device_put(images, batches)),
         info,
         image_size=arch.image_size,
@@ -137,7 +131,7 @@ def read_weights(
 def _encode(graphdef: Any, dtype: str, params: Any, images: Any) -> Any:
     from flax import nnx
 
-    pixels = transforms.normalize(images, dtype, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    pixels = transforms.normalize(images, dtype, mean=base.IMAGENET_MEAN, std=base.IMAGENET_STD)
     return nnx.merge(graphdef, params)(pixels).astype(np.float32)
 
 
@@ -157,4 +151,4 @@ def _find_weights(config: ml_collections.ConfigDict) -> pathlib.Path:
     return path
 
 
-TEACHER = TeacherKind(default_config, describe, load)
+TEACHER = base.TeacherKind(default_config, describe, load)

@@ -16,13 +16,7 @@ import ml_collections
 import numpy as np
 from ml_collections.config_dict import placeholder
 
-from data_prep.teachers.base import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    ImageTeacher,
-    TeacherInfo,
-    TeacherKind,
-)
+from data_prep.teachers import base
 from diht_jax.input import transforms
 
 
@@ -31,12 +25,12 @@ def default_config() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.function = placeholder(str)  # "module:function", which returns a torch.nn.Module
     c.image_size = 224  # px
-    c.mean = IMAGENET_MEAN  # per channel, for values in [0, 1]
-    c.std = IMAGENET_STD  # per channel
+    c.mean = base.IMAGENET_MEAN  # per channel, for values in [0, 1]
+    c.std = base.IMAGENET_STD  # per channel
     return c
 
 
-def describe(config: ml_collections.ConfigDict) -> TeacherInfo:
+def describe(config: ml_collections.ConfigDict) -> base.TeacherInfo:
     """Builds the module to describe it; its parameters are part of the identity.
 
     Raises:
@@ -58,10 +52,12 @@ def describe(config: ml_collections.ConfigDict) -> TeacherInfo:
         "mean": list(config.mean),
         "std": list(config.std),
     }
-    return TeacherInfo(identity, in_this_process=torch.cuda.is_available(), name=config.function)
+    return base.TeacherInfo(
+        identity, in_this_process=torch.cuda.is_available(), name=config.function
+    )
 
 
-def load(config: ml_collections.ConfigDict, batch_size: int) -> ImageTeacher:
+def load(config: ml_collections.ConfigDict, batch_size: int) -> base.ImageTeacher:
     """Builds the module, on the GPU if there is one, else on the CPU.
 
     It takes float32 [b, 3, size, size], normalised with `mean` and `std`, and returns [b, d].
@@ -84,7 +80,7 @@ def load(config: ml_collections.ConfigDict, batch_size: int) -> ImageTeacher:
             )
         return found.float().cpu().numpy()  # NumPy has no bfloat16
 
-    return ImageTeacher(encode, info, image_size=config.image_size, batch_size=batch_size)
+    return base.ImageTeacher(encode, info, image_size=config.image_size, batch_size=batch_size)
 
 
 @contextlib.contextmanager
@@ -141,4 +137,4 @@ def _call_function(spec: str | None) -> Any:
         ) from error
 
 
-TEACHER = TeacherKind(default_config, describe, load)
+TEACHER = base.TeacherKind(default_config, describe, load)

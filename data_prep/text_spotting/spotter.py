@@ -20,18 +20,10 @@ from collections.abc import Iterable, Sequence
 import ml_collections
 import numpy as np
 
+from data_prep.text_spotting import readings
 from data_prep.text_spotting.match import can_match, caption_matches
 from data_prep.text_spotting.networks import OcrSettings
 from data_prep.text_spotting.ocr import Box, Ocr, Shrunk, crop_line, shrink
-from data_prep.text_spotting.readings import (
-    Lines,
-    Reading,
-    SpotCache,
-    count_sure_chars,
-    find_match,
-    hash_image,
-    rank_lines,
-)
 from data_prep.text_spotting.settings import Settings
 from diht_jax.input import transforms as images
 
@@ -87,7 +79,7 @@ class Verdict:
 class TextSpotter:
     """Decides for each picture whether it shows its captions."""
 
-    def __init__(self, settings: Settings, cache: SpotCache | None = None):
+    def __init__(self, settings: Settings, cache: readings.SpotCache | None = None):
         """Stores the settings. The networks are loaded when the first picture has to be read.
 
         The cache, if any, must have been opened with the same settings.
@@ -155,7 +147,7 @@ class TextSpotter:
             maps = self._ocr.heat_maps(canvases, size, self.settings.batch_size)
             for picture, heat in zip(pictures, maps, strict=True):
                 boxes = self._ocr.find_boxes(heat)
-                picture.reading.looks[size] = Lines(boxes, [None] * len(boxes))
+                picture.reading.looks[size] = readings.Lines(boxes, [None] * len(boxes))
                 picture.reading.peaks[size] = round(float(heat.text.max()), 4)
 
     def _read_lines(self, pictures: list[_Picture], size: int, count: int) -> None:
@@ -186,7 +178,7 @@ def open_spotter(config: ml_collections.ConfigDict, max_pixels: int, shard: str)
     settings = Settings(ocr=OcrSettings(**ocr), **values)
     if cache is None:
         return TextSpotter(settings)
-    return TextSpotter(settings, SpotCache(cache, settings.describe_readings(), shard))
+    return TextSpotter(settings, readings.SpotCache(cache, settings.describe_readings(), shard))
 
 
 class _Picture:
@@ -197,8 +189,8 @@ class _Picture:
         self._settings = settings
         self._all_captions = tuple(captions)
         self.captions = tuple(c for c in captions if can_match(c, settings.min_chars))
-        self.hash = hash_image(data) if self.captions else ""
-        self.reading = Reading()
+        self.hash = readings.hash_image(data) if self.captions else ""
+        self.reading = readings.Reading()
         self.error: images.ImageError | None = None
         self.forget_pixels()
 
@@ -267,7 +259,7 @@ class _Picture:
             size > first
             and look is not None
             and self.reading.peaks[first] >= s.closer_score
-            and count_sure_chars(look) < s.closer_chars
+            and readings.count_sure_chars(look) < s.closer_chars
             and not (s.stop_at_match and self._is_matched([look]))
             and max(self.read_size()) > first
         )
@@ -281,7 +273,7 @@ class _Picture:
         look = self.reading.looks.get(size)
         if look is None:  # the picture cannot be decoded
             return []
-        return [i for i in rank_lines(look) if look.texts[i] is None][:count]
+        return [i for i in readings.rank_lines(look) if look.texts[i] is None][:count]
 
     def verdict(self) -> Verdict:
         """Returns the verdict for what has been read so far."""
@@ -304,11 +296,11 @@ class _Picture:
         looked = "read" if self.shows_text else "gated"
         return Verdict(matches, looked, self.is_audited, spots)
 
-    def _find_match(self, looks: Iterable[Lines], caption: str) -> str | None:
-        found = (find_match(look, caption, self._settings) for look in looks)
+    def _find_match(self, looks: Iterable[readings.Lines], caption: str) -> str | None:
+        found = (readings.find_match(look, caption, self._settings) for look in looks)
         return next((text for text in found if text is not None), None)
 
-    def _is_matched(self, looks: Iterable[Lines]) -> bool:
+    def _is_matched(self, looks: Iterable[readings.Lines]) -> bool:
         looks = list(looks)
         return all(self._find_match(looks, caption) is not None for caption in self.captions)
 

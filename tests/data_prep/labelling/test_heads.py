@@ -8,7 +8,7 @@ from scipy import optimize, special
 
 from data_prep.labelling.config import default_config
 from data_prep.labelling.examples import Split, make_targets
-from data_prep.labelling.head_files import Head
+from data_prep.labelling.heads import Head
 from data_prep.labelling.train_heads import (
     concept_recall,
     find_ranks,
