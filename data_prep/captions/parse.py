@@ -103,19 +103,12 @@ def parse_captions(
                 f"({caption!r:.40}); decode bytes as UTF-8 and write a missing caption as an "
                 "empty string"
             )
-    distinct = dict.fromkeys(captions)
-    if nlp is not None:
-        graphs = _parse_distinct(distinct, nlp, batch_size)
-    else:
-        graphs, new = {}, []
-        for text in distinct:
-            graph = _remembered.get(text)
-            if graph is None:
-                new.append(text)
-            else:
-                graphs[text] = graph
-        parsed = _parse_distinct(new, _load_shared_parser(), batch_size)
-        graphs |= parsed
+    distinct, known = dict.fromkeys(captions), _remembered if nlp is None else {}
+    graphs = {text: known[text] for text in distinct if text in known}
+    new = [text for text in distinct if text not in graphs]
+    parsed = _parse_distinct(new, nlp or _load_shared_parser(), batch_size)
+    graphs |= parsed
+    if nlp is None:
         _remembered.update({t: g for t, g in parsed.items() if len(t) <= _REMEMBERED_CHARS})
         while len(_remembered) > _MAX_REMEMBERED:
             del _remembered[next(iter(_remembered))]  # the oldest

@@ -52,6 +52,12 @@ class Copy(NamedTuple):
     similarity: float
     duplicate_of: str
 
+    def describe(self) -> str:
+        """Returns why the pair is dropped, for people."""
+        if self.kind == "exact":
+            return f"equal bytes: {self.duplicate_of}"
+        return f"similarity {self.similarity:.3f} with {self.duplicate_of}"
+
 
 def write_tables(rows: Rows, found: Found, clusters: Clusters) -> dict[str, Any]:
     """Writes the table of each unit, and `dropped.arrow`.

@@ -106,25 +106,26 @@ def make_clipart(packages: Sequence[pathlib.Path], output: pathlib.Path) -> dict
     pixels.
     """
     drawings, titles = packages
-    suffix = f"{_FOLDER}svg/"
-    texts = {
-        name.removeprefix(suffix).removesuffix(".svg"): read_texts(data)
-        for name, data in read_archive(titles, lambda name: _is_in(name, suffix, ".svg"))
-    }
+    texts = {name: read_texts(data) for name, data in _read_all(titles, "svg")}
     path = output / "clipart.tar"
     return {path: write_pair_tar(path, _pairs(drawings, texts))}
 
 
-def _is_in(name: str, folder: str, suffix: str) -> bool:
-    return name.startswith(folder) and name.endswith(suffix)
+def _read_all(package: pathlib.Path, kind: str) -> Iterator[tuple[str, bytes]]:
+    """Yields the drawings of a package, by their names without folder and suffix."""
+    folder, suffix = f"{_FOLDER}{kind}/", f".{kind}"
+
+    def is_wanted(name: str) -> bool:
+        return name.startswith(folder) and name.endswith(suffix)
+
+    for name, data in read_archive(package, is_wanted):
+        yield name.removeprefix(folder).removesuffix(suffix), data
 
 
 def _pairs(
     package: pathlib.Path, texts: Mapping[str, tuple[str, dict[str, object]]]
 ) -> Iterator[ExamplePair]:
-    folder = f"{_FOLDER}png/"
-    for name, data in read_archive(package, lambda name: _is_in(name, folder, ".png")):
-        name = name.removeprefix(folder).removesuffix(".png")
+    for name, data in _read_all(package, "png"):
         title, metadata = texts.get(name, ("", {}))
         if not title:
             continue

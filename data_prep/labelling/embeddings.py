@@ -269,12 +269,6 @@ def read_shard(source: SourceShard) -> Iterator[Record]:
         yield entry
 
 
-def hash_keys(keys: Iterable[str]) -> np.ndarray:
-    """Returns 64-bit hashes of keys, uint64 [n]."""
-    digests = (hashlib.blake2b(encode_key(key), digest_size=8).digest() for key in keys)
-    return np.frombuffer(b"".join(digests), "<u8")
-
-
 def key_ranks(key_hashes: np.ndarray, seed: int) -> np.ndarray:
     """Returns a pseudo-random number in [0, 1) per key, independent of shard, order and run.
 

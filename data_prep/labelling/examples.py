@@ -20,12 +20,12 @@ import ml_collections
 import numpy as np
 
 from data_prep.captions.mentions import read_mentions
+from data_prep.duplicates.rows import hash_texts
 from data_prep.jobs import shards
 from data_prep.jobs.failures import find_finished
 from data_prep.labelling.embeddings import (
     NO_COPIES,
     LocalCopies,
-    hash_keys,
     key_ranks,
     load_embeddings,
 )
@@ -206,7 +206,7 @@ def choose_shards(
     """
     share = config.heads.held_out
     wanted = max(config.heads.max_examples / (1 - share), config.heads.max_held_out / share)
-    order = np.argsort(key_ranks(hash_keys(names), 2 * config.seed + _SAMPLE), kind="stable")
+    order = np.argsort(key_ranks(hash_texts(names), 2 * config.seed + _SAMPLE), kind="stable")
     before = np.cumsum(np.array(records)[order]) - np.array(records)[order]
     return sorted(order[before < wanted].tolist())
 
@@ -233,7 +233,7 @@ def gather_examples(
     targets = tuple({part.kind: [] for part in vocabulary} for _ in range(2))
     for task in embedded:
         found = load_embeddings(task, copies)
-        key_hashes = hash_keys(found.keys)
+        key_hashes = hash_texts(found.keys)
         held_out = is_held_out(key_hashes, settings.held_out, config.seed)
         rank = key_ranks(key_hashes, 2 * config.seed + _SAMPLE)
         has_embedding = np.zeros(len(held_out), bool)

@@ -17,9 +17,9 @@ import ml_collections
 import numpy as np
 from absl import logging
 
+from data_prep.duplicates.rows import hash_texts
 from data_prep.jobs import shards
 from data_prep.jobs.failures import Survey
-from data_prep.labelling.embeddings import hash_keys
 from data_prep.labelling.examples import is_held_out
 from data_prep.labelling.labels import write_labels_index
 from data_prep.labelling.tasks import LabelTask
@@ -312,7 +312,7 @@ def _choose_records(
     order = np.random.default_rng(config["seed"]).permutation(len(source))
     held_out, others = [], []
     for index in order[: wanted * _MAX_TRIES].tolist():
-        hashes = hash_keys([source.decode(source[index]).key])
+        hashes = hash_texts([source.decode(source[index]).key])
         is_new = is_held_out(hashes, config["heads"]["held_out"], config["seed"])[0]
         (held_out if is_new else others).append(index)
         if len(held_out) == wanted:

@@ -74,17 +74,9 @@ class DuplicateStep(Step):
 
     def measure(self, batch: Sequence[Candidate]) -> Mapping[str, Sequence[Any]]:
         found = self._lookup.find([candidate.pair.key for candidate in batch])
-        columns: dict[str, list] = {self.name: [], EVIDENCE: []}
-        for known in found:
-            columns[self.name].append(None if known is None else known.kind)
-            if known is None:
-                columns[EVIDENCE].append(None)
-            elif known.kind == "exact":
-                columns[EVIDENCE].append(f"equal bytes: {known.duplicate_of}")
-            else:
-                similarity = f"similarity {known.similarity:.3f} with {known.duplicate_of}"
-                columns[EVIDENCE].append(similarity)
-        return columns
+        reasons = [None if known is None else known.kind for known in found]
+        evidence = [None if known is None else known.describe() for known in found]
+        return {self.name: reasons, EVIDENCE: evidence}
 
 
 def _hash_shard(shard: SourceShard) -> str:

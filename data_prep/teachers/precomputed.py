@@ -27,16 +27,21 @@ SUFFIXES = (".npz", ".parquet")
 _OPEN_FILES = 4
 
 
-class EmbeddingTable:
-    """Embeddings by key. Holds all keys in memory, and the embeddings of a few files."""
+class EmbeddingTable(Teacher):
+    """A teacher that looks embeddings up by key, without using images.
 
-    def __init__(self, files: str | None, key_field: str, embedding_field: str):
+    Holds all keys in memory, and the embeddings of a few files.
+    """
+
+    def __init__(
+        self, files: str | None, key_field: str, embedding_field: str, batch_size: int = 64
+    ):
         """Reads the keys of all files.
 
         Raises:
             ValueError: no file is found, a file is damaged or lacks a field, or a key occurs twice.
         """
-        self._embedding_field = embedding_field
+        self._embedding_field, self._batch_size = embedding_field, batch_size
         self._rows: dict[str, tuple[str, int]] = {}
         self._lengths: dict[str, int] = {}
         self._versions: dict[str, tuple[int, int]] = {}
@@ -60,9 +65,16 @@ class EmbeddingTable:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __iter__(self) -> Iterator[str]:
-        """Iterates over all keys."""
-        return iter(self._rows)
+    def embed(self, records: Iterable[Record]) -> Iterator[list[Embedded]]:
+        """See `Teacher.embed`."""
+        records = iter(records)
+        while chunk := list(itertools.islice(records, self._batch_size)):
+            found = [self.get(record.key) for record in chunk]
+            yield ["no_embedding" if vector is None else vector for vector in found]
+
+    def example_keys(self) -> list[str]:
+        """See `Teacher.example_keys`."""
+        return list(itertools.islice(self._rows, 2))
 
     def get(self, key: str) -> np.ndarray | None:
         """Returns the embedding of a key, float32 [d], or None if no file has the key.
@@ -94,26 +106,6 @@ class EmbeddingTable:
         return values
 
 
-class PrecomputedTeacher(Teacher):
-    """A teacher that looks embeddings up in a table, without using images."""
-
-    def __init__(self, table: EmbeddingTable, info: TeacherInfo, batch_size: int):
-        self.info = info
-        self._table = table
-        self._batch_size = batch_size
-
-    def embed(self, records: Iterable[Record]) -> Iterator[list[Embedded]]:
-        """See `Teacher.embed`."""
-        records = iter(records)
-        while chunk := list(itertools.islice(records, self._batch_size)):
-            found = [self._table.get(record.key) for record in chunk]
-            yield ["no_embedding" if vector is None else vector for vector in found]
-
-    def example_keys(self) -> list[str]:
-        """See `Teacher.example_keys`."""
-        return list(itertools.islice(self._table, 2))
-
-
 def default_config() -> ml_collections.ConfigDict:
     """Returns the default config section `teacher.precomputed`."""
     c = ml_collections.ConfigDict()
@@ -136,10 +128,11 @@ def describe(config: ml_collections.ConfigDict) -> TeacherInfo:
     )
 
 
-def load(config: ml_collections.ConfigDict, batch_size: int) -> PrecomputedTeacher:
+def load(config: ml_collections.ConfigDict, batch_size: int) -> EmbeddingTable:
     """Reads the keys of the files in the section `teacher.precomputed`."""
-    table = EmbeddingTable(config.files, config.key_field, config.embedding_field)
-    return PrecomputedTeacher(table, describe(config), batch_size)
+    table = EmbeddingTable(config.files, config.key_field, config.embedding_field, batch_size)
+    table.info = describe(config)
+    return table
 
 
 def _version(path: str) -> tuple[int, int]:

@@ -8,10 +8,11 @@ import shutil
 import numpy as np
 import pytest
 
+from data_prep.duplicates.rows import hash_texts
 from data_prep.filter import run_filter
 from data_prep.labelling import examples as concept_vocabulary
 from data_prep.labelling.config import default_config
-from data_prep.labelling.embeddings import hash_keys, key_ranks
+from data_prep.labelling.embeddings import key_ranks
 from data_prep.labelling.examples import count_concepts, make_targets, read_targets
 from diht_jax.records.catalog import find_shards
 from diht_jax.records.vocabulary import ConceptList
@@ -109,8 +110,8 @@ def test_shards_without_concepts(filtered, tmp_path):
 
 @pytest.mark.filterwarnings("error")
 def test_ranks_of_keys_by_any_seed():
-    ranks = [key_ranks(hash_keys(["a"]), seed) for seed in (0, 1, 2**63, 2**64)]
-    x = (int(hash_keys(["a"])[0]) + 0x9E3779B97F4A7C15) % 2**64
+    ranks = [key_ranks(hash_texts(["a"]), seed) for seed in (0, 1, 2**63, 2**64)]
+    x = (int(hash_texts(["a"])[0]) + 0x9E3779B97F4A7C15) % 2**64
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ x >> shift) * factor % 2**64
     assert ranks[1][0] == ((x ^ x >> 31) >> 11) / 2**53
