@@ -103,25 +103,34 @@ def caption_matches(
     for name, value in (("min_chars", min_chars), ("misread_min_chars", misread_min_chars)):
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}; expected at least 1")
-    spotted_texts = list(spotted_texts)
-    if misread_min_chars is not None and shares_misread_run(
-        spotted_texts, caption, misread_min_chars
+    texts = [(text, 1.0) for text in spotted_texts]
+    return texts_match(texts, (), caption, min_chars, misread_min_chars, weigh_words)
+
+
+def texts_match(
+    texts: Sequence[tuple[str, float]],
+    joined: Sequence[str],
+    caption: str,
+    min_chars: int,
+    misread_min_chars: int | None,
+    weigh_words: bool,
+    *,
+    is_all: bool = True,
+) -> bool:
+    """Like `caption_matches`, for `texts`, `joined` and `is_all` as in `weigh_texts`."""
+    folded, plain = fold_text(caption), [*(text for text, _ in texts), *joined]
+    if misread_min_chars is not None and any(
+        _has_misread_run(text, folded, misread_min_chars) for text in map(fold_text, plain)
     ):
         return True
     if weigh_words:
-        return weigh_texts([(text, 1.0) for text in spotted_texts], (), caption, min_chars)
-    folded = fold_text(caption)
-    for text in map(fold_text, spotted_texts):
-        starts = range(len(text) - min_chars + 1)
-        if any(text[start : start + min_chars] in folded for start in starts):
-            return True
-    return False
-
-
-def shares_misread_run(spotted_texts: Iterable[str], caption: str, min_chars: int) -> bool:
-    """Like `caption_matches` for runs of `min_chars` with at most one character replaced."""
-    folded = fold_text(caption)
-    return any(_has_misread_run(fold_text(text), folded, min_chars) for text in spotted_texts)
+        return weigh_texts(texts, joined, caption, min_chars, is_all=is_all)
+    runs = (
+        text[start : start + min_chars]
+        for text in map(fold_text, plain)
+        for start in range(len(text) - min_chars + 1)
+    )
+    return any(run in folded for run in runs)
 
 
 def can_match(caption: str, min_chars: int = 5) -> bool:

@@ -18,14 +18,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from data_prep.text_spotting.match import (
-    SURE,
-    can_match,
-    caption_matches,
-    fold_text,
-    shares_misread_run,
-    weigh_texts,
-)
+from data_prep.text_spotting.match import SURE, can_match, fold_text, texts_match
 from data_prep.text_spotting.ocr import Box, box_sides, box_size
 from data_prep.text_spotting.settings import Settings
 from diht_jax.storage.files import add_checksum, parse_checked_object, write_bytes
@@ -153,7 +146,8 @@ def find_match(look: Lines, caption: str, settings: Settings) -> str | None:
 
     def is_match(lines: Sequence[int], groups: Sequence[Sequence[int]], is_all: bool) -> bool:
         joined = _join(look, lines, groups)
-        return _matches(_read(look, lines), joined, caption, settings, is_all=is_all)
+        texts, limits = _read(look, lines), (settings.misread_min_chars, settings.weigh_words)
+        return texts_match(texts, joined, caption, settings.min_chars, *limits, is_all=is_all)
 
     # In reading order: which lines happen to be cached must not change the answer.
     for count in range(1, len(known) + 1):
@@ -171,30 +165,12 @@ def find_match(look: Lines, caption: str, settings: Settings) -> str | None:
 def longest_match(text: str, caption: str, settings: Settings) -> int:
     """Returns the largest `min_chars` for which a text from `find_match` still matches alone."""
     texts = [(part, 1.0) for part in text.split(_BETWEEN_LINES)]
-    chars = settings.min_chars
+    chars, limits = settings.min_chars, (settings.misread_min_chars, settings.weigh_words)
     while chars < len(text) and can_match(caption, chars + 1):
-        longer = dataclasses.replace(settings, min_chars=chars + 1)
-        if not _matches(texts, (), caption, longer, is_all=False):
+        if not texts_match(texts, (), caption, chars + 1, *limits, is_all=False):
             break
         chars += 1
     return chars
-
-
-def _matches(
-    texts: Sequence[tuple[str, float]],
-    joined: Sequence[str],
-    caption: str,
-    settings: Settings,
-    *,
-    is_all: bool,
-) -> bool:
-    s = settings
-    plain = [text for text, _ in texts] + list(joined)
-    if not s.weigh_words:
-        return caption_matches(plain, caption, s.min_chars, misread_min_chars=s.misread_min_chars)
-    if s.misread_min_chars and shares_misread_run(plain, caption, s.misread_min_chars):
-        return True
-    return weigh_texts(texts, joined, caption, s.min_chars, is_all=is_all)
 
 
 def _read(look: Lines, lines: Sequence[int]) -> list[tuple[str, float]]:
