@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import functools
 import itertools
+import pathlib
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -20,36 +21,7 @@ from data_prep.captions.lexicon import FUNCTION_WORDS, word_set
 _FUNCTION_WORDS = FUNCTION_WORDS | {"also", "may", "only"}
 # Words in at least 0.3% of captions, counted on every second line of `captions_web.txt`, and some
 # that describe pictures anywhere. A plural counts as its singular.
-_COMMON_WORDS = word_set(
-    """
-    across actor aerial air always american animal another apartment area arrives art artist
-    athlete attend attraction automobile autumn award baby background ball basketball beach bear
-    beautiful bed bedroom best bicycle big bike biological bird black blue boat book bottles boy
-    branch bridge bright brown building business cake camera car card carpet cartoon cat
-    celebrity center centre ceremony character child children christian christmas city classic
-    close closeup cloud coast coffee collection color colored colorful colour computer concert
-    contain cool country countryside couple cover covered crowd cup cute dark day design detail
-    digital display dog door drawing dress drinking driving early empty end enjoying evening
-    event ever eye face fall family fashion female festival field filled film final first fish
-    flag floor flower food football forest found free friend full fun game garden girl glass
-    goes gold good grass great green ground group guitar hair hand happy hard hat having head
-    heart help high holding holiday home horse house ice illustration image industry instrument
-    island isolated jeans kitchen lady lake landscape laptop large last leaves left life light
-    line little live living located logo long look looking love low makes man map market match
-    men metal middle model modern morning mother mountain movie music musical national nature
-    night ocean old opening original outdoor painted painting park part party past pattern
-    people perform person photo photograph picture pink plant play player playing politician
-    pool pop portrait poses poster premiere pretty price property pub public purple rain ready
-    red restaurant riding right river road rock roof room round running runs runway sale scene
-    school sea seamless season see seen session set shape ship shirt shoes shot show showing
-    side sign single sits sitting sky small smile smiling snow soccer space species sport stage
-    stand standing statue still stock stone store storm street students style stylish suit
-    summer sun sunset table take tattoo team text texture time today top tour tourist towards
-    town traditional traffic train training travel tree use used using vector video view village
-    vintage walk walking wall watching water way wear wearing wedding week well white wild wind
-    window wine winter woman women wood wooden work working world yard year yellow young
-    """
-)
+_COMMON_WORDS = word_set(pathlib.Path(__file__).with_name("common_words.txt").read_text("utf-8"))
 # Weights of a rare and of a common word. Half of a rare word weighs as much as a common word.
 _RARE, _COMMON = 2, 1
 # Weight that is evidence regardless of what else the picture shows.
