@@ -7,7 +7,9 @@ module does not import spaCy.
 
 import html
 import math
+import pathlib
 import re
+import tomllib
 
 from data_prep.captions.lexicon import FUNCTION_WORDS, VAGUE_NOUNS, word_set
 
@@ -114,41 +116,9 @@ _WORD = re.compile(r"[^\W\d_]+")
 _ENGLISH = FUNCTION_WORDS | word_set(
     "across am among beside both everyone gets having onto someone t whose why"
 )
-# Function words of other languages, without those that are also English words ("son", "met").
-_FOREIGN = frozenset().union(
-    *map(
-        word_set,
-        (
-            # German
-            "der das und ein eine einen einem einer mit auf für ist nicht auch dem vom zum zur bei "
-            "nach aus über sich wird sind oder wie ich beim im ihr sein wir",
-            # French
-            "les des une dans avec sur est sont qui aux où ce cette ces ses leur leurs nous vous "
-            "très chez sous entre être et au que",
-            # Spanish
-            "un una uno unos unas con para por como pero muy más este esta estos sobre sus está "
-            "están desde hasta cuando donde en",
-            # Italian
-            "il gli della delle dello degli nel nella nei che sono questo questa anche più alla "
-            "alle dei dalla sul sulla mentre per",
-            # Portuguese
-            "um uma não das nas seu sua com em ao à às pelo pela são isto você",
-            # Dutch
-            "het een te voor op zijn niet ook naar aan deze wordt uit tegen",
-            # Swedish, Danish, Norwegian
-            "och att som för på är av ett inte från hos eller det og af til ikke med fra",
-            # Polish, Czech
-            "się jest nie przez dla oraz po przy ze jak który która jako při jsou který",
-            # Turkish
-            "ve bir için ile olan çok gibi daha",
-            # Indonesian, Malay
-            "yang untuk dengan ini itu pada dari tidak ke sebuah seorang",
-            # Romanian, Finnish, Hungarian, Vietnamese
-            "și în cu pe din sau pentru ei että jossa kanssa és az egy nem hogy và của là một "
-            "trong cho các người trên",
-        ),
-    )
-)
+# Function words of other languages, by language.
+_FOREIGN_FILE = pathlib.Path(__file__).with_name("foreign_words.toml")
+_FOREIGN = word_set(" ".join(tomllib.loads(_FOREIGN_FILE.read_text("utf-8")).values()))
 # Particles of foreign names, which also occur in English captions ("Rio de Janeiro").
 _PARTICLES = word_set("al da de del den des di do dos du el la las le les los van von y")
 _CLEARLY_ENGLISH = 0.5

@@ -195,20 +195,9 @@ PERSON_PRONOUNS = word_set("""
 SUBJECT_PRONOUNS = word_set("he i she they we")
 RELATIVE_PRONOUNS = word_set("who whom which that")
 
-# First names that are not also other words. Persons are living things.
-FIRST_NAMES = word_set("""
-    adam alice alex amy andrew anna anne barbara ben brian carol catherine charles charlie chris
-    daniel david diana donald edward elizabeth ella emily emma eric ethan george hannah helen henry
-    jack jacob james jane jennifer jenny jessica jim joe john joseph julia karen kate kevin laura
-    leo linda lisa lucy maria mary matthew max michael mike nancy nick noah oliver olivia patricia
-    paul peter rachel rebecca richard robert ryan sam sarah sophie stephen steve susan thomas tim
-    tom william
-""")
-
-# Nouns for living things. They act: in "girl with a hat smiling", the girl smiles.
-ANIMATE_NOUNS = FIRST_NAMES | word_set(
-    pathlib.Path(__file__).with_name("animate_nouns.txt").read_text("utf-8")
-)
+# Nouns for living things, and first names that are not also other words. They act: in "girl with a
+# hat smiling", the girl smiles.
+ANIMATE_NOUNS = word_set(pathlib.Path(__file__).with_name("animate_nouns.txt").read_text("utf-8"))
 
 # Suffixes of nouns for persons, and nouns with such a suffix that are not persons.
 ANIMATE_ENDINGS = ("caster", "eer", "ician", "ist", "man", "minister", "woman")

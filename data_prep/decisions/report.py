@@ -17,13 +17,7 @@ import numpy as np
 import pyarrow
 import pyarrow.compute as pc
 
-from data_prep.decisions.log import (
-    EXTREMES,
-    SAMPLES_SUFFIX,
-    SECONDS_SUFFIX,
-    choose_samples,
-    read_samples,
-)
+from data_prep.decisions import log
 from data_prep.decisions.table import KEPT, SOURCE, decisions_path, read_decisions
 from data_prep.jobs import shards
 from data_prep.sources import merge_download_stats
@@ -144,12 +138,14 @@ def gather(
             facts.add(stats["counts"], times)
             yield content
 
-    chosen = choose_samples(read_parts(), max(samples_per_outcome, report_samples))
+    chosen = log.choose_samples(read_parts(), max(samples_per_outcome, report_samples))
     funnel, image_formats, measures = sums.finish()
     scored, texts, samples = {}, {}, []
     for name in SCORES:
         if f"{name}/lowest" in chosen:
-            scored[name] = {end: chosen.pop(f"{name}/{end}")[:report_samples] for end in EXTREMES}
+            scored[name] = {
+                end: chosen.pop(f"{name}/{end}")[:report_samples] for end in log.EXTREMES
+            }
     for outcome, found in chosen.items():
         texts[outcome] = [[s["rank"], s["key"], s["caption"]] for s in found[:samples_per_outcome]]
         samples += [{"outcome": outcome} | sample for sample in found[:report_samples]]
@@ -374,8 +370,8 @@ def _read_part(output: str) -> tuple[list[pyarrow.RecordBatch], dict, dict, byte
     stats = shards.read_json(path)
     if stats.get("output", {}).get("file") != os.path.basename(output):
         raise ValueError(f"{path}: of something else; delete it, and run the filter again")
-    seconds = files.read_object(output + SECONDS_SUFFIX) or {}
-    return batches, stats, seconds, read_samples(output + SAMPLES_SUFFIX)
+    seconds = files.read_object(output + log.SECONDS_SUFFIX) or {}
+    return batches, stats, seconds, log.read_samples(output + log.SAMPLES_SUFFIX)
 
 
 def _throughput(funnel: Funnel, seconds: Mapping[str, float]) -> dict[str, float]:

@@ -24,14 +24,8 @@ from data_prep.filtering.shard import Chain
 from data_prep.jobs import shards
 from data_prep.jobs.engine import Report, WorkRecord
 from data_prep.steps.base import Candidate, Step
+from diht_jax.readers import parquet
 from diht_jax.readers.base import ColumnOptions, Skipped, SourceShard, find_columns
-from diht_jax.readers.parquet import (
-    BadRow,
-    batch_rows,
-    clean_row,
-    explain_errors,
-    open_parquet,
-)
 from diht_jax.readers.registry import list_shards
 from diht_jax.records.samples import clean_text, parse_columns, pick_captions
 from diht_jax.records.schema import Pair
@@ -121,7 +115,7 @@ def _make_pair(
     )
     if not texts:
         return Skipped(key, "no_caption", "")
-    return Pair(key, b"", texts[0], {**clean_row(row), "captions": texts})
+    return Pair(key, b"", texts[0], {**parquet.clean_row(row), "captions": texts})
 
 
 def _filter_parquet(
@@ -131,7 +125,7 @@ def _filter_parquet(
     import pyarrow
     import pyarrow.parquet
 
-    file = open_parquet(source.path)
+    file = parquet.open_parquet(source.path)
     schema, metadata = file.schema_arrow, file.metadata
     wanted = [name for name in schema.names if columns is None or name in columns]
     compression = "snappy"
@@ -144,10 +138,10 @@ def _filter_parquet(
         write_page_checksum=True,
     ) as writer:
         waiting: list[Any] = []
-        with explain_errors(source.path, lambda: "damaged"):
+        with parquet.explain_errors(source.path, lambda: "damaged"):
             for batch in file.iter_batches(_BATCH_ROWS, range(source.start, source.end)):
-                rows = batch_rows(source.path, batch.select(wanted))
-                kept = select([r.detail if isinstance(r, BadRow) else r for r in rows])
+                rows = parquet.batch_rows(source.path, batch.select(wanted))
+                kept = select([r.detail if isinstance(r, parquet.BadRow) else r for r in rows])
                 waiting.append(batch.filter(pyarrow.array(kept, pyarrow.bool_())))
                 num_bytes = sum(part.nbytes for part in waiting)
                 if sum(map(len, waiting)) >= _WRITTEN_ROWS or num_bytes >= _WRITTEN_BYTES:
@@ -225,7 +219,7 @@ def _list_row_groups(
 ) -> Iterator[SourceShard]:
     path, stated = table.path, table.options
     try:
-        file = open_parquet(path, is_footer_enough=True)
+        file = parquet.open_parquet(path, is_footer_enough=True)
     except (FileNotFoundError, ValueError):  # only the task of this file will fail
         yield SourceShard(PARQUET, path)
         return

@@ -16,13 +16,7 @@ from absl import flags, logging
 
 from data_prep.decisions.report import Report, gather, read_report
 from data_prep.decisions.table import find_outputs
-from data_prep.reports.page import (
-    PAGE,
-    format_funnel,
-    samples_by_outcome,
-    spell_outcome,
-    write_report,
-)
+from data_prep.reports import page
 from diht_jax import command_line
 from diht_jax.storage import files
 from diht_jax.terminal import escape, print_escaped
@@ -43,20 +37,22 @@ def main() -> None:
     command_line.require_flags("input")
     report = merge_reports(flags.FLAGS.input)
     lines = [
-        f"{spell_outcome(outcome):36} {escape(sample['caption'][:_SHOWN_CHARS])}"
-        for outcome, found in samples_by_outcome(report).items()
+        f"{page.spell_outcome(outcome):36} {escape(sample['caption'][:_SHOWN_CHARS])}"
+        for outcome, found in page.samples_by_outcome(report).items()
         for sample in found[:_SHOWN_PAIRS]
     ]
     print_escaped(
-        "\n".join([format_funnel(report["funnel"], report["counts"]["text_spotting"]), "", *lines])
+        "\n".join(
+            [page.format_funnel(report["funnel"], report["counts"]["text_spotting"]), "", *lines]
+        )
     )
     for warning in report["warnings"]:
         logging.warning("%s", warning)
     folder = flags.FLAGS.output
     if folder is not None:
         files.make_folder(folder)
-        write_report(folder, report)
-        print_escaped(f"look at {files.join(folder, PAGE)}")
+        page.write_report(folder, report)
+        print_escaped(f"look at {files.join(folder, page.PAGE)}")
 
 
 def merge_reports(folders: Sequence[str | os.PathLike[str]]) -> Report:

@@ -16,13 +16,7 @@ from absl import logging
 
 from data_prep.duplicates import precomputed
 from data_prep.jobs.models import is_shared, open_model
-from diht_jax.input.transforms import (
-    MAX_PIXELS,
-    ImageError,
-    Preprocessing,
-    decode_rgb,
-    eval_transform,
-)
+from diht_jax.input import transforms
 from diht_jax.readers.base import SourceShard
 from diht_jax.records.schema import Pair
 from diht_jax.storage.hub import is_hub_name
@@ -39,7 +33,7 @@ class Encoder:
     Batches are padded to one shape, so the model is compiled only once.
     """
 
-    def __init__(self, model: str, batch_size: int, max_pixels: int = MAX_PIXELS):
+    def __init__(self, model: str, batch_size: int, max_pixels: int = transforms.MAX_PIXELS):
         """Loads the model, unless it is shared.
 
         Args:
@@ -54,7 +48,7 @@ class Encoder:
             _ = self.pictures  # load here: errors belong to no pair, and the time to no step
 
     @functools.cached_property
-    def pictures(self) -> tuple[int, Preprocessing]:
+    def pictures(self) -> tuple[int, transforms.Preprocessing]:
         """Side of the model's input pictures in px, and their preprocessing."""
         (found,) = self._model.map("describe_pictures", [()])
         return found
@@ -75,9 +69,9 @@ class Encoder:
                 pixels, count = np.zeros(shape, np.uint8), 0
                 for number in range(start, min(start + self._batch_size, len(images))):
                     try:
-                        decoded = decode_rgb(images[number], max_pixels=self._max_pixels)
-                        picture = eval_transform(decoded, size, preprocessing)
-                    except ImageError as error:
+                        decoded = transforms.decode_rgb(images[number], max_pixels=self._max_pixels)
+                        picture = transforms.eval_transform(decoded, size, preprocessing)
+                    except transforms.ImageError as error:
                         found[number] = error.reason
                         continue
                     pixels[count] = picture
@@ -152,7 +146,7 @@ class _Loaded:
 
         self._model = load_model(model, batch_size=batch_size)
 
-    def describe_pictures(self) -> tuple[int, Preprocessing]:
+    def describe_pictures(self) -> tuple[int, transforms.Preprocessing]:
         """Returns the pictures' side in px and their preprocessing."""
         return self._model.image_size, self._model.preprocessing
 

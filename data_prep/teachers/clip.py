@@ -14,14 +14,7 @@ from typing import TYPE_CHECKING, Any
 import ml_collections
 import numpy as np
 
-from data_prep.teachers.base import (
-    MAX_DECODING_THREADS,
-    Embedded,
-    Teacher,
-    TeacherInfo,
-    open_shared,
-    prepare_ahead,
-)
+from data_prep.teachers import base
 from diht_jax.config.keys import (
     COUNT,
     FLOATS,
@@ -70,7 +63,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     check_ranges(config, KEYS, "config.clip_teachers.")
 
 
-class ClipTeachers(Teacher):
+class ClipTeachers(base.Teacher):
     """CLIP models that embed the same views of each picture, and its caption.
 
     Results are [views + 1, D], the caption last. D joins the models' L2-normalised embeddings.
@@ -97,13 +90,15 @@ class ClipTeachers(Teacher):
         )
         crops = Crops(config.crops, tuple(config.crop_scale), config.seed)
         self.facts = ClipFacts(teachers, with_boxes(crops), config.embedding_dtype)
-        self.info = TeacherInfo(self.facts.meaning, in_this_process=True, name=", ".join(models))
+        self.info = base.TeacherInfo(
+            self.facts.meaning, in_this_process=True, name=", ".join(models)
+        )
         self._batch_size = config.batch_size
 
-    def embed(self, records: Iterable[Record]) -> Iterator[list[Embedded]]:
+    def embed(self, records: Iterable[Record]) -> Iterator[list[base.Embedded]]:
         """See `Teacher.embed`. Decodes the pictures of the next batch meanwhile."""
-        for chunk, results in prepare_ahead(
-            records, self._batch_size, MAX_DECODING_THREADS, self._prepare
+        for chunk, results in base.prepare_ahead(
+            records, self._batch_size, base.MAX_DECODING_THREADS, self._prepare
         ):
             self._embed_chunk(chunk, results)
             yield results
@@ -165,6 +160,6 @@ def load_clip_teachers(config: ml_collections.ConfigDict) -> ClipTeachers:
 _load = functools.lru_cache(maxsize=1)(ClipTeachers)
 
 
-def open_clip_teachers(config: ml_collections.ConfigDict) -> Teacher:
+def open_clip_teachers(config: ml_collections.ConfigDict) -> base.Teacher:
     """Returns the teachers for a task. Errors of shared ones are raised at the first batch."""
-    return open_shared(functools.partial(load_clip_teachers, config), config.batch_size)
+    return base.open_shared(functools.partial(load_clip_teachers, config), config.batch_size)
