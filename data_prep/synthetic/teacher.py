@@ -41,7 +41,6 @@ BATCH = 64  # scenes per step
 _SIDE = 64  # px, side of the input pictures
 _DRAWN_SIDE = 128
 _LEARNING_RATE = 2e-3
-_CHUNK = 64
 _WIDTHS = (32, 64, 128, 128)
 
 
@@ -114,21 +113,16 @@ def embed(network: Network, pictures: np.ndarray) -> np.ndarray:
 
 def draw_scenes(num_scenes: int, seed: int, workers: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Returns uint8 pictures [n, s, s, 3], and float32 [n, concepts]: 1 if the concept is shown."""
-    chunks = [range(i, min(i + _CHUNK, num_scenes)) for i in range(0, num_scenes, _CHUNK)]
-    drawn = map_in_processes(functools.partial(_draw_chunk, seed), chunks, workers)
-    parts = list(ProgressBar(drawn, total=len(chunks), desc="scenes", unit="chunk"))
-    pictures, targets = zip(*parts, strict=True)
-    return np.concatenate(pictures), np.concatenate(targets)
+    drawn = map_in_processes(functools.partial(_draw, seed), range(num_scenes), workers)
+    progress = ProgressBar(drawn, total=num_scenes, desc="scenes", unit="scene")
+    pictures, targets = zip(*progress, strict=True)
+    return np.stack(pictures), np.stack(targets)
 
 
-def _draw_chunk(seed: int, indices: range) -> tuple[np.ndarray, np.ndarray]:
-    scenes, pictures = [], []
-    for index in indices:
-        rng = np.random.default_rng([seed, zlib.crc32(b"teacher"), index])
-        scene = sampling.sample_single(rng) if index % 2 else sampling.sample_scene(rng)
-        scenes.append(scene)
-        pictures.append(shrink(drawing.render_scene(rng, scene, _DRAWN_SIDE)))
-    return np.stack(pictures), np.stack([concepts_in(scene) for scene in scenes])
+def _draw(seed: int, index: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng([seed, zlib.crc32(b"teacher"), index])
+    scene = sampling.sample_single(rng) if index % 2 else sampling.sample_scene(rng)
+    return shrink(drawing.render_scene(rng, scene, _DRAWN_SIDE)), concepts_in(scene)
 
 
 def concepts_in(scene: Scene) -> np.ndarray:

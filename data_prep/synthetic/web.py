@@ -59,7 +59,7 @@ TEMPLATES_SUFFIX = ".templates.txt"
 _VERSION = 3
 _TRAIN, _RETRIEVAL, _SHAPE, _COLOR = "train", "val_retrieval", "val_shape", "val_color"
 _PNG_SHARE = 0.1
-_CHUNK = 32  # Pairs per task of a worker.
+_CHUNK = 32  # Tasks that a worker takes at a time.
 _TEMPLATES = {_SHAPE: captions.SHAPE_TEMPLATES, _COLOR: captions.COLOR_TEMPLATES}
 
 
@@ -167,9 +167,8 @@ def _encode(rng: np.random.Generator, image: Image.Image) -> tuple[bytes, str]:
     return encode(image, "JPEG", quality=int(rng.integers(86, 96))), ".jpg"
 
 
-def _make_chunk(settings: Settings, chunk: tuple[str, range]) -> list[ExamplePair]:
-    split, indices = chunk
-    return [make_pair(settings, split, index) for index in indices]
+def _make_task(settings: Settings, task: tuple[str, int]) -> ExamplePair:
+    return make_pair(settings, *task)
 
 
 def planned_tars(settings: Settings) -> dict[str, tuple[str, range]]:
@@ -221,16 +220,10 @@ def write_dataset(
         write_bytes(output / f"{split}{TEMPLATES_SUFFIX}", text.encode())
     plan = {k: v for k, v in planned_tars(settings).items() if not (output / k).exists()}
     remove_temporary_files(str(output), plan.__contains__)  # left by an interrupted run
-    total = sum(len(indices) for _, indices in plan.values())
     # A single stream over all tars keeps the workers busy between tars.
-    chunks = [
-        (split, indices[start : start + _CHUNK])
-        for split, indices in plan.values()
-        for start in range(0, len(indices), _CHUNK)
-    ]
-    made = map_in_processes(functools.partial(_make_chunk, settings), chunks, workers)
-    pairs = itertools.chain.from_iterable(made)
-    with ProgressBar(pairs, total=total, unit="pair", desc="synthetic web") as progress:
+    tasks = [(split, index) for split, indices in plan.values() for index in indices]
+    pairs = map_in_processes(functools.partial(_make_task, settings), tasks, workers)
+    with ProgressBar(pairs, total=len(tasks), unit="pair", desc="synthetic web") as progress:
         counted = iter(progress)
         for name, (_, indices) in plan.items():
             write_pair_tar(output / name, itertools.islice(counted, len(indices)))
@@ -261,11 +254,11 @@ def map_in_processes(
     function: Callable[[Any], Any], tasks: Sequence[Any], workers: int = 0
 ) -> Iterator[Any]:
     """Yields the results of a picklable function in task order. 0 workers: one per core."""
-    workers = min(workers or os.cpu_count() or 1, len(tasks))
+    workers = min(workers or os.cpu_count() or 1, -(-len(tasks) // _CHUNK))
     if workers <= 1:
         yield from map(function, tasks)
         return
     # Spawned, not forked: the caller may have threads (JAX does).
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as executor:
-        yield from executor.map(function, tasks)
+        yield from executor.map(function, tasks, chunksize=_CHUNK)
