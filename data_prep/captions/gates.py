@@ -255,8 +255,10 @@ def is_english(text: str, lexicon: frozenset[str] = frozenset()) -> bool:
     """
     words = _WORD.findall(text.lower())
     letters = "".join(words)
-    if not text.isascii() and _FOREIGN_SHARE * len(letters) < sum(map(_is_foreign_script, letters)):
-        return False
+    if not text.isascii():
+        foreign = sum(c > "\u024f" and not "\u1e00" <= c <= "\u1eff" for c in letters)
+        if _FOREIGN_SHARE * len(letters) < foreign:
+            return False
     english = foreign = 0
     for word in words:
         if word in _ENGLISH:
@@ -272,10 +274,6 @@ def is_english(text: str, lexicon: frozenset[str] = frozenset()) -> bool:
     if len(letters) < _MIN_LETTERS:
         return True
     return _classify_english(" ".join(words), _DOUBT if foreign else _DOUBT_OF_NAMES)
-
-
-def _is_foreign_script(letter: str) -> bool:
-    return letter > "\u024f" and not "\u1e00" <= letter <= "\u1eff"
 
 
 def _is_listed(word: str, lexicon: frozenset[str]) -> bool:

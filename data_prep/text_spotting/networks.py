@@ -52,7 +52,7 @@ def resolve(settings: OcrSettings) -> OcrSettings:
     """Returns the settings with "auto" replaced by its value on this machine.
 
     Raises:
-        ValueError: the precision is unknown, or the device does not exist.
+        ValueError: the device does not exist.
     """
     import torch
 
@@ -69,8 +69,6 @@ def resolve(settings: OcrSettings) -> OcrSettings:
             found = f"{f'only {seen}' if seen else 'no'} {kind.upper()} device"
             raise ValueError(f"device='{device}', but torch {torch.__version__} sees {found}")
     precision = settings.precision
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision='{precision}'; expected one of {', '.join(PRECISIONS)}")
     if precision == "auto":
         precision = "bfloat16" if _multiplies_bfloat16(kind) else "float32"
     return dataclasses.replace(settings, device=device, precision=precision)

@@ -84,11 +84,8 @@ class Ocr:
 
     def peaks(self, pictures: Sequence[Shrunk], side: int, batch_size: int = 8) -> list[float]:
         """Returns each picture's highest character score (0 to 1). Arguments as for `heat_maps`."""
-        results = [0.0] * len(pictures)
-        for batch, found in self._run("peaks", pictures, side, batch_size):
-            for i, peak in zip(batch, found, strict=True):
-                results[i] = peak
-        return results
+        peaks = dict(self._run("peaks", pictures, side, batch_size))
+        return [peaks[i] for i in range(len(pictures))]
 
     def heat_maps(
         self, pictures: Sequence[Shrunk], side: int | None = None, batch_size: int = 8
@@ -102,11 +99,10 @@ class Ocr:
             batch_size: maximum number of pictures in a batch.
         """
         maps: list[Any] = [None] * len(pictures)
-        for batch, found in self._run("detect", pictures, side, batch_size):
-            for i, scores in zip(batch, found, strict=True):
-                height, width = (-(-n // 32) * 16 for n in pictures[i].pixels.shape[:2])
-                text, link = (np.ascontiguousarray(one[:height, :width]) for one in scores)
-                maps[i] = HeatMaps(text, link, pictures[i].scale)
+        for i, scores in self._run("detect", pictures, side, batch_size):
+            height, width = (-(-n // 32) * 16 for n in pictures[i].pixels.shape[:2])
+            text, link = (np.ascontiguousarray(one[:height, :width]) for one in scores)
+            maps[i] = HeatMaps(text, link, pictures[i].scale)
         return maps
 
     def find_boxes(self, maps: HeatMaps) -> list[Box]:
@@ -148,8 +144,8 @@ class Ocr:
 
     def _run(
         self, method: str, pictures: Sequence[Shrunk], side: int | None, batch_size: int
-    ) -> Iterator[tuple[list[int], Any]]:
-        """Yields each batch, as indices of pictures, with the networks' results."""
+    ) -> Iterator[tuple[int, Any]]:
+        """Yields the indices of the pictures, batch by batch, with the networks' results."""
         shapes = {i: canvas_shape(p.pixels.shape[:2], side) for i, p in enumerate(pictures)}
         batches = list(like_batches(shapes, batch_size))
 
@@ -159,7 +155,9 @@ class Ocr:
                 canvas[: pixels.shape[0], : pixels.shape[1]] = pixels
             return (canvases,)
 
-        return zip(batches, self._networks.map(method, map(stack, batches)), strict=True)
+        results = self._networks.map(method, map(stack, batches))
+        for batch, found in zip(batches, results, strict=True):
+            yield from zip(batch, found, strict=True)
 
 
 def shrink(image: np.ndarray, side: int) -> Shrunk:
