@@ -14,7 +14,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -167,6 +167,10 @@ def load_trained(folder: str, teacher: TeacherInfo) -> tuple[dict[str, Head], di
     return load_heads(folder, description["weights_hash"]), description["heads"]
 
 
+# `train_heads.train_and_measure`: config, concepts, training and held-out examples -> head, result.
+Train = Callable[..., tuple[Head, dict[str, Any]]]
+
+
 class Heads:
     """The existing heads of an output folder, or the inputs needed to make new ones.
 
@@ -221,7 +225,7 @@ class Heads:
         return found
 
     def obtain(
-        self, failed: Collection[str], teacher: TeacherInfo, copies: LocalCopies
+        self, failed: Collection[str], teacher: TeacherInfo, copies: LocalCopies, train_head: Train
     ) -> dict[str, Any]:
         """Makes missing heads, and writes them with their vocabulary.
 
@@ -234,13 +238,13 @@ class Heads:
             with locks.leader_lock(self._folder):
                 self.description = self._find()
                 if self.description is None:
-                    self.description = self._make(failed, teacher, copies)
+                    self.description = self._make(failed, teacher, copies, train_head)
                     return self.description
         logging.info("heads: trained before")
         return self.description
 
     def _make(
-        self, failed: Collection[str], teacher: TeacherInfo, copies: LocalCopies
+        self, failed: Collection[str], teacher: TeacherInfo, copies: LocalCopies, train_head: Train
     ) -> dict[str, Any]:
         config = self._config
         heads, results, images = {}, {}, None
@@ -249,16 +253,11 @@ class Heads:
         else:
             # Workers hold the teacher on the same device, and resume after the training.
             os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-            # Imported here because only training needs JAX, which is slow to import.
-            from data_prep.labelling.train_heads import train_and_measure
-
             sample = [task for task in self.sample if str(task.source) not in failed]
             train, held_out = examples.gather_examples(config, self.vocabulary, sample, copies)
             images = examples.count_named(train, held_out)
             for part in (part for part in self.vocabulary if len(part)):
-                heads[part.kind], results[part.kind] = train_and_measure(
-                    config, part, train, held_out
-                )
+                heads[part.kind], results[part.kind] = train_head(config, part, train, held_out)
         # Written last, so a failed run leaves folder and labels unchanged.
         write_vocabulary(self._folder, self.vocabulary)
         weights_hash = write_heads(self._folder, heads)

@@ -137,7 +137,7 @@ class _Job:
                 return failures
             _check_embedded(config, [task for task, _ in embedded.parts])
         failed = {note["source"]: note for note in embedded.failed}
-        described = heads.obtain(failed, teacher, copies)
+        described = heads.obtain(failed, teacher, copies, _train_head)
         planned = self._plan_labels(described, embeddings_hash, embedding_tasks)
         for task in planned:
             if note := failed.get(str(task.source)):  # its embedding failed
@@ -259,6 +259,13 @@ class _Job:
             if pending and not is_limited:  # fails once instead of once per shard
                 load() if load else load_teacher(config.teacher)
         return run_noting_failures(function, pending, config, self.engine, label=label)
+
+
+def _train_head(*arguments: Any) -> Any:
+    # Imported here because only training needs JAX, which is slow to import.
+    from data_prep.labelling.train_heads import train_and_measure
+
+    return train_and_measure(*arguments)
 
 
 def _unfinished(planned: Sequence[LabelTask], label: str) -> list[LabelTask]:
