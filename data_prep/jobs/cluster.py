@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging as python_logging
 import os
 import pathlib
@@ -22,7 +21,7 @@ from typing import Any
 import ml_collections
 from absl import logging
 
-from data_prep.jobs.models import ClusterActor, ModelActors, SharedModel, share_models, start_models
+from data_prep.jobs.models import ClusterActor, share_models, start_models
 from data_prep.jobs.workers import (
     DEATH,
     LOST,
@@ -205,7 +204,7 @@ class _WorkerActor(ClusterActor):
     def __init__(self, folder: str, models: Sequence[Any]):
         super().__init__(folder)
         if models:
-            share_models(functools.partial(SharedModel, actors=ModelActors(models)))
+            share_models(models)
 
     def work(self, function: Function, task: Any) -> tuple[Outcome, int]:
         """Runs one task; returns the outcome and the number of pairs."""

@@ -54,23 +54,23 @@ class LocalModel:
             yield function(*arguments)
 
 
-_open: Callable[[Load], Any] = LocalModel
+_actors: ModelActors | None = None  # shared by the workers, if there are any
 
 
 def open_model(load: Load) -> LocalModel | SharedModel:
     """Returns the model that a task should use."""
-    return _open(load)
+    return LocalModel(load) if _actors is None else SharedModel(load, _actors)
 
 
 def is_shared() -> bool:
     """Returns whether models run in other processes than this one."""
-    return _open is not LocalModel
+    return _actors is not None
 
 
-def share_models(opened: Callable[[Load], SharedModel]) -> None:
-    """Makes all later tasks of this process use models in other processes."""
-    global _open
-    _open = opened
+def share_models(actors: Sequence[Any]) -> None:
+    """Makes all later tasks of this process use models in these actors."""
+    global _actors
+    _actors = ModelActors(actors)
 
 
 class ClusterActor:

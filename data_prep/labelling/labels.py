@@ -21,14 +21,7 @@ from absl import logging
 
 from data_prep.jobs import shards
 from data_prep.jobs.engine import Report
-from data_prep.labelling.embeddings import (
-    LocalCopies,
-    ShardEmbeddings,
-    embed_records,
-    embed_shard,
-    load_embeddings,
-    read_shard,
-)
+from data_prep.labelling import embeddings
 from data_prep.labelling.heads import Head, load_heads
 from data_prep.labelling.tasks import LabelTask
 from data_prep.teachers.clip import open_clip_teachers
@@ -65,8 +58,8 @@ def embed_and_label(
     """
     for path in (task.stats_path, task.embedding.output + shards.FAILED_SUFFIX):
         files.remove(path)
-    with LocalCopies.open(math.inf, with_records=config.merge) as copies:
-        embed_shard(task, report, config=config, copies=copies)
+    with embeddings.LocalCopies.open(math.inf, with_records=config.merge) as copies:
+        embeddings.embed_shard(task, report, config=config, copies=copies)
         label_shard(task, lambda _: None, config=config, heads=heads, copies=copies)
 
 
@@ -76,7 +69,7 @@ def label_shard(
     *,
     config: ml_collections.ConfigDict,
     heads: Mapping[str, Any],
-    copies: LocalCopies,
+    copies: embeddings.LocalCopies,
 ) -> None:
     """Labels one shard from its embeddings; embeddings and records may come from local copies.
 
@@ -85,7 +78,7 @@ def label_shard(
     Raises:
         ValueError: the embeddings belong to other records, or have the wrong size for the heads.
     """
-    found = load_embeddings(task.embedding, copies)
+    found = embeddings.load_embeddings(task.embedding, copies)
     loaded = load_heads(config.output, heads["weights_hash"])
     predicted = _predict(found, loaded, config.top_k, task.embedding.output)
     counts = {
@@ -107,7 +100,7 @@ def label_shard(
             report(len(found.keys))
             return counts | {"shard": shard}
         copy = copies.find(source.path)
-        records = read_shard(SourceShard("tfrecord", copy) if copy else source)
+        records = embeddings.read_shard(SourceShard("tfrecord", copy) if copy else source)
         added_bytes = 0
         for number, (record, key) in enumerate(itertools.zip_longest(records, found.keys)):
             if record is None or record.key != key:
@@ -130,7 +123,9 @@ def _of_others(task: LabelTask, difference: str) -> ValueError:
     )
 
 
-def _predict(found: ShardEmbeddings, heads: dict[str, Head], top_k: int, path: str) -> _Predicted:
+def _predict(
+    found: embeddings.ShardEmbeddings, heads: dict[str, Head], top_k: int, path: str
+) -> _Predicted:
     """Predicts objects and attributes of every record; empty without an embedding or a head.
 
     Raises:
@@ -177,7 +172,7 @@ def embed_by_clips(
     def process(source: SourceShard, writer: RecordWriter) -> dict[str, Any]:
         shard, missing = task.identify(), collections.Counter()
         teacher = open_clip_teachers(teachers)
-        for record, result in embed_records(task, report, teacher, teachers.batch_size):
+        for record, result in embeddings.embed_records(task, report, teacher, teachers.batch_size):
             is_missing = isinstance(result, str)
             if is_missing:
                 missing[result] += 1
