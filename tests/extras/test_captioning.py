@@ -159,7 +159,7 @@ def test_a_loaded_run_has_the_decoder_that_it_has_saved(tmp_path, caplog):
     config.model.overrides.context_length = 6
     config.captioning.update(weight=1.0, layers=1)
     run = Run(config, tmp_path / "run", jax.devices()[:2])
-    run.checkpointer.save(run.state, run.iterator)
+    run.checkpointer.save(run.state, run.iterator.get_state())
     run.close()
     model = diht_jax.load_model(tmp_path / "run", devices=jax.devices()[:1])
     picture = np.zeros((16, 16, 3), np.uint8)

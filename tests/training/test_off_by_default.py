@@ -34,7 +34,7 @@ FEATURES = {
 }
 ADAPTERS = {
     "adapter_product": {"lora.rank": 2},
-    "_without_empty_rows": {"loss.equal_pairs": "mask"},
+    "Softmax.finish.<locals>.<lambda>": {"loss.equal_pairs": "mask"},  # rows without negatives
 }
 OTHERS = {
     "fastclip_loss": {"loss.kind": "fastclip", "loss.num_records": 64},

@@ -12,7 +12,7 @@ from data_prep.jobs.workers import ProcessDeath
 from data_prep.label import run_label
 from data_prep.labelling import embeddings
 from data_prep.labelling import job as label_job
-from data_prep.teachers.precomputed import PrecomputedTeacher
+from data_prep.teachers.precomputed import EmbeddingTable
 from diht_jax.records.formats import TFRecordWriter, open_source
 from diht_jax.records.labels.shards import decode_features, open_labels
 from diht_jax.records.schema import decode_record, encode_record
@@ -152,7 +152,7 @@ def test_pictures_that_kill_their_worker_are_found_and_stay_without_labels(
     job, tmp_path, monkeypatch
 ):
     config, _ = job
-    keys, embed = _keys(config.input), PrecomputedTeacher.embed
+    keys, embed = _keys(config.input), EmbeddingTable.embed
 
     def embed_or_die(teacher, records):
         def watch():
@@ -163,7 +163,7 @@ def test_pictures_that_kill_their_worker_are_found_and_stay_without_labels(
 
         return embed(teacher, watch())
 
-    monkeypatch.setattr(PrecomputedTeacher, "embed", embed_or_die)
+    monkeypatch.setattr(EmbeddingTable, "embed", embed_or_die)
     # First while embedding the heads' shards, then in the pass that embeds and labels.
     for examples in (2000, 5):
         config.heads.update({"max_examples": examples, "max_held_out": examples})
