@@ -98,10 +98,9 @@ def open_tasks(model: str, texts: Sequence[str], step: int | None = None) -> lis
     from diht_jax.evaluation.task_parsing import parse_tasks
     from diht_jax.evaluation.tasks import VALIDATION, validation_tasks
 
-    others = [text for text in texts if text.strip() != VALIDATION]
-    tasks = parse_tasks(others, **command_line.task_defaults())
-    if len(others) == len(texts):
-        return tasks
+    defaults = command_line.task_defaults()
+    if VALIDATION not in map(str.strip, texts):
+        return parse_tasks(texts, **defaults)
     from etils import epath
 
     from diht_jax.training.workdir.saved_run import CONFIG_FILE, read_config
@@ -115,7 +114,8 @@ def open_tasks(model: str, texts: Sequence[str], step: int | None = None) -> lis
             "directory of a run with config.data.validation_share; name a source: "
             "'retrieval:SOURCE'"
         )
-    return [*held_out, *tasks]
+    others = [text for text in texts if text.strip() != VALIDATION]
+    return [*held_out, *parse_tasks(others, **defaults)]
 
 
 def compare(files: Sequence[str], chart: str | None = None, *, draw: bool = True) -> None:

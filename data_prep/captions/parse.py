@@ -143,16 +143,18 @@ def _parse_distinct(
     vocabulary: Any = nlp.vocab  # its declaration lacks `in_memory_zone`
     is_full = len(vocabulary) >= _MAX_LEXEMES and not vocabulary.in_memory_zone
     # Collecting garbage while the graphs are built would take a third of the time.
+    graphs: dict[str, CaptionGraph] = {}
     was_enabled = gc.isenabled()
     gc.disable()
     try:
         with nlp.memory_zone() if is_full else contextlib.nullcontext():
             docs = nlp.pipe(texts, batch_size=batch_size)
-            graphs = {t: build_graph(doc, words) for t, doc in zip(texts, docs, strict=True)}
+            for text, doc in zip(texts, docs, strict=True):
+                graphs[text] = build_graph(doc, words)
     finally:
         if was_enabled:
             gc.enable()
-    return {
-        caption: graphs[text] if reason is None else CaptionGraph(drop_reason=reason)
-        for caption, (text, reason) in gated.items()
-    }
+    found = {}
+    for caption, (text, reason) in gated.items():
+        found[caption] = graphs[text] if reason is None else CaptionGraph(drop_reason=reason)
+    return found

@@ -66,7 +66,9 @@ class ShardLog:
         self._samples = SampleLog(
             config.samples_per_outcome, pictures, config.seed, config.image.max_pixels
         )
-        self._scores = [name for step in registry.active_steps(config) for name in step.scores]
+        self._scores: list[str] = []
+        for step in registry.active_steps(config):
+            self._scores += step.scores
         self._decisions = DecisionWriter(self._scores)
         self._concepts = ConceptLog() if config.concepts else None
         self._label_field = config.label_field
@@ -312,7 +314,9 @@ def choose_samples(contents: Iterable[bytes], most: int) -> dict[str, list[dict[
             if most and (len(known) < most or found < known[-1][0]):
                 bisect.insort(known, (found, text))
                 del known[most:]
-    return {
-        outcome.decode(): [{"rank": found.decode()} | json.loads(text) for found, text in known]
-        for outcome, known in sorted(chosen.items())
-    }
+    samples: dict[str, list[dict[str, Any]]] = {}
+    for outcome, known in sorted(chosen.items()):
+        samples[outcome.decode()] = [
+            {"rank": found.decode()} | json.loads(text) for found, text in known
+        ]
+    return samples

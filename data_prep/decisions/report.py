@@ -57,7 +57,10 @@ Report = dict[str, Any]
 
 def stage_reasons() -> dict[str, Mapping[str, str]]:
     """Returns stage -> reason -> text for people, in the order in which pairs reach them."""
-    return {SOURCE: _SOURCE_WORDS} | {step.name: step.reasons for step in ordered_steps()}
+    reasons: dict[str, Mapping[str, str]] = {SOURCE: _SOURCE_WORDS}
+    for step in ordered_steps():
+        reasons[step.name] = step.reasons
+    return reasons
 
 
 @dataclasses.dataclass

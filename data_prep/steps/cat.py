@@ -7,6 +7,7 @@ the good ones are kept. Captions are parsed in `data_prep.captions`; text is spo
 
 from __future__ import annotations
 
+import collections
 import functools
 import importlib.metadata
 import itertools
@@ -86,7 +87,7 @@ class CaptionStep(Step):
         for candidate in batch:
             texts += candidate.captions
         parsed = iter(self._parse(texts))
-        described = []
+        columns: dict[str, list[Any]] = collections.defaultdict(list)
         for candidate in batch:
             graphs = list(itertools.islice(parsed, len(candidate.captions)))
             candidate.graphs, candidate.first_graph = graphs, graphs[0]
@@ -101,8 +102,9 @@ class CaptionStep(Step):
                 for name in ("best_complexity", "best_active_complexity"):
                     values[name] = max((row["complexity"] for row in found), default=None)
                     found = [row for row in found if row["actions"]]
-            described.append(values)
-        return {name: [values.get(name) for values in described] for name in _CAPTION_COLUMNS}
+            for name in _CAPTION_COLUMNS:
+                columns[name].append(values.get(name))
+        return columns
 
     @classmethod
     def decide(cls, columns: Columns, config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
@@ -188,14 +190,16 @@ class ImageStep(Step):
         return {"pillow": importlib.metadata.version("pillow")}
 
     def measure(self, batch: Sequence[Candidate]) -> Mapping[str, Sequence[Any]]:
-        rows, max_pixels = [], self.config.image.max_pixels
+        columns: dict[str, list] = collections.defaultdict(list)
         for candidate in batch:
+            data, error, header = candidate.pair.image, None, (None, None, None)
             try:
-                header = transforms.check_readable(candidate.pair.image, max_pixels=max_pixels)
-                rows.append((*header, None))
-            except transforms.ImageError as error:
-                rows.append((None, None, None, error.reason))
-        return dict(zip(_IMAGE_COLUMNS, zip(*rows, strict=True), strict=True))
+                header = transforms.check_readable(data, max_pixels=self.config.image.max_pixels)
+            except transforms.ImageError as found:
+                error = found.reason
+            for name, value in zip(_IMAGE_COLUMNS, (*header, error), strict=True):
+                columns[name].append(value)
+        return columns
 
     @classmethod
     def decide(cls, columns: Columns, config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
@@ -275,8 +279,11 @@ class TextStep(Step):
             [candidate.pair.image for candidate in batch],
             [candidate.captions for candidate in batch],
         )
-        rows = list(map(self._describe, batch, verdicts))
-        return {name: [values.get(name) for values in rows] for name in _TEXT_COLUMNS}
+        columns: dict[str, list] = collections.defaultdict(list)
+        for values in map(self._describe, batch, verdicts):
+            for name in _TEXT_COLUMNS:
+                columns[name].append(values.get(name))
+        return columns
 
     @classmethod
     def decide(cls, columns: Columns, config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:

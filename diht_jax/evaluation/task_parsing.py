@@ -272,7 +272,8 @@ def _make_task(request: _Request, defaults: Mapping[str, Any]) -> Task:
     kind = str(request.kind) if entry is None else entry.kind
     protocol = PROTOCOLS[kind]
     given, source_options = _parse_options(request, kind)
-    given = {k: value for k, value in defaults.items() if k in protocol.options} | given
+    for option in protocol.options.keys() & defaults.keys():
+        given.setdefault(option, defaults[option])
     is_folder = source.startswith(BENCHMARK_PREFIX)
     fields: dict[str, Any] = dict(protocol.defaults)
     words: dict[str, Any] = {}
@@ -289,7 +290,9 @@ def _make_task(request: _Request, defaults: Mapping[str, Any]) -> Task:
         # In CLIP_benchmark's layout the labels index the folder's own class names.
         fields |= _fields_of_entry(entry, source, (words if is_folder else {}) | given)
     fields |= given
-    own = {key: fields.pop(key) for key in _TASK_FIELDS & fields.keys()}
+    own = {}
+    for key in _TASK_FIELDS & fields.keys():
+        own[key] = fields.pop(key)
     # Kinds or options that only an annotation file can satisfy name its reader.
     reader = protocol.reader
     by_name = source.endswith(".jsonl") and "image_name" in source_options

@@ -114,7 +114,7 @@ def map_many(
     *,
     num_threads: int = _READ_THREADS,
     ahead: int = _READ_THREADS - 1,
-    num_bytes: Callable[[_Item], int] = lambda _: 0,
+    num_bytes: Callable[[_Item], int] | None = None,
 ) -> Generator[_Result]:
     """Maps a function over items and yields the results in order, holding only a few at a time.
 
@@ -132,8 +132,9 @@ def map_many(
     pool = futures.ThreadPoolExecutor(num_threads)
     try:
         for item in items:
-            waiting.append((pool.submit(function, item), num_bytes(item)))
-            waiting_bytes += waiting[-1][1]
+            size = num_bytes(item) if num_bytes else 0
+            waiting.append((pool.submit(function, item), size))
+            waiting_bytes += size
             while len(waiting) > ahead or waiting_bytes > _WAITING_BYTES:
                 result, size = waiting.popleft()
                 waiting_bytes -= size

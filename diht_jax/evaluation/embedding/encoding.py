@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import os
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -184,8 +184,12 @@ class Encoder:
             disable=not batching.progress,
             total=-(-min(known) // count) if known else None,
         )
-        decoded = _decode_ahead(
-            entries, describe, self.model.preprocess, size * _BATCHES_AHEAD, batching.num_threads
+        decoded = map_many(
+            functools.partial(_decode, describe, self.model.preprocess),
+            entries,
+            num_threads=batching.num_threads or min(os.cpu_count() or 1, 16),
+            ahead=size * _BATCHES_AHEAD,
+            num_bytes=lambda ordered: len(ordered[1].image) if isinstance(ordered[1], Pair) else 0,
         )
         pixels: list[np.ndarray] = []
         with contextlib.closing(decoded):
@@ -257,32 +261,20 @@ def check_finite(embeddings: np.ndarray, what: str) -> np.ndarray:
     return embeddings
 
 
-def _decode_ahead(
-    entries: Iterable[tuple[Order, Pair | Skipped]],
+def _decode(
     describe: Callable[[Pair], Any],
     preprocess: Callable[[PIL.Image.Image], np.ndarray],
-    window: int,
-    num_threads: int | None,
-) -> Generator[tuple[_Row, np.ndarray | None]]:
-    """Returns rows with their pixels, in order, with up to `window` entries in flight."""
-
-    def decode(ordered: tuple[Order, Pair | Skipped]) -> tuple[_Row, np.ndarray | None]:
-        order, entry = ordered
-        if isinstance(entry, Skipped):
-            return _Row(order, entry.key, reason=entry.reason), None
-        try:
-            note = describe(entry)
-            return _Row(order, entry.key, note), preprocess(decode_picture(entry))
-        except UnusablePair as unusable:
-            reason = unusable.reason
-        except ImageError as error:
-            reason = f"image_{error.reason}"
-        return _Row(order, entry.key, reason=reason), None
-
-    return map_many(
-        decode,
-        entries,
-        num_threads=num_threads or min(os.cpu_count() or 1, 16),
-        ahead=window,
-        num_bytes=lambda ordered: len(ordered[1].image) if isinstance(ordered[1], Pair) else 0,
-    )
+    ordered: tuple[Order, Pair | Skipped],
+) -> tuple[_Row, np.ndarray | None]:
+    """Returns the row of an entry, and its pixels if it is usable."""
+    order, entry = ordered
+    if isinstance(entry, Skipped):
+        return _Row(order, entry.key, reason=entry.reason), None
+    try:
+        note = describe(entry)
+        return _Row(order, entry.key, note), preprocess(decode_picture(entry))
+    except UnusablePair as unusable:
+        reason = unusable.reason
+    except ImageError as error:
+        reason = f"image_{error.reason}"
+    return _Row(order, entry.key, reason=reason), None
