@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 from benchmarks.first_hour.plan import Setting
 from benchmarks.first_hour.timing import repetitions, secs_of_call
 from diht_jax.hardware.chips import find_chip
-from diht_jax.hardware.compiler import DETERMINISTIC_FLAGS, FLAGS, refusal
+from diht_jax.hardware.compiler import DETERMINISTIC_FLAGS, FLAGS, refusal, step_options
 
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "XLA_PYTHON_CLIENT_PREALLOCATE")
 
@@ -26,6 +27,8 @@ def describe(setting: Setting) -> dict[str, Any]:
     flags = FLAGS.get(setting.device, FLAGS["gpu"])[1]
     if setting.device != "tpu":
         flags = (*flags, *DETERMINISTIC_FLAGS)
+    of_step = step_options(device.device_kind)
+    flags = (*flags, *(f"--{name}={json.dumps(value)}" for name, value in of_step.items()))
     refused = {flag: problem for flag in flags if (problem := refusal(flag))}
     return {
         "devices": jax.device_count(),

@@ -21,6 +21,8 @@ from typing import Any
 import jax
 from absl import logging
 
+from diht_jax.hardware.chips import find_chip
+
 # NVIDIA GPUs. Collectives overlap with computation (latency-hiding scheduler, high-priority stream,
 # pipelining across the iterations of a loop), and small ones are combined.
 # From JAX's GPU performance tips and MaxText's settings for H100s, without
@@ -54,6 +56,12 @@ DETERMINISTIC_FLAGS = ("--xla_gpu_exclude_nondeterministic_ops=true",)
 # Platform name -> (environment variable that its compiler reads, flags).
 FLAGS = {"gpu": ("XLA_FLAGS", GPU_FLAGS), "tpu": ("LIBTPU_INIT_ARGS", TPU_FLAGS)}
 
+# Options of the training step by the name of the chip. An instruction on a v5e gets 32 of its
+# 128 MiB of on-chip memory (16 by default), for larger tiles of products. The two products of an
+# MLP stay apart, which the compiler's own count of cycles prefers (docs/benchmarks/pods.md).
+STEP_OPTIONS: dict[str, dict[str, bool | int]] = {
+    "v5e": {"xla_tpu_scoped_vmem_limit_kib": 32768, "xla_tpu_dot_dot_fusion": False},
+}
 _CPU_INFO = pathlib.Path("/proc/cpuinfo")
 
 
@@ -115,6 +123,21 @@ def compiler_options(platform_name: str) -> dict[str, bool | int]:
         taken = [flag for flag in taken if refusal(flag) is None]
     pairs = (flag.lstrip("-").split("=") for flag in taken)
     return {name: json.loads(value) for name, value in pairs}
+
+
+def step_options(device_kind: str) -> dict[str, bool | int]:
+    """Returns the compiler options of the training step that are for one kind of chip.
+
+    Args:
+        device_kind: see `chips.find_chip`.
+
+    Returns:
+        `compiler_options` of `jax.jit`, without those that `LIBTPU_INIT_ARGS` sets.
+    """
+    chip = find_chip(device_kind)
+    options = STEP_OPTIONS.get(chip.name, {}) if chip else {}
+    given = {_flag_name(flag) for flag in os.environ.get("LIBTPU_INIT_ARGS", "").split()}
+    return {name: value for name, value in options.items() if name not in given}
 
 
 @functools.cache

@@ -129,12 +129,16 @@ _attend.defvjp(_forward, _backward)
 
 
 def _run_forward(qkv, bias, num_heads, causal, interpret) -> list[jax.Array]:
-    """Returns the result [b, t, heads * d] and log denominators [b, turns, heads, t] (base 2)."""
+    """Returns the result [b, t, heads * d] and log denominators [b, turns, heads, queries].
+
+    Denominators are of base 2, and of the queries without those of `_Heads.stacked`.
+    """
     b, t, width = qkv.shape
-    turns = num_heads // _heads_of_a_turn(num_heads, width // 3 // num_heads)
+    heads = _heads_of_a_turn(num_heads, width // 3 // num_heads)
+    queries = t if causal else _whole_queries(t, heads)
     shapes = [
         ((b, t, width // 3), qkv.dtype),
-        ((b, turns, num_heads // turns, t), jnp.float32),
+        ((b, num_heads // heads, heads, queries), jnp.float32),
     ]
     kernel = functools.partial(_forward_kernel, num_heads=num_heads, causal=causal)
     inputs = (qkv, bias[None])
@@ -208,6 +212,9 @@ def _forward_kernel(qkv_ref, bias_ref, out_ref, log_totals_ref, *, num_heads: in
         q, k, v = _biased(qkv_ref, bias_ref, columns, width, head_dim)
         heads = _Heads(head_dim, q.shape[1])
         values = v.T
+        queries = log_totals_ref.shape[3]
+        last = heads.stacked(q[queries:])
+        q = q[:queries]
         outs, log_totals = [], []
         for at_once in heads.batches():
             scores = [_scores(heads.window(k, h), heads.own(q, h), causal) for h in at_once]
@@ -217,8 +224,12 @@ def _forward_kernel(qkv_ref, bias_ref, out_ref, log_totals_ref, *, num_heads: in
                 total = jnp.sum(weights, axis=0, keepdims=True)
                 outs.append(_product(heads.rows(values, h), weights.astype(v.dtype), 1, 0) / total)
                 log_totals.append(highest + jnp.log2(total))
-        out_ref[0, :, columns(0)] = jnp.concatenate(outs).T.astype(out_ref.dtype)
+        out_ref[0, :queries, columns(0)] = jnp.concatenate(outs).T.astype(out_ref.dtype)
         log_totals_ref[0, turn] = jnp.concatenate(log_totals)
+        if last.size:
+            weights = _softmax(_scores(k, last, causal=False)).astype(v.dtype)
+            out = heads.unstacked(_product(weights, v, 0, 0))
+            out_ref[0, queries:, columns(0)] = out.astype(out_ref.dtype)
 
     _for_each_turn(attend_heads, num_heads, head_dim)
 
@@ -235,6 +246,9 @@ def _backward_kernel(
         log_totals = log_totals_ref[0, turn]
         heads = _Heads(head_dim, q.shape[1])
         keys = k.T
+        queries = log_totals.shape[1]
+        last_q, last_g = heads.stacked(q[queries:]), heads.stacked(g[queries:])
+        q, g = q[:queries], g[:queries]
         by_query, by_key, by_value = [], [], []
         for at_once in heads.batches():
             products = []
@@ -244,16 +258,24 @@ def _backward_kernel(
                 products.append((own_q, own_g, scores, _product(heads.window(v, h), own_g, 1, 1)))
             for h, (own_q, own_g, scores, by_weights) in zip(at_once, products, strict=True):
                 weights = jnp.exp2(scores - log_totals[h : h + 1])
-                mean = jnp.sum(weights * by_weights, axis=0, keepdims=True)
-                by_scores = (weights * (by_weights - mean)).astype(q.dtype)
+                by_scores = _softmax_gradient(weights, by_weights).astype(q.dtype)
                 by_value.append(_product(weights.astype(g.dtype), own_g, 1, 0))
                 by_key.append(_product(by_scores, own_q, 1, 0))
                 by_query.append(_product(heads.rows(keys, h), by_scores, 1, 0))
-        gradients = (
-            (jnp.concatenate(by_query) * head_dim**-0.5).T,
-            heads.side_by_side(by_key) * (1 / _LOG2_E),
+        gradients = [
+            jnp.concatenate(by_query).T,
+            heads.side_by_side(by_key),
             heads.side_by_side(by_value),
-        )
+        ]
+        if last_q.size:
+            weights = _softmax(_scores(k, last_q, causal=False))
+            by_scores = _softmax_gradient(weights, _product(v, last_g, 1, 1)).astype(q.dtype)
+            by_query = heads.unstacked(_product(by_scores, k, 0, 0))
+            gradients[0] = jnp.concatenate([gradients[0], by_query])
+            gradients[1] += _product(by_scores, last_q, 1, 0)
+            gradients[2] += _product(weights.astype(g.dtype), last_g, 1, 0)
+        gradients[0] *= head_dim**-0.5
+        gradients[1] *= 1 / _LOG2_E
         for part, gradient in enumerate(gradients):
             window = columns(part * width)
             out_ref[0, :, window] = gradient.astype(out_ref.dtype)
@@ -289,10 +311,7 @@ class _Heads:
         x = self.window(x, head)
         if self.window_size == self.head_dim:
             return x
-        first = head * self.head_dim % self.window_size
-        lanes = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-        is_own = (lanes >= first) & (lanes < first + self.head_dim)
-        return jnp.where(is_own, x, jnp.zeros_like(x))
+        return self._alone(x, head * self.head_dim % self.window_size)
 
     def rows(self, x: jax.Array, head: int) -> jax.Array:
         """Returns the rows of [columns, t] that belong to a head."""
@@ -305,6 +324,35 @@ class _Heads:
             functools.reduce(jnp.add, parts[h : h + sharing]) for h in range(0, len(parts), sharing)
         ]
         return jnp.concatenate(windows, axis=1)
+
+    def stacked(self, x: jax.Array) -> jax.Array:
+        """Returns each head of [t, columns] in rows of its own [heads * t, columns]."""
+        return jnp.concatenate(
+            [self._alone(x, first) for first in range(0, self.columns, self.head_dim)]
+        )
+
+    def unstacked(self, x: jax.Array) -> jax.Array:
+        """Returns [t, columns] with the columns of each head from its rows of `stacked`."""
+        rows = x.shape[0] * self.head_dim // self.columns
+        own = [
+            self._alone(x[h * rows : (h + 1) * rows], first)
+            for h, first in enumerate(range(0, self.columns, self.head_dim))
+        ]
+        return functools.reduce(jnp.add, own)
+
+    def _alone(self, x: jax.Array, first: int) -> jax.Array:
+        lanes = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+        is_own = (lanes >= first) & (lanes < first + self.head_dim)
+        return jnp.where(is_own, x, jnp.zeros_like(x))
+
+
+def _whole_queries(num_tokens: int, num_heads: int) -> int:
+    """Returns how many queries a head computes on its own, the others being those of all heads.
+
+    A few queries more than fill registers would need a whole register for each head.
+    """
+    rest = num_tokens % _LANES
+    return num_tokens - rest if rest * num_heads <= _LANES < num_tokens else num_tokens
 
 
 def _heads_of_a_turn(num_heads: int, head_dim: int) -> int:
@@ -360,6 +408,18 @@ def _scores(k: jax.Array, q: jax.Array, causal: bool) -> jax.Array:
         keys, queries = (jax.lax.broadcasted_iota(jnp.int32, scores.shape, axis) for axis in (0, 1))
         scores = jnp.where(keys <= queries, scores, _MASKED)
     return scores
+
+
+def _softmax(scores: jax.Array) -> jax.Array:
+    """Returns the weights of base-2 `scores` [keys, queries]."""
+    weights = jnp.exp2(scores - jnp.max(scores, axis=0, keepdims=True))
+    return weights / jnp.sum(weights, axis=0, keepdims=True)
+
+
+def _softmax_gradient(weights: jax.Array, by_weights: jax.Array) -> jax.Array:
+    """Returns the gradient of the scores; all [keys, queries]."""
+    mean = jnp.sum(weights * by_weights, axis=0, keepdims=True)
+    return weights * (by_weights - mean)
 
 
 def _product(left: jax.Array, right: jax.Array, left_axis: int, right_axis: int) -> jax.Array:

@@ -19,6 +19,7 @@ import optax
 from absl import logging
 
 from diht_jax import sharding
+from diht_jax.hardware.compiler import step_options
 from diht_jax.input.choices import IMAGE_FIELD, TEXT_FIELD
 from diht_jax.losses.dense import Choice, choose_impl
 from diht_jax.losses.fastclip import initial_means
@@ -225,7 +226,10 @@ class TrainProgram:
         )
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         out_shardings = (shardings, sharding.replicated(mesh))
-        return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
+        options = step_options(mesh.devices.flat[0].device_kind)
+        return jax.jit(
+            step, donate_argnums=0, out_shardings=out_shardings, compiler_options=options
+        )
 
 
 def check_micro_batch(micro_batch: int | None, batch_size: int, num_devices: int) -> None:

@@ -20,6 +20,7 @@ from diht_jax.compile import (
     smaller_batches,
 )
 from diht_jax.config import load_recipe
+from diht_jax.hardware import compiler
 from diht_jax.hardware.chips import GIB, find_chip
 from diht_jax.hardware.hlo_traffic import Collective, Traffic, Work
 from diht_jax.hardware.report import (
@@ -73,6 +74,16 @@ def test_debug_recipe_compiles_for_a_slice():
     estimate = report.roofline
     assert 0 < estimate.scheduled_mfu <= estimate.mfu < 1
     assert report.traffic.unknown_kernels == 0
+
+
+def test_the_step_is_compiled_with_the_options_of_its_chip(monkeypatch, local):
+    """A compiler refuses an option that it does not know."""
+    monkeypatch.setitem(compiler.STEP_OPTIONS, "cpu", {"xla_no_such_option": True})
+    chip = dataclasses.replace(find_chip("v5e"), name="cpu")
+    monkeypatch.setattr(compiler, "find_chip", {"cpu": chip}.get)
+    config, whole = local
+    with pytest.raises(ValueError, match="xla_no_such_option"):
+        compile_step(config, whole.topology)
 
 
 @needs_libtpu

@@ -92,6 +92,16 @@ def test_an_option_that_this_xla_lacks_is_left_out(monkeypatch):
     assert compiler.compiler_options("cuda") == {"xla_gpu_shard_autotuning": False}
 
 
+def test_options_of_the_step_are_for_one_chip_and_the_user_s_flags_win(monkeypatch):
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    for kind in ("cpu", "TPU v6 lite", "NVIDIA H100 80GB HBM3"):
+        assert compiler.step_options(kind) == {}
+    options = compiler.step_options("TPU v5 lite")
+    assert options == {"xla_tpu_scoped_vmem_limit_kib": 32768, "xla_tpu_dot_dot_fusion": False}
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--mine=1 --xla_tpu_scoped_vmem_limit_kib=65536")
+    assert compiler.step_options("TPU v5 lite") == {"xla_tpu_dot_dot_fusion": False}
+
+
 @pytest.mark.parametrize(
     "environment, devices, packages, expected",
     [
