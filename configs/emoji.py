@@ -20,7 +20,7 @@ Run, with the tars of emoji-datasource that the README names:
 
 Meant for the local machine; a laptop is enough (`config.topology`: local).
 
-Expected: text-to-image R@1 10.5%, R@10 31% on 3,786 captions; 592 steps at about 170 images/s, a
+Expected: text-to-image R@1 10.4%, R@10 31% on 3,786 captions; 592 steps at about 170 images/s, a
 quarter of an hour on two CPU cores.
 """
 
