@@ -132,12 +132,16 @@ def step_options(device_kind: str) -> dict[str, bool | int]:
         device_kind: see `chips.find_chip`.
 
     Returns:
-        `compiler_options` of `jax.jit`, without those that `LIBTPU_INIT_ARGS` sets.
+        `compiler_options` of `jax.jit`, without those that `LIBTPU_INIT_ARGS` sets. In a process
+        with TPUs, those that its libtpu lacks are also omitted.
     """
     chip = find_chip(device_kind)
     options = STEP_OPTIONS.get(chip.name, {}) if chip else {}
     given = {_flag_name(flag) for flag in os.environ.get("LIBTPU_INIT_ARGS", "").split()}
-    return {name: value for name, value in options.items() if name not in given}
+    taken = {name: value for name, value in options.items() if name not in given}
+    if jax.default_backend() == "tpu":  # its compiler is the one that gets them
+        taken = {n: v for n, v in taken.items() if refusal(f"{n}={json.dumps(v)}") is None}
+    return taken
 
 
 @functools.cache

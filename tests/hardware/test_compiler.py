@@ -102,6 +102,13 @@ def test_options_of_the_step_are_for_one_chip_and_the_user_s_flags_win(monkeypat
     assert compiler.step_options("TPU v5 lite") == {"xla_tpu_dot_dot_fusion": False}
 
 
+def test_options_of_the_step_that_this_libtpu_lacks_are_left_out(monkeypatch):
+    """The CPU's compiler knows none of them."""
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    monkeypatch.setattr(compiler.jax, "default_backend", lambda: "tpu")
+    assert compiler.step_options("TPU v5 lite") == {}
+
+
 @pytest.mark.parametrize(
     "environment, devices, packages, expected",
     [
